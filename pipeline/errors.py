@@ -1,0 +1,34 @@
+"""The errors of Sensorium, named by whose fault they are.
+
+Every message is one paragraph that says what was found, what was expected and what to do. The command line prints the
+message alone and exits with ``exit_code``; code that catches one of these either handles it or lets it pass, and never
+logs and raises both.
+"""
+
+
+class SensoriumError(Exception):
+    """Base of all errors that a user can meet. ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class ConfigError(SensoriumError):
+    """The user's fault: a rig, an option or an argument that cannot be carried out."""
+
+    exit_code = 2
+
+
+class SensorError(SensoriumError):
+    """A device's fault: absent, unplugged, refused, or answering nonsense."""
+
+
+class WireError(SensoriumError):
+    """A peer's fault: bytes on a socket that are not what the protocol says."""
+
+
+class RecordingError(SensoriumError):
+    """A file's fault: truncated, empty, foreign or contradicting itself."""
+
+
+class BundleError(SensoriumError):
+    """A model's fault: a bundle that is incomplete, damaged, or made for other streams."""

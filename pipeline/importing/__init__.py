@@ -1,0 +1,1 @@
+"""Imports of foreign recordings into sessions."""

@@ -1,0 +1,174 @@
+"""What flows: a header, and one contiguous buffer whose layout the header states.
+
+The envelope is apart from the payload: an aligner that places frames in time reads headers and never touches a pixel,
+and the same payload bytes travel through a socket, a shared-memory slot and a recording. Nobody re-stamps a message.
+
+Layouts (little endian, C order, one buffer):
+
+========= ================================================== ====================================================
+payload   buffer                                             view given by ``array(message)``
+========= ================================================== ====================================================
+frame     ``bgr8``, ``rgb8``: u1 [height, width, 3]          the same
+          ``gray8``: u1 [height, width]                      the same
+          ``jpeg``: a JPEG file                              u1 [bytes]; ``pipeline.wire.decode_frame`` gives BGR
+audio     i2 [samples, channels]                             the same
+imu       ``IMU_DTYPE`` [samples]                            the same; m/s^2 and rad/s, NaN where not measured
+signal    ``signal_dtype(c)`` [samples]                      the same
+sweep     ``POINT_DTYPE`` [points]                           the same; metres, sensor frame x forward y left z up
+text      UTF-8                                              u1 [bytes]
+========= ================================================== ====================================================
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+IMU_DTYPE = np.dtype([("offset_ns", "<i8"), ("accel", "<f4", 3), ("gyro", "<f4", 3)])
+"""One IMU sample: time after ``t_capture_ns`` (>= 0, not decreasing), acceleration in m/s^2, angular rate in rad/s."""
+
+POINT_DTYPE = np.dtype([("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("intensity", "<f4"), ("offset_ns", "<i4")])
+"""One LiDAR point: metres, intensity as the sensor scales it, time relative to the sweep's end (<= 0)."""
+
+
+def signal_dtype(channels: int) -> np.dtype[Any]:
+    """One sample of a signal of ``channels`` values: time after ``t_capture_ns`` in ns, and the values."""
+    return np.dtype([("offset_ns", "<i8"), ("value", "<f4", (channels,))])
+
+
+class FrameLayout(msgspec.Struct, frozen=True, gc=False, tag="frame"):
+    """A camera frame."""
+
+    format: Literal["bgr8", "rgb8", "gray8", "jpeg"]
+    height: int
+    width: int
+
+
+class AudioLayout(msgspec.Struct, frozen=True, gc=False, tag="audio"):
+    """A block of PCM; ``rate_hz`` is the nominal rate, the header's stamps give the measured one."""
+
+    rate_hz: int
+    channels: int
+    samples: int
+
+
+class ImuLayout(msgspec.Struct, frozen=True, gc=False, tag="imu"):
+    """A batch of accelerometer and gyroscope samples."""
+
+    samples: int
+
+
+class SignalLayout(msgspec.Struct, frozen=True, gc=False, tag="signal"):
+    """A batch of samples of named channels: a skeleton, an EEG, wheel speeds."""
+
+    samples: int
+    channels: tuple[str, ...]
+
+
+class SweepLayout(msgspec.Struct, frozen=True, gc=False, tag="sweep"):
+    """One LiDAR sweep."""
+
+    points: int
+
+
+class TextLayout(msgspec.Struct, frozen=True, gc=False, tag="text"):
+    """One line of text."""
+
+    bytes: int
+
+
+Layout = FrameLayout | AudioLayout | ImuLayout | SignalLayout | SweepLayout | TextLayout
+Payload = Literal["frame", "audio", "imu", "signal", "sweep", "text"]
+PAYLOADS: tuple[Payload, ...] = ("frame", "audio", "imu", "signal", "sweep", "text")
+
+
+class Header(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
+    """The envelope of a message, or a whole beat (``layout`` is None). All times int64 ns on the session clock.
+
+    ``seq`` counts the messages of an epoch from 0. A beat takes no number of its own: it states the number of the
+    message to come, which shows a lost tail at once. ``t_device_ns`` is the device's own stamp, raw, on whatever clock
+    the device has; ``t_receipt_ns`` is when the host first saw the data; ``t_capture_ns`` the best estimate of the
+    physical moment, computed from them, good to ``uncertainty_ns`` (about 99 %). ``bound_ns`` promises that no later
+    message of this epoch has a capture time below it.
+    """
+
+    stream: str
+    seq: int
+    epoch: int
+    t_capture_ns: int
+    t_end_ns: int
+    bound_ns: int
+    t_receipt_ns: int
+    t_device_ns: int | None = None
+    uncertainty_ns: int = 0
+    layout: Layout | None = None
+    health: str = ""
+    """In a beat: what the source is waiting for or suffers from, in words; empty when all is well."""
+
+    @property
+    def is_beat(self) -> bool:
+        return self.layout is None
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """A header and its payload buffer (bytes, memoryview or C-contiguous array); ``data`` is None in a beat, and in a
+    message whose payload the holder does not need (an aligner that places frames)."""
+
+    header: Header
+    data: Any = None
+
+
+def payload_of(layout: Layout) -> Payload:
+    """The payload type's name."""
+    return type(layout).__struct_config__.tag  # type: ignore[return-value]
+
+
+def nbytes_of(layout: Layout) -> int | None:
+    """The exact size of a payload of this layout in bytes; None for a compressed frame, whose size varies."""
+    match layout:
+        case FrameLayout(format="jpeg"):
+            return None
+        case FrameLayout(format=f, height=h, width=w):
+            return h * w * (1 if f == "gray8" else 3)
+        case AudioLayout(channels=c, samples=n):
+            return 2 * c * n
+        case ImuLayout(samples=n):
+            return IMU_DTYPE.itemsize * n
+        case SignalLayout(samples=n, channels=names):
+            return signal_dtype(len(names)).itemsize * n
+        case SweepLayout(points=n):
+            return POINT_DTYPE.itemsize * n
+        case TextLayout(bytes=n):
+            return n
+
+
+def view(layout: Layout, data: Any) -> np.ndarray[Any, Any]:
+    """The buffer ``data`` as the array that ``layout`` describes, without a copy. ValueError if the size is wrong."""
+    raw = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+    expected = nbytes_of(layout)
+    if expected is not None and raw.nbytes != expected:
+        raise ValueError(f"the payload has {raw.nbytes} bytes where its layout {layout} needs {expected}")
+    match layout:
+        case FrameLayout(format="jpeg") | TextLayout():
+            return raw
+        case FrameLayout(format="gray8", height=h, width=w):
+            return raw.reshape(h, w)
+        case FrameLayout(height=h, width=w):
+            return raw.reshape(h, w, 3)
+        case AudioLayout(channels=c, samples=n):
+            return raw.view("<i2").reshape(n, c)
+        case ImuLayout():
+            return raw.view(IMU_DTYPE)
+        case SignalLayout(channels=names):
+            return raw.view(signal_dtype(len(names)))
+        case SweepLayout():
+            return raw.view(POINT_DTYPE)
+
+
+def array(message: Message) -> np.ndarray[Any, Any]:
+    """The payload of ``message`` as the array that its header describes (a view; see the table above)."""
+    if message.header.layout is None or message.data is None:
+        raise ValueError(f"message {message.header.stream}/{message.header.seq} carries no payload")
+    return view(message.header.layout, message.data)
