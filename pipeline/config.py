@@ -1,0 +1,191 @@
+"""The rig: one YAML file that names the sensors, the model and where things go.
+
+Every field that a user may write is in the structs below, units in the names; ``strict`` reads them and refuses what
+it does not know. A source's own settings are checked by the source's class (``pipeline.node``), which this file does
+not know. Relative paths are relative to the YAML file.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+
+from pipeline.strict import Document, listed, load_yaml
+
+__all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml"]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+
+CORE = ("align", "fusion", "record", "launch", "step", "prediction", "gap", "log", "label", "manifest")
+"""Names that the runtime uses itself and no source may have."""
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of a rig."""
+
+
+class SourceEntry(_Strict, frozen=True):
+    """One source. ``kind`` is a shipped kind or ``package.module:Class``; a ``required`` source must be there for the
+    session to start. All other keys are the source's own settings."""
+
+    REST: ClassVar[str] = "settings"
+    kind: str
+    required: bool = False
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class BundleEntry(_Strict, frozen=True):
+    """Which model. ``streams`` maps the bundle's streams to the rig's where the names differ; ``allow_code`` lets the
+    bundle bring Python code, which runs with your rights."""
+
+    path: str
+    streams: dict[str, str] = msgspec.field(default_factory=dict)
+    allow_code: bool = False
+
+
+class AlignStreamEntry(_Strict, frozen=True):
+    """Limits of one stream where they differ from the rig's."""
+
+    idle_ms: Positive | None = None
+    max_buffer: Positive | None = None
+
+
+class AlignEntry(_Strict, frozen=True):
+    """How long the aligner waits: for a step (``max_delay_ms`` after its end), for a stream that fell silent
+    (``idle_ms``), and how far ahead of now a stamp may lie."""
+
+    max_delay_ms: Positive = 250
+    max_future_ms: Positive = 100
+    idle_ms: Positive = 1000
+    max_open: Positive = 64
+    streams: dict[str, AlignStreamEntry] = msgspec.field(default_factory=dict)
+
+
+class FusionEntry(_Strict, frozen=True):
+    """How the model runs. ``payload_wait_ms`` is how long a step waits for a payload that its manifest names;
+    ``cache_mib`` bounds the payloads kept meanwhile."""
+
+    threads: Positive = 1
+    providers: tuple[str, ...] = ("cpu",)
+    contributions: bool = True
+    payload_wait_ms: Positive = 50
+    cache_mib: Positive = 256
+
+
+class RecordEntry(_Strict, frozen=True):
+    """A recording: ``path`` may hold ``{session}`` and ``{time}``; ``streams`` null means all."""
+
+    path: str
+    streams: tuple[str, ...] | None = None
+    compression: Literal["zstd", "lz4", "none"] = "zstd"
+    queue_mib: Positive = 128
+
+
+class TransportEntry(_Strict, frozen=True):
+    """``predictions``: ``ipc`` (in the session's own folder), or a loopback endpoint like tcp://127.0.0.1:5599.
+    ``ring_mib`` bounds the shared memory of one source; ``lease_ms`` how long a reader may hold a slot."""
+
+    lease_ms: Positive = 1000
+    ring_mib: Positive = 64
+    predictions: str = "ipc"
+
+    def __post_init__(self) -> None:
+        if self.predictions != "ipc" and not re.fullmatch(
+            r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+", self.predictions
+        ):
+            raise ValueError(
+                f"`predictions: {self.predictions}` is neither `ipc` nor a loopback endpoint like "
+                "tcp://127.0.0.1:5599; an endpoint that other hosts can reach needs keys, so publish on loopback and forward it from there"
+            )
+
+
+class RestartEntry(_Strict, frozen=True):
+    """When a node dies: restarted after ``backoff_ms``, doubled each time, at most ``limit`` times in ``window_s``.
+    A node that says nothing for ``hang_ms`` hangs and is killed; one not ready after ``start_s`` has failed."""
+
+    limit: NotNegative = 5
+    window_s: PositiveFloat = 60.0
+    backoff_ms: Positive = 200
+    hang_ms: Positive = 10_000
+    start_s: PositiveFloat = 30.0
+
+
+class Rig(_Strict, frozen=True):
+    """One rig. Without ``bundle`` nothing is aligned or predicted: a rig that only records."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    sources: dict[str, SourceEntry]
+    bundle: BundleEntry | None = None
+    align: AlignEntry = AlignEntry()
+    fusion: FusionEntry = FusionEntry()
+    record: RecordEntry | None = None
+    transport: TransportEntry = TransportEntry()
+    restart: RestartEntry = RestartEntry()
+
+
+class RigFile(msgspec.Struct, frozen=True):
+    """A rig and the document it was read from, which knows the line of every key."""
+
+    rig: Rig
+    document: Document
+
+    def resolve(self, path: str) -> Path:
+        """``path`` of the rig as an absolute path: relative ones are relative to the YAML file."""
+        expanded = Path(path).expanduser()
+        return expanded if expanded.is_absolute() else (self.document.path.resolve().parent / expanded).resolve()
+
+
+def load_rig(path: Path | str) -> RigFile:
+    """The rig in the file ``path``: types, units and names checked, sources' own settings not yet.
+    Raises ConfigError."""
+    return check_rig(Document.load(path))
+
+
+def check_rig(document: Document) -> RigFile:
+    """The rig in ``document``. Raises ConfigError."""
+    rig = document.decode(Rig)
+    if not rig.sources:
+        raise document.error(("sources",), "a rig needs at least one source, like `camera: {kind: camera}`.")
+    for name in rig.sources:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
+            raise document.error(
+                ("sources", name),
+                f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
+                f"letter, and none of {listed(CORE)}.",
+            )
+    return RigFile(rig, document)
+
+
+def check_environment() -> list[str]:
+    """What is wrong with the installed packages, in sentences; empty if nothing."""
+    wheels = [name for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python",
+                                "opencv-contrib-python-headless") if _installed(name)]  # fmt: skip
+    if len(wheels) > 1:
+        return [
+            f"{' and '.join(wheels)} are installed together; they overwrite each other's files, and cv2 then breaks "
+            f"in ways that look like something else. Run: pip uninstall -y {' '.join(wheels)} && "
+            "pip install opencv-python-headless."
+        ]
+    return []
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def config_schema() -> dict[str, Any]:
+    """The JSON Schema of a rig, for editors. A source's own settings are open in it."""
+    schema = msgspec.json.schema(Rig)
+    schema["$defs"]["SourceEntry"]["additionalProperties"] = True
+    schema["$defs"]["SourceEntry"]["properties"].pop("settings")
+    return schema

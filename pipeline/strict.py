@@ -1,0 +1,332 @@
+"""Strict YAML: a file decoded into frozen structs, or one ``ConfigError`` that says where, what and what instead.
+
+PyYAML's own tree of nodes is kept beside the values, because it knows the line of every key; msgspec knows the types.
+Neither alone can tell a user which line of which file to change: msgspec drops dictionary keys from its error path,
+and PyYAML knows no types. A struct may collect the keys that it does not know itself in the field named by its class
+attribute ``REST`` (a source's own settings, which only the source's class can check).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+
+from pipeline.errors import ConfigError
+
+T = TypeVar("T")
+Where = tuple[str | int, ...]
+
+UNITS: dict[str, tuple[str, float]] = {
+    "ns": ("time", 1e-9), "us": ("time", 1e-6), "ms": ("time", 1e-3), "s": ("time", 1.0), "min": ("time", 60.0),
+    "hz": ("rate", 1.0), "khz": ("rate", 1e3), "fps": ("rate", 1.0), "rpm": ("rate", 1 / 60),
+    "mm": ("length", 1e-3), "cm": ("length", 1e-2), "m": ("length", 1.0),
+    "deg": ("angle", 0.017453292519943295), "rad": ("angle", 1.0),
+    "bytes": ("size", 1.0), "kib": ("size", 1024.0), "mib": ("size", 1048576.0), "gib": ("size", 1073741824.0),
+}  # fmt: skip
+"""Units that key names end in: dimension, and how many of the dimension's base unit."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the readings that surprise: 1:30 is no number of seconds, 010 no eight, 2024-01-01 no date."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+                              list("-+0123456789"))  # fmt: skip
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+               r"|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)  # fmt: skip
+
+
+class Document:
+    """One YAML file: its values, and the line of each. ``decode`` turns it, or a part of it, into a struct."""
+
+    def __init__(self, text: str, path: Path | str) -> None:
+        """Parses ``text``; ``path`` is only named in errors. Raises ConfigError."""
+        self.path, self.text = Path(path), text
+        self._lines: dict[Where, int] = {}
+        self._written: dict[Where, str] = {}
+        self.value = self._parse()
+
+    @classmethod
+    def load(cls, path: Path | str) -> Document:
+        """The document in the file ``path``. Raises ConfigError, also when there is no such file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file{_similar_file(Path(path))}.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: the file cannot be read as UTF-8 text: {error}.") from None
+        return cls(text, path)
+
+    def decode(self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()) -> T:
+        """The value at path ``at`` (or ``value`` in its place) as ``type_``. ``extra`` are keys that are also allowed
+        there, named when a key is unknown. Raises ConfigError."""
+        return typing.cast(T, self._convert(self._get(at) if value is ... else value, type_, at, tuple(extra)))
+
+    def error(self, at: Where, what: str) -> ConfigError:
+        """A ConfigError about the value at path ``at``: file, line, path, ``what``."""
+        return ConfigError(f"{self.place(at)}: {what}")
+
+    def place(self, at: Where) -> str:
+        """Where ``at`` is: file, line if known, dotted path."""
+        known = next((self._lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self._lines), None)
+        parts = [str(self.path)]
+        if known is not None:
+            parts.append(f"line {known}")
+        if at:
+            parts.append(dotted(at))
+        return ", ".join(parts)
+
+    # -- reading YAML ------------------------------------------------------------------------------------------------
+
+    def _parse(self) -> Any:
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if "\t" in line[: len(line) - len(line.lstrip())]:
+                raise ConfigError(
+                    f"{self.path}, line {number}: the line is indented with a tab, which YAML does not allow; "
+                    "indent with spaces."
+                )
+        loader = _Loader(self.text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else self._build(loader, node, (), ())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line_text = f", line {mark.line + 1}" if mark else ""
+            why = error.problem or error.context or "it cannot be parsed"
+            raise ConfigError(f"{self.path}{line_text}: this is no valid YAML: {why}. Check the indentation, the "
+                              "colons and the quotes of this line and of the one above.") from None  # fmt: skip
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.path}: this is no valid YAML: {error}.") from None
+        finally:
+            loader.dispose()
+
+    def _build(self, loader: Any, node: yaml.Node, at: Where, above: tuple[yaml.Node, ...]) -> Any:
+        """The value of ``node``, whose lines are noted under the path ``at``."""
+        self._lines.setdefault(at, node.start_mark.line + 1)
+        if node in above:
+            raise self.error(at, "an alias (*name) refers to the mapping or list that it stands in; write it out.")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(loader, node, at, (*above, node))
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(loader, item, (*at, i), (*above, node)) for i, item in enumerate(node.value)]
+        self._written[at] = node.value
+        return loader.construct_object(node, deep=True)
+
+    def _mapping(self, loader: Any, node: yaml.MappingNode, at: Where, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        seen: dict[str, int] = {}
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                self._lines[(*at, key_node.value)] = line
+                raise self.error((*at, key_node.value), f"the key `{key_node.value}` stands here twice, first in line "
+                                 f"{seen[key_node.value]}; keep one of them.")  # fmt: skip
+            seen[str(key_node.value)] = line
+        loader.flatten_mapping(node)  # anchors merged with <<: come first, so that a mapping's own keys win
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            self._lines[(*at, str(key))] = key_node.start_mark.line + 1
+            if key is None or key_node.tag != "tag:yaml.org,2002:str":
+                raise self.error((*at, str(key)), f"a key must be text, but YAML reads `{key or 'this key'}` as "
+                                 f"something else; put it in quotes: \"{key}\".")  # fmt: skip
+            result[key] = self._build(loader, value_node, (*at, key), above)
+        return result
+
+    def _get(self, at: Where) -> Any:
+        value = self.value
+        for key in at:
+            value = value[key]
+        return value
+
+    # -- checking types ----------------------------------------------------------------------------------------------
+
+    def _convert(self, value: Any, type_: Any, at: Where, extra: tuple[str, ...] = ()) -> Any:
+        origin, args = get_origin(type_), get_args(type_)
+        if origin is Annotated and _is_struct(args[0]):
+            type_, origin, args = args[0], get_origin(args[0]), get_args(args[0])
+        if origin in (Union, types.UnionType):
+            return self._union(value, type_, args, at)
+        if _is_struct(type_):
+            return self._struct(value, type_, at, extra)
+        if origin is dict and args[0] is str:
+            if not isinstance(value, dict):
+                raise self._wrong(value, "a mapping of names to values", at)
+            return {key: self._convert(item, args[1], (*at, key)) for key, item in value.items()}
+        if origin in (list, tuple) and (origin is list or args[-1] is ...):
+            if not isinstance(value, list):
+                raise self._wrong(value, "a list, like [a, b]", at)
+            return origin(self._convert(item, args[0], (*at, i)) for i, item in enumerate(value))
+        return self._leaf(value, type_, at)
+
+    def _union(self, value: Any, type_: Any, args: tuple[Any, ...], at: Where) -> Any:
+        structs = [a for a in args if _is_struct(a)]
+        if value is None and type(None) in args:
+            return None
+        if not isinstance(value, dict) or not structs:
+            return self._leaf(value, type_, at)
+        if len(structs) == 1:
+            return self._struct(value, structs[0], at, ())
+        field = structs[0].__struct_config__.tag_field
+        tags = {s.__struct_config__.tag: s for s in structs}
+        tag = value.get(field)
+        if not isinstance(tag, str) or tag not in tags:
+            stated = f"`{field}: {tag}`" if field in value else f"no `{field}`"
+            place = (*at, field) if field in value else at
+            raise self.error(place, f"found {stated}, allowed are {listed(tags)}.{nearest(tag, tags)}")
+        rest = {k: v for k, v in value.items() if k != field}
+        return self._struct(rest, tags[tag], at, (field,))
+
+    def _struct(self, value: Any, type_: Any, at: Where, extra: tuple[str, ...]) -> Any:
+        if not isinstance(value, dict):
+            raise self._wrong(value, f"a mapping with the keys {listed(f.encode_name for f in fields(type_))}", at)
+        known = {field.encode_name: field for field in fields(type_)}
+        rest_field: str | None = getattr(type_, "REST", None)
+        known.pop(rest_field or "", None)
+        hints = get_type_hints(type_, include_extras=True)
+        kept: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for key, item in value.items():
+            if key in known:
+                kept[known[key].name] = self._convert(item, hints[known[key].name], (*at, key))
+            elif rest_field is not None:
+                rest[key] = item
+            elif key not in extra:
+                raise self._unknown(key, item, [*known, *extra], (*at, key))
+        for name, field in known.items():
+            if field.required and field.name not in kept:
+                raise self.error(at, f"the key `{name}` is missing; it needs {describe(hints[field.name])}.")
+        if rest_field is not None:
+            kept[rest_field] = rest
+        try:
+            return type_(**kept)
+        except (ValueError, TypeError) as error:  # what a struct's __post_init__ says of its fields together
+            raise self.error(at, str(error)) from None
+
+    def _leaf(self, value: Any, type_: Any, at: Where) -> Any:
+        if isinstance(value, float) and value != value:
+            raise self._wrong(value, describe(type_), at)
+        try:
+            return msgspec.convert(value, type_)
+        except msgspec.ValidationError:
+            raise self._wrong(value, describe(type_), at) from None
+
+    def _unknown(self, key: str, value: Any, known: list[str], at: Where) -> ConfigError:
+        allowed = f"Allowed here: {listed(sorted(known))}." if known else "No keys are allowed here."
+        return self.error(
+            at, f"`{key}` is no key here.{_unit_hint(key, value, known) or nearest(key, known)} {allowed}"
+        )
+
+    def _wrong(self, value: Any, expected: str, at: Where) -> ConfigError:
+        written = self._written.get(at)
+        hint = ""
+        if isinstance(value, bool) and written is not None and written.lower() not in ("true", "false"):
+            hint = f' YAML reads {written} without quotes as {str(value).lower()}; write "{written}" if you mean text.'
+        elif isinstance(value, str) and (number := re.fullmatch(r"\s*(-?[0-9.]+)\s*([a-zA-Z]+)\s*", value)):
+            hint = f" The unit stands in the key's name; write the number alone: {number[1]}."
+        elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
+            hint = f" Write it without quotes: {value}."
+        return self.error(at, f"found {found(value)}, expected {expected}.{hint}")
+
+
+def load_yaml(path: Path | str, type_: type[T]) -> T:
+    """The file ``path`` as ``type_``, a struct. Raises ConfigError."""
+    return Document.load(path).decode(type_)
+
+
+def fields(type_: Any) -> tuple[Any, ...]:
+    """The fields of a struct."""
+    return msgspec.structs.fields(type_)
+
+
+def found(value: Any) -> str:
+    """``value`` in words, for an error."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (yes or no)"
+    kind = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "a mapping"}
+    shown = repr(value) if isinstance(value, str) else str(value)
+    return f"{shown[:60]}{'…' if len(shown) > 60 else ''} ({kind.get(type(value), type(value).__name__)})"
+
+
+def describe(type_: Any) -> str:
+    """A type in words, for an error."""
+    origin, args = get_origin(type_), get_args(type_)
+    if origin is Annotated:
+        return describe(args[0]) + "".join(_limits(meta) for meta in args[1:] if isinstance(meta, msgspec.Meta))
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is typing.Literal:
+        return "one of " + listed(args)
+    if _is_struct(type_):
+        return f"a mapping with the keys {listed(f.encode_name for f in fields(type_))}"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    names = {dict: "a mapping", list: "a list", tuple: "a list", Path: "a path"}
+    return str(words.get(type_) or names.get(origin or type_) or getattr(type_, "__name__", type_))
+
+
+def dotted(at: Where) -> str:
+    """A path as a user reads it: ``sources.camera.rate_hz``."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in at).lstrip(".")
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names as a list in words."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`` Did you mean …?`` for the nearest of ``known``, or nothing."""
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.55)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def _limits(meta: msgspec.Meta) -> str:
+    words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "pattern": "matching",
+             "min_length": "of a length of at least", "max_length": "of a length of at most"}  # fmt: skip
+    return "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+
+
+def _is_struct(type_: Any) -> bool:
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
+
+
+def _unit_hint(key: str, value: Any, known: list[str]) -> str:
+    """The same quantity in another unit, converted: ``hop_s: 0.1`` where ``hop_ms`` is the key."""
+    stem, _, unit = key.rpartition("_")
+    if unit not in UNITS:
+        stem, unit = key, ""
+    for name in known:
+        other_stem, _, other = name.rpartition("_")
+        if other_stem != stem or other not in UNITS:
+            continue
+        if not unit:
+            return f" Units stand in the names: write `{name}`."
+        dimension, factor = UNITS[unit]
+        if UNITS[other][0] == dimension and isinstance(value, int | float):
+            return f" The key is `{name}`: write `{name}: {round(value * factor / UNITS[other][1], 9):g}`."
+        if UNITS[other][0] == dimension:
+            return f" The key is `{name}`."
+    return ""
+
+
+def _similar_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    return nearest(path.name, names) if names else ""
