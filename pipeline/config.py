@@ -101,7 +101,8 @@ class TransportEntry(_Strict, frozen=True):
         ):
             raise ValueError(
                 f"`predictions: {self.predictions}` is neither `ipc` nor a loopback endpoint like "
-                "tcp://127.0.0.1:5599; an endpoint that other hosts can reach needs keys, so publish on loopback and forward it from there"
+                "tcp://127.0.0.1:5599; an endpoint that other hosts can reach needs keys, so publish on loopback and "
+                "forward it from there"
             )
 
 
