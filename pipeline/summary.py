@@ -1,0 +1,128 @@
+"""What a run or a replay amounted to: predictions, verdicts, latency, accuracy, and where every message went.
+
+Pure: fed with predictions and counters, asked for text or for plain values. Memory does not grow with the length of a
+run: latencies are counted in bins one per cent wide, so a quantile is good to one per cent; the maximum is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+from pipeline.align import Counters, Verdict
+from pipeline.prediction import Prediction
+
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+STAGES = ("wait", "align", "transport", "encode", "fuse", "total")
+_BIN = math.log(1.01)
+_LEAST_MS = 1e-3
+
+
+class Quantiles:
+    """Quantiles of a series of positive numbers in bounded memory."""
+
+    def __init__(self) -> None:
+        self._bins: Counter[int] = Counter()
+        self.count = 0
+        self.maximum = 0.0
+
+    def add(self, value: float) -> None:
+        self._bins[round(math.log(max(value, _LEAST_MS)) / _BIN)] += 1
+        self.maximum = max(self.maximum, value)
+        self.count += 1
+
+    def quantile(self, q: float) -> float:
+        """The value that a fraction ``q`` does not exceed, to 1 %; NaN of an empty series."""
+        left = math.ceil(q * self.count)
+        for position, count in sorted(self._bins.items()):
+            left -= count
+            if left <= 0:
+                return min(math.exp(position * _BIN), self.maximum)
+        return math.nan
+
+
+class Summary:
+    """Adds up predictions one by one; ``counters`` and ``sent`` are set when they are known, which is at the end."""
+
+    def __init__(self) -> None:
+        self.predictions = 0
+        self.abstained = 0
+        self.labels: Counter[str] = Counter()
+        self.with_truth = 0
+        self.correct = 0
+        self.latency_ms: dict[str, Quantiles] = {}
+        self.verdicts: dict[str, Counter[str]] = {}
+        self.counters: dict[str, Counters] = {}
+        self._start_ns: int | None = None
+        self._end_ns = 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Counts one prediction."""
+        self.predictions += 1
+        self.abstained += prediction.abstained
+        if prediction.label is not None:
+            self.labels[prediction.label] += 1
+        if prediction.truth is not None:
+            self.with_truth += 1
+            self.correct += prediction.label == prediction.truth
+        for stage, value in prediction.timing.latency_ms.items():
+            self.latency_ms.setdefault(stage, Quantiles()).add(value)
+        for stream, report in prediction.streams.items():
+            verdict = f"{report.verdict}({report.reason})" if report.reason else report.verdict
+            self.verdicts.setdefault(stream, Counter())[verdict] += 1
+        if self._start_ns is None:
+            self._start_ns = prediction.window.end_ns
+        self._end_ns = prediction.window.end_ns
+
+    @property
+    def span_s(self) -> float:
+        """Session time between the first and the last prediction."""
+        return 0.0 if self._start_ns is None else (self._end_ns - self._start_ns) / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain values, for ``--json``."""
+        return {
+            "predictions": self.predictions,
+            "abstained": self.abstained,
+            "span_s": self.span_s,
+            "accuracy": self.correct / self.with_truth if self.with_truth else None,
+            "with_truth": self.with_truth,
+            "labels": dict(self.labels),
+            "verdicts": {stream: dict(counts) for stream, counts in self.verdicts.items()},
+            "latency_ms": {stage: quantiles(self.latency_ms[stage]) for stage in ordered(self.latency_ms)},
+            "messages": {stream: account(counters) for stream, counters in self.counters.items()},
+        }
+
+
+def quantiles(series: Quantiles) -> dict[str, float]:
+    """The four numbers that are shown of a series."""
+    return {
+        "p50": series.quantile(0.5),
+        "p95": series.quantile(0.95),
+        "p99": series.quantile(0.99),
+        "max": series.maximum,
+    }
+
+
+def account(counters: Counters) -> dict[str, int]:
+    """Where a stream's messages went, one number a place: sent = received + lost, received = all the rest."""
+    rejected = sum(counters.rejected.values())
+    return {
+        "sent": counters.received + counters.lost,
+        "lost": counters.lost,
+        "received": counters.received,
+        "used": counters.used,
+        "late": counters.late,
+        "superseded": counters.superseded,
+        "duplicate": counters.duplicate,
+        "rejected": rejected,
+        "buffered": counters.buffered,
+    }
+
+
+def ordered(stages: Iterable[str]) -> list[str]:
+    """The stages in the order in which a prediction passes through them, unknown ones before the total."""
+    order: Mapping[str, int] = {stage: position for position, stage in enumerate(STAGES)}
+    return sorted(stages, key=lambda stage: order.get(stage, len(STAGES) - 1.5))
