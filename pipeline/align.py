@@ -1,59 +1,112 @@
-"""The aligner. (API only for now; the state machine is being written.)"""
+"""The aligner: messages of many streams in, one final step after another out. No sockets, no clocks, no threads.
+
+Theory
+------
+Session time is cut into hops; step k covers ``[E(k-1), E(k))`` with ``E(k) = k * hop``. Every stream has a rule that
+says what its step holds (``pipeline.rules``) and a bound B, its promise that nothing captured before B will come any
+more. A stream is *proven* for step k when no message that its bound still allows could change the content. So the
+content of a step does not depend on the order in which streams are heard, only on what they say.
+
+Waiting for proof must end even if a stream falls silent. Hence three limits, each of which has a nominal time, so that
+a step is the same however seldom the aligner is called:
+
+=========== =========================================== =======================================================
+cause       the head step k is final                    nominal time
+=========== =========================================== =======================================================
+proven      every live stream is proven, one is live    arrival of the message that completed it
+idle        the same, once unproven streams are idle    the last such stream's last progress + its ``idle_ns``
+deadline    whatever is proven                          E(k) + ``max_delay_ns``
+overflow    more than ``max_open`` steps wait           arrival of the message that made them too many
+end         all streams have ended                      the end
+=========== =========================================== =======================================================
+
+A stream is *live* unless it is closed as dead or idle. What a step then says of each stream:
+
+============== ================================= =============================================================
+verdict        content                           meaning
+============== ================================= =============================================================
+ok             proven and complete               nothing was lost, nothing can be added
+partial        some, of stated coverage          lost or not yet come; ``proven`` tells which
+late           none                              unproven at the deadline, and the stream is not idle
+missing        none; with a reason               ``never_started``, ``silent`` (idle), ``dead`` (closed), ``gap``
+                                                 (proven: a hole or a loss), ``out_of_tolerance`` (proven: not near)
+============== ================================= =============================================================
+
+Worked example: a 100 ms hop, one stream with ``nearest(50 ms)``. Frames at 90 and 130 ms. After the first the bound is
+just above 90 ms, and a frame at 95 ms could still be nearer to E(1) = 100 ms. After the second it is just above 130 ms:
+anything nearer than 10 ms would have to lie below it.
+
+>>> from pipeline.messages import FrameLayout, Header, Message
+>>> MS = 1_000_000
+>>> def frame(seq, ms):
+...     return Message(Header(stream="camera", seq=seq, epoch=0, t_capture_ns=ms * MS, t_end_ns=ms * MS,
+...                           bound_ns=ms * MS + 1, t_receipt_ns=ms * MS, layout=FrameLayout("gray8", 1, 1)))
+>>> camera = StreamSpec(name="camera", payload="frame", rule=Nearest(50 * MS))
+>>> aligner = Aligner(AlignSpec(hop_ns=100 * MS, streams=(camera,), max_delay_ns=80 * MS))
+>>> aligner.feed(frame(0, 90), 95 * MS)
+[]
+>>> [step] = aligner.feed(frame(1, 130), 135 * MS)
+>>> step.manifest.cause, step.manifest.emitted_ns // MS, step.manifest.streams["camera"].used
+('proven', 135, ((0, 0, 0),))
+>>> [step] = aligner.tick(350 * MS)  # called much too late: step 2 still says when it was due
+>>> step.manifest.cause, step.manifest.emitted_ns // MS, step.manifest.streams["camera"].verdict
+('deadline', 280, 'late')
+
+Every call does a bounded amount of work (at most ``max_steps_per_call`` steps). After a pause the rest stays pending;
+messages that come meanwhile wait in an inbox, so that they cannot slip into a step whose time was over before them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from typing import Any, Literal
 
 import msgspec
 
-from pipeline.messages import Message, Payload
+from pipeline.errors import ConfigError
+from pipeline.messages import Message
+from pipeline.rules import (
+    FOREVER,
+    All,
+    Content,
+    Counters,
+    Latest,
+    Nearest,
+    Range,
+    Resample,
+    Rule,
+    StreamSpec,
+    Track,
+    make_track,
+    ranges,
+)
 
+__all__ = [
+    "AlignSpec",
+    "Aligner",
+    "All",
+    "Cause",
+    "Counters",
+    "Latest",
+    "Manifest",
+    "Nearest",
+    "Reason",
+    "Resample",
+    "Rule",
+    "Step",
+    "StreamManifest",
+    "StreamSpec",
+    "Verdict",
+]
 
-class Nearest(msgspec.Struct, frozen=True, gc=False, tag="nearest"):
-    """The message with the least distance d to E(k), d < tolerance; ties: earlier capture, then lower seq."""
-
-    tolerance_ns: int
-
-
-class Latest(msgspec.Struct, frozen=True, gc=False, tag="latest"):
-    """The last message before E(k), not older than ``max_age_ns`` (E(k) - max_age <= t < E(k))."""
-
-    max_age_ns: int
-
-
-class Resample(msgspec.Struct, frozen=True, gc=False, tag="resample"):
-    """Exactly rate x hop samples on an integer grid; neighbours more than ``max_gap_ns`` apart leave a hole (NaN)."""
-
-    rate_hz: int
-    max_gap_ns: int
-    method: Literal["linear", "band_limited"] = "linear"
-
-
-class All(msgspec.Struct, frozen=True, gc=False, tag="all"):
-    """Every message with capture time in the hop."""
-
-
-Rule = Nearest | Latest | Resample | All
 Verdict = Literal["ok", "partial", "late", "missing"]
 Reason = Literal["never_started", "silent", "dead", "gap", "out_of_tolerance"]
 Cause = Literal["proven", "idle", "deadline", "overflow", "end"]
 
 
-class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the aligner must know of one stream."""
-
-    name: str
-    payload: Payload
-    rule: Rule
-    channels: int = 0
-    """Columns of a resampled grid: 6 for imu (accel xyz, gyro xyz), the signal's or the audio's channel count."""
-    idle_ns: int | None = 1_000_000_000
-    ordered: bool = True
-    max_buffer: int = 4096
-
-
 class AlignSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the aligner must know of all of them. ``None`` switches a limit off (event-time replay)."""
+    """What the aligner must know of all streams. ``None`` switches a limit off (event-time replay)."""
 
     hop_ns: int
     streams: tuple[StreamSpec, ...]
@@ -63,15 +116,15 @@ class AlignSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_steps_per_call: int = 64
 
 
-class StreamManifest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+class StreamManifest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What one stream had to say about one step, and from which messages. Ranges are (epoch, first seq, last seq)."""
 
     verdict: Verdict
     reason: Reason | None = None
     coverage: float = 1.0
     proven: bool = False
-    used: tuple[tuple[int, int, int], ...] = ()
-    received: tuple[tuple[int, int, int], ...] = ()
+    used: tuple[Range, ...] = ()
+    received: tuple[Range, ...] = ()
     """What was taken into the buffer since the last manifest."""
     epoch: int | None = None
     bound_ns: int | None = None
@@ -91,41 +144,293 @@ class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     cause: Cause
     emitted_ns: int
     digest: str
+    """Over references, verdicts and resampled samples; not over anything that depends on arrival."""
     streams: dict[str, StreamManifest]
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One final step. ``messages[stream]`` is its content for nearest, latest and all (oldest first; the payload may
-    be absent); ``grids[stream]`` for resample: f4 [rate x hop, channels], NaN in holes; audio scaled to [-1, 1)."""
+class Step(msgspec.Struct, frozen=True):
+    """One final step. ``messages[stream]`` is what its content was made of, oldest first (payloads may be absent);
+    ``grids[stream]`` is there for resample: f4 [rate x hop, channels], NaN in holes; audio scaled to [-1, 1)."""
 
     manifest: Manifest
     messages: dict[str, tuple[Message, ...]]
     grids: dict[str, Any]
 
 
-class Counters(msgspec.Struct, kw_only=True):
-    """received == used + late + superseded + duplicate + sum(rejected.values()) + buffered, always."""
-
-    received: int = 0
-    used: int = 0
-    late: int = 0
-    superseded: int = 0
-    duplicate: int = 0
-    rejected: dict[str, int] = msgspec.field(default_factory=dict)
-    """By reason: epoch, bound, future, malformed, overflow."""
-    buffered: int = 0
-    lost: int = 0
-    beats: int = 0
-
-
 class Aligner:
-    """feed / tick / close / finish; see the design. Each returns the steps that became final, in order."""
+    """Joins streams into steps; see the module. Times passed in must not go back."""
 
-    def __init__(self, spec: AlignSpec, first_step: int = 1) -> None: ...
-    def feed(self, message: Message, arrival_ns: int) -> list[Step]: ...  # type: ignore[empty-body]
-    def tick(self, now_ns: int) -> list[Step]: ...  # type: ignore[empty-body]
-    def close(self, stream: str, reason: Literal["dead", "ended"], now_ns: int) -> list[Step]: ...  # type: ignore[empty-body]
-    def finish(self, now_ns: int) -> list[Step]: ...  # type: ignore[empty-body]
-    def counters(self, stream: str) -> Counters: ...  # type: ignore[empty-body]
+    def __init__(self, spec: AlignSpec, first_step: int = 1) -> None:
+        _check(spec)
+        self._spec = spec
+        self._next = first_step
+        self._tracks = {s.name: make_track(s, spec.hop_ns, spec.max_future_ns, first_step) for s in spec.streams}
+        self._order = sorted(self._tracks.items())
+        self._unproven = len(self._tracks)
+        self._time_ns = 0  # nominal: of the event that is being worked on
+        self._heard_ns = 0  # of the last feed or close
+        self._emitted_ns = 0
+        self._pending = False
+        self._inbox: deque[tuple[Message, int]] = deque()
+        self._inbox_limit = sum(s.max_buffer for s in spec.streams)
+        self._wake_ns = 0
+        self._last_step = 0  # of the end
+        self._reckon_wake()
+
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def feed(self, message: Message, arrival_ns: int) -> list[Step]:
+        """Takes one message or beat that arrived at ``arrival_ns``; returns the steps that became final, in order.
+
+        ValueError for a stream that was not declared: what to do with it is the caller's to decide.
+        """
+        track = self._tracks.get(message.header.stream)
+        if track is None:
+            raise ValueError(f"stream {message.header.stream!r} was not declared; there are {sorted(self._tracks)}")
+        if arrival_ns >= self._wake_ns or self._pending or track.closed is not None:
+            self._hold(track, message, arrival_ns)
+            return self._work(arrival_ns)
+        self._time_ns = self._heard_ns = arrival_ns
+        if track.take(message, arrival_ns) and not track.proven and track.prove():
+            track.proven = True
+            self._unproven -= 1
+            return self._work(arrival_ns)
+        return [] if track.bound_ns < self._open_limit_ns else self._work(arrival_ns)
+
+    def tick(self, now_ns: int) -> list[Step]:
+        """Returns the steps that became final by ``now_ns`` without a message: idle streams and deadlines."""
+        if now_ns < self._wake_ns and not self._pending:
+            return []
+        return self._work(now_ns)
+
+    def close(self, stream: str, reason: Literal["dead", "ended"], now_ns: int) -> list[Step]:
+        """Says that a stream's node is dead (no longer waited for until it speaks again), or that it has ended."""
+        steps = self.tick(now_ns)
+        track = self._tracks[stream]
+        self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
+        if track.closed != "ended":
+            track.closed = reason
+        if reason == "ended":
+            self._end(track)
+        return steps + self._work(now_ns, self._spec.max_steps_per_call - len(steps))
+
+    def finish(self, now_ns: int) -> list[Step]:
+        """Ends all streams; returns all steps up to the last whole hop below the greatest bound."""
+        steps = self._work(now_ns, None)
+        greatest = max((t.bound_ns for t in self._tracks.values() if t.bound_ns < FOREVER), default=0)
+        self._last_step = max(self._last_step, greatest // self._spec.hop_ns)
+        self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
+        for track in self._tracks.values():
+            track.closed = "ended"
+            self._end(track)
+        while self._next <= self._last_step:
+            steps.append(self._emit("end"))
+        return steps
+
+    def counters(self, stream: str) -> Counters:
+        """What became of the stream's messages so far."""
+        return self._tracks[stream].count()
+
     @property
-    def next_event_ns(self) -> int | None: ...  # when to tick next  # type: ignore[empty-body]
+    def next_step(self) -> int:
+        """The index of the step that will come next."""
+        return self._next
+
+    @property
+    def next_event_ns(self) -> int | None:
+        """When to call ``tick`` if nothing comes before; None if only a message can change anything."""
+        if self._pending:
+            return self._time_ns
+        return None if self._wake_ns >= FOREVER else self._wake_ns
+
+    # --- the order of events ---------------------------------------------------------------------------------------
+
+    def _hold(self, track: Track, message: Message, arrival_ns: int) -> None:
+        if len(self._inbox) < self._inbox_limit:
+            self._inbox.append((message, arrival_ns))
+        else:
+            track.turn_away(message)
+
+    def _work(self, now_ns: int, budget: int | None = 0) -> list[Step]:
+        """Does what is due up to ``now_ns``, in the order of nominal times: steps, then expiries and deadlines, then
+        the messages in the inbox. Stops after ``budget`` steps (0: as many as a call may); the rest stays pending."""
+        limit = self._spec.max_steps_per_call if budget == 0 else budget
+        steps: list[Step] = []
+        self._pending = False
+        while True:
+            cause = self._due()
+            if cause is not None:
+                if limit is not None and len(steps) >= limit:
+                    self._pending = True
+                    return steps
+                steps.append(self._emit(cause))
+                continue
+            event_ns = self._next_event_ns()
+            until_ns = self._inbox[0][1] if self._inbox else now_ns
+            if event_ns <= until_ns:
+                self._time_ns = max(self._time_ns, event_ns)
+            elif self._inbox:
+                message, arrival_ns = self._inbox.popleft()
+                self._time_ns = self._heard_ns = max(self._time_ns, arrival_ns)
+                self._take(self._tracks[message.header.stream], message, arrival_ns)
+            else:
+                self._time_ns = max(self._time_ns, now_ns)
+                self._reckon_wake()
+                return steps
+
+    def _take(self, track: Track, message: Message, arrival_ns: int) -> None:
+        if track.take(message, arrival_ns) and not track.proven and track.prove():
+            track.proven = True
+            self._unproven -= 1
+
+    def _due(self) -> Cause | None:
+        """Why the head step is final now, or None."""
+        now_ns = self._time_ns
+        cause = self._proven_at(now_ns)
+        if cause is not None:
+            return cause
+        if self._spec.max_delay_ns is not None and now_ns >= self._next * self._spec.hop_ns + self._spec.max_delay_ns:
+            return "deadline"
+        if any(FOREVER > t.bound_ns >= self._open_limit_ns for t in self._tracks.values()):
+            return "overflow"
+        return None
+
+    def _proven_at(self, now_ns: int) -> Cause | None:
+        expired_ns = -1
+        if self._unproven:
+            for track in self._tracks.values():
+                if track.proven or track.closed == "dead":
+                    continue
+                if not track.idle_at(now_ns):
+                    return None
+                expired_ns = max(expired_ns, track.expiry_ns)
+        for track in self._tracks.values():
+            if track.proven and track.closed != "dead" and not track.idle_at(now_ns):
+                if all(t.closed == "ended" for t in self._tracks.values()) and self._next > self._last_step:
+                    return None  # all is said
+                return "idle" if expired_ns > self._heard_ns else "proven"
+        return None
+
+    def _next_event_ns(self) -> int:
+        """The next time after now at which the head step could become final by itself."""
+        now_ns, earliest = self._time_ns, FOREVER
+        if self._spec.max_delay_ns is not None:
+            earliest = self._next * self._spec.hop_ns + self._spec.max_delay_ns
+        for track in self._tracks.values():
+            if not track.proven and track.closed is None and now_ns < track.expiry_ns < earliest:
+                earliest = track.expiry_ns
+        return earliest
+
+    def _reckon_wake(self) -> None:
+        self._wake_ns = self._next_event_ns()
+        self._open_limit_ns = (self._next + self._spec.max_open) * self._spec.hop_ns
+
+    def _end(self, track: Track) -> None:
+        if track.bound_ns < FOREVER:
+            self._last_step = max(self._last_step, track.bound_ns // self._spec.hop_ns)
+        track.bound_ns = FOREVER
+        if not track.proven:
+            track.proven = True
+            self._unproven -= 1
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def _emit(self, cause: Cause) -> Step:
+        """Makes the head step of what has come, and turns to the next."""
+        self._emitted_ns = max(self._emitted_ns, self._time_ns)
+        messages: dict[str, tuple[Message, ...]] = {}
+        grids: dict[str, Any] = {}
+        streams: dict[str, StreamManifest] = {}
+        for name, track in self._order:
+            content = track.content()
+            streams[name] = self._judge(track, content)
+            if content is not None:
+                messages[name] = content.messages
+                if content.grid is not None:
+                    grids[name] = content.grid
+        manifest = Manifest(
+            step=self._next,
+            start_ns=(self._next - 1) * self._spec.hop_ns,
+            end_ns=self._next * self._spec.hop_ns,
+            cause=cause,
+            emitted_ns=self._emitted_ns,
+            digest=digest(self._next, streams, grids),
+            streams=streams,
+        )
+        self._advance()
+        return Step(manifest, messages, grids)
+
+    def _judge(self, track: Track, content: Content | None) -> StreamManifest:
+        """The verdict on one stream; see the table at the top."""
+        idle = track.closed is None and track.idle_at(self._time_ns)
+        verdict: Verdict
+        reason: Reason | None = None
+        used: tuple[Range, ...] = ()
+        coverage, newest_ns, uncertainty_ns = 0.0, None, 0
+        if content is not None:
+            verdict = "ok" if track.proven and content.complete else "partial"
+            coverage, newest_ns = content.coverage, content.newest_ns
+            used = ranges(content.messages)
+            for message in content.messages:
+                if message.header.uncertainty_ns > uncertainty_ns:
+                    uncertainty_ns = message.header.uncertainty_ns
+        elif track.proven:
+            verdict = "missing"
+            if not track.started:
+                reason = "never_started"
+            else:
+                reason = "gap" if track.hole_is_gap or track.touched() else "out_of_tolerance"
+        elif track.closed == "dead":
+            verdict, reason = "missing", "dead"
+        elif idle:
+            verdict, reason = "missing", "silent" if track.started else "never_started"
+        else:
+            verdict = "late"
+        return StreamManifest(
+            verdict,
+            reason,
+            coverage,
+            track.proven,
+            used,
+            ranges(track.fresh),
+            track.epoch if track.epoch > -FOREVER else None,
+            track.bound_ns if -FOREVER < track.bound_ns < FOREVER else None,
+            newest_ns,
+            uncertainty_ns,
+            idle,
+            track.closed,
+        )
+
+    def _advance(self) -> None:
+        self._next += 1
+        self._unproven = 0
+        for track in self._tracks.values():
+            track.advance()
+            if track.bound_ns >= track.interesting_ns and (track.closed == "ended" or track.prove()):
+                track.proven = True
+            else:
+                self._unproven += 1
+        self._open_limit_ns = (self._next + self._spec.max_open) * self._spec.hop_ns
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def digest(step: int, streams: dict[str, StreamManifest], grids: dict[str, Any]) -> str:
+    """What makes two steps the same: references, verdicts and resampled samples; 32 hexadecimal digits."""
+    said = [(name, m.verdict, m.reason, m.coverage, m.proven, m.used) for name, m in sorted(streams.items())]
+    state = hashlib.blake2b(_encode((step, said)), digest_size=16)
+    for name in sorted(grids):
+        state.update(grids[name].tobytes())
+    return state.hexdigest()
+
+
+def _check(spec: AlignSpec) -> None:
+    names = [s.name for s in spec.streams]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"the aligner needs streams with distinct names; got {names}")
+    if spec.hop_ns <= 0 or spec.max_open < 1 or spec.max_steps_per_call < 1:
+        raise ConfigError(
+            f"hop ({spec.hop_ns} ns), max_open ({spec.max_open}) and max_steps_per_call ({spec.max_steps_per_call}) "
+            f"must be positive"
+        )

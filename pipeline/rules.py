@@ -1,0 +1,958 @@
+"""What one stream has to say about one step: the four rules, and the bookkeeping that they share.
+
+A ``Track`` holds one stream's messages between their arrival and the last step that can use them. It takes messages
+(and refuses those that contradict what the stream has promised), answers for the step that is next whether its content
+is proven, and hands the content over. It knows neither other streams nor deadlines: those are the aligner's.
+
+Proof rests on one number, the stream's bound B: nothing with a capture time below B will come any more.
+
+============== ============================================ =========================================================
+rule           a step k holds                               proven when
+============== ============================================ =========================================================
+``nearest``    least distance d to E(k), d < tolerance      B >= E(k) + d (tolerance, if nothing is that near yet)
+``latest``     last before E(k), not older than max_age     B >= E(k)
+``all``        every capture in [E(k-1), E(k))              B >= E(k)
+``resample``   a value for every grid point in the hop      a sample at or after the last point (band-limited: half a
+                                                            filter after it), or B beyond the last point and more
+                                                            than max_gap beyond the newest sample of the epoch
+============== ============================================ =========================================================
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, bisect_right, insort
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from pipeline import resample
+from pipeline.errors import ConfigError
+from pipeline.messages import (
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    Payload,
+    SignalLayout,
+    SweepLayout,
+    TextLayout,
+    nbytes_of,
+    signal_dtype,
+)
+
+Array = np.ndarray[Any, Any]
+FOREVER = 1 << 62
+"""Beyond every time of a session: the bound of a stream that has ended."""
+
+
+class Nearest(msgspec.Struct, frozen=True, gc=False, tag="nearest"):
+    """The message with the least distance d to E(k), d < tolerance; ties: earlier capture, then lower seq."""
+
+    tolerance_ns: int
+
+
+class Latest(msgspec.Struct, frozen=True, gc=False, tag="latest"):
+    """The last message before E(k), not older than ``max_age_ns`` (E(k) - max_age <= t < E(k))."""
+
+    max_age_ns: int
+
+
+class Resample(msgspec.Struct, frozen=True, gc=False, tag="resample"):
+    """Exactly rate x hop samples on an integer grid; neighbours more than ``max_gap_ns`` apart leave a hole (NaN)."""
+
+    rate_hz: int
+    max_gap_ns: int
+    method: Literal["linear", "band_limited"] = "linear"
+
+
+class All(msgspec.Struct, frozen=True, gc=False, tag="all"):
+    """Every message with capture time in the hop."""
+
+
+Rule = Nearest | Latest | Resample | All
+
+
+class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the aligner must know of one stream."""
+
+    name: str
+    payload: Payload
+    rule: Rule
+    channels: int = 0
+    """Columns of a resampled grid: 6 for imu (accel xyz, gyro xyz), the signal's or the audio's channel count."""
+    idle_ns: int | None = 1_000_000_000
+    """After how long without progress of its bound a stream is no longer waited for; None: never."""
+    ordered: bool = True
+    max_buffer: int = 4096
+    """How many messages may wait in the buffer; one more is rejected."""
+
+
+class Counters(msgspec.Struct, kw_only=True):
+    """received == used + late + superseded + duplicate + sum(rejected.values()) + buffered, always."""
+
+    received: int = 0
+    used: int = 0
+    late: int = 0
+    superseded: int = 0
+    duplicate: int = 0
+    rejected: dict[str, int] = msgspec.field(default_factory=dict)
+    """By reason: epoch, bound, future, malformed, overflow."""
+    buffered: int = 0
+    lost: int = 0
+    """Messages that the numbering says were sent and that never came."""
+    beats: int = 0
+
+
+class Content(NamedTuple):
+    """What a step holds of one stream, as far as it has come."""
+
+    messages: tuple[Message, ...]
+    """Those that the content was made of, oldest first."""
+    coverage: float
+    complete: bool
+    newest_ns: int | None
+    grid: Array | None = None
+
+
+Range = tuple[int, int, int]
+"""(epoch, first seq, last seq)"""
+
+LAYOUTS: dict[str, type[Layout]] = {
+    "frame": FrameLayout,
+    "audio": AudioLayout,
+    "imu": ImuLayout,
+    "signal": SignalLayout,
+    "sweep": SweepLayout,
+    "text": TextLayout,
+}
+
+
+def ranges(messages: list[Message] | tuple[Message, ...]) -> tuple[Range, ...]:
+    """The (epoch, seq) of ``messages`` as ranges."""
+    if not messages:
+        return ()
+    first, last = messages[0].header, messages[-1].header
+    if first.epoch == last.epoch and last.seq - first.seq + 1 == len(messages) and last.seq >= first.seq:
+        return ((first.epoch, first.seq, last.seq),)  # all in one, as nearly always
+    result: list[Range] = []
+    for epoch, seq in sorted((m.header.epoch, m.header.seq) for m in messages):
+        if result and result[-1][0] == epoch and result[-1][2] == seq - 1:
+            result[-1] = (epoch, result[-1][1], seq)
+        else:
+            result.append((epoch, seq, seq))
+    return tuple(result)
+
+
+class Track:
+    """One stream on its way into steps. Subclasses are the rules; see the module's table."""
+
+    def __init__(self, spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> None:
+        self.spec = spec
+        self.hop_ns = hop_ns
+        self.max_future_ns = FOREVER if max_future_ns is None else max_future_ns
+        self.layout_type = LAYOUTS[spec.payload]
+        self.ordered = spec.ordered
+        self.max_buffer = spec.max_buffer
+        self.counters = Counters()
+        self.received = 0
+        self.epoch = -FOREVER
+        self.epoch_floor_ns = -FOREVER
+        self.bound_ns = -FOREVER
+        self.advanced_ns = 0  # arrival time of the header that last moved the bound
+        self.closed: str | None = None
+        self.started = False
+        self.proven = False
+        self.buffer: list[Message] = []  # by capture time
+        self.used: set[int] = set()  # ids of the messages in the buffer that some step has used
+        self.fresh: list[Message] = []  # taken since the last manifest
+        self.next_seq = 0
+        self.last_capture_ns = 0
+        self.sequence = None if spec.ordered else _Unordered(spec.max_buffer)
+        self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
+        self.overflows: list[tuple[int, int]] = []
+        self.aim(step)
+
+    # --- taking messages -------------------------------------------------------------------------------------------
+
+    def take(self, message: Message, arrival_ns: int) -> bool:
+        """Takes one message or beat; True if the bound has reached the point from which the step may be proven."""
+        header = message.header
+        if (
+            0 < header.seq == self.next_seq
+            and header.epoch == self.epoch
+            and type(header.layout) is self.layout_type
+            and header.bound_ns >= header.t_end_ns >= header.t_capture_ns >= self.bound_ns
+            and header.t_capture_ns >= self.late_below_ns
+            and header.bound_ns - arrival_ns <= self.max_future_ns
+            and self.sequence is None
+            and len(self.buffer) < self.max_buffer
+            and self.closed is None
+            and self.well_formed(message)
+        ):
+            self.received += 1
+            self.next_seq += 1
+            self.last_capture_ns = header.t_capture_ns
+            self.buffer.append(message)
+            self.fresh.append(message)
+            if header.bound_ns > self.bound_ns:
+                self.bound_ns = header.bound_ns
+                self.advanced_ns = arrival_ns
+            return self.bound_ns >= self.interesting_ns
+        return self._take_with_care(message, arrival_ns)
+
+    def _take_with_care(self, message: Message, arrival_ns: int) -> bool:
+        """The same for whatever is out of the ordinary, one check after the other."""
+        header = message.header
+        if header.layout is None:
+            self.counters.beats += 1
+        else:
+            self.received += 1
+        if (reason := self._refusal(message, arrival_ns)) is not None:
+            self._reject(header, reason)
+            self._skip_number(header)
+            return False
+        if header.epoch < self.epoch:
+            self._reject(header, "epoch")
+            return False
+        if header.epoch > self.epoch:
+            self._open(header.epoch)
+        if self._is_duplicate(header):
+            self.counters.duplicate += 1
+            return False
+        self._number(header)
+        if header.layout is not None:
+            self._place(message)
+        self._promise(header, arrival_ns)
+        return self.bound_ns >= self.interesting_ns
+
+    def _refusal(self, message: Message, arrival_ns: int) -> str | None:
+        header = message.header
+        if header.seq < 0 or header.t_end_ns < header.t_capture_ns:
+            return "malformed"
+        if header.layout is not None and (
+            type(header.layout) is not self.layout_type
+            or header.bound_ns < header.t_capture_ns
+            or not self.well_formed(message)
+        ):
+            return "malformed"
+        if max(header.t_end_ns, header.bound_ns) - arrival_ns > self.max_future_ns:
+            return "future"
+        return None
+
+    def _reject(self, header: Header, reason: str) -> None:
+        if header.layout is not None:
+            self.counters.rejected[reason] = self.counters.rejected.get(reason, 0) + 1
+
+    def _skip_number(self, header: Header) -> None:
+        """A refused message has come all the same: it is not also counted as lost."""
+        if header.layout is None or header.epoch != self.epoch:
+            return
+        if self.sequence is not None:
+            self.sequence.come(header.seq)
+        elif header.seq == self.next_seq:
+            self.next_seq += 1
+
+    def turn_away(self, message: Message) -> None:
+        """Counts a message that there was no room to look at."""
+        if message.header.layout is None:
+            self.counters.beats += 1
+        else:
+            self.received += 1
+            self._reject(message.header, "overflow")
+
+    def _open(self, epoch: int) -> None:
+        if self.sequence is not None:
+            self.counters.lost += self.sequence.missing
+            self.sequence = _Unordered(self.max_buffer)
+        self.epoch = epoch
+        self.epoch_floor_ns = self.bound_ns
+        self.next_seq = 0
+        self.last_capture_ns = epoch
+
+    def _is_duplicate(self, header: Header) -> bool:
+        if header.layout is None:
+            return False
+        return self.sequence.has(header.seq) if self.sequence is not None else header.seq < self.next_seq
+
+    def _number(self, header: Header) -> None:
+        """Sequence accounting: a jump is a loss at once where the bus keeps the order."""
+        beat = header.layout is None
+        if self.sequence is not None:
+            self.sequence.known(header.seq) if beat else self.sequence.come(header.seq)
+            return
+        until_ns = header.bound_ns if beat else header.t_capture_ns
+        if header.seq > self.next_seq:
+            self.counters.lost += header.seq - self.next_seq
+            self._remember_loss(self.last_capture_ns + 1, until_ns, header.seq - self.next_seq)
+        if not beat:
+            self.next_seq = header.seq + 1
+            self.last_capture_ns = header.t_capture_ns
+        elif header.seq > self.next_seq:
+            self.next_seq = header.seq
+
+    def _remember_loss(self, first_ns: int, end_ns: int, count: int) -> None:
+        if len(self.losses) >= self.max_buffer:  # bounded whatever a stream does: the two newest become one
+            before = self.losses.pop()
+            first_ns, count = before[0], before[2] + count
+        self.losses.append((first_ns, end_ns, count))
+
+    def _place(self, message: Message) -> None:
+        header = message.header
+        if header.t_capture_ns < self.epoch_floor_ns:
+            self._reject(header, "epoch")
+        elif header.t_capture_ns < self.bound_ns:
+            self._reject(header, "bound")
+        elif self.is_late(message):
+            self.counters.late += 1
+        elif len(self.buffer) >= self.max_buffer:
+            self._reject(header, "overflow")
+            if len(self.overflows) < self.max_buffer:
+                self.overflows.append((header.t_capture_ns, header.t_end_ns))
+            else:
+                self.overflows[-1] = (self.overflows[-1][0], header.t_end_ns)
+        else:
+            self._keep(message)
+
+    def _keep(self, message: Message) -> None:
+        self.started = True
+        if self.closed == "dead":
+            self.closed = None
+        self.fresh.append(message)
+        if self.buffer and _order(message) < _order(self.buffer[-1]):
+            insort(self.buffer, message, key=_order)
+            self.reordered()
+        else:
+            self.buffer.append(message)
+
+    def _promise(self, header: Header, arrival_ns: int) -> None:
+        """The header's bound, once nothing with a lower number is outstanding."""
+        bound_ns = header.bound_ns
+        if self.sequence is not None:
+            bound_ns = self.sequence.promise(header)
+        if bound_ns > self.bound_ns:
+            self.bound_ns = bound_ns
+            self.advanced_ns = arrival_ns
+            if self.closed == "dead":
+                self.closed = None
+
+    # --- the step that is next -------------------------------------------------------------------------------------
+
+    def aim(self, step: int) -> None:
+        """Turns to ``step``: its limits, and the point from which asking for a proof is worth the while."""
+        self.step = step
+        self.start_ns = (step - 1) * self.hop_ns
+        self.end_ns = step * self.hop_ns
+        self.interesting_ns, self.late_below_ns = self.limits()
+        self.proven = False
+
+
+    def idle_at(self, now_ns: int) -> bool:
+        """Whether the stream has made no progress for its limit."""
+        return self.closed != "ended" and now_ns >= self.expiry_ns
+
+    @property
+    def expiry_ns(self) -> int:
+        """When it will be idle if nothing comes."""
+        return FOREVER if self.spec.idle_ns is None else self.advanced_ns + self.spec.idle_ns
+
+    def lost_within(self, first_ns: int, end_ns: int) -> int:
+        """How many messages may have been lost in [first, end)."""
+        return sum(n for a, b, n in self.losses if max(a, first_ns) < min(b, end_ns)) if self.losses else 0
+
+    def overflowed_within(self, first_ns: int, end_ns: int) -> int:
+        """How many messages were turned away there because the buffer was full."""
+        return sum(1 for a, b in self.overflows if a < end_ns and b >= first_ns) if self.overflows else 0
+
+    def touched(self) -> bool:
+        """Whether a loss or an overflow lies in what the rule looks at."""
+        first_ns, end_ns = self.span()
+        return bool(self.lost_within(first_ns, end_ns) or self.overflowed_within(first_ns, end_ns))
+
+    def advance(self) -> None:
+        """The step is history: what no later step can hold leaves the buffer, and is counted."""
+        self.fresh = []
+        self.aim(self.step + 1)
+        keep = self.obsolete()
+        if keep:
+            for message in self.buffer[:keep]:
+                if id(message) in self.used:
+                    self.used.discard(id(message))
+                    self.counters.used += 1
+                else:
+                    self.counters.superseded += 1
+            del self.buffer[:keep]
+        if self.losses or self.overflows:
+            first_ns = self.span()[0]
+            self.losses = [loss for loss in self.losses if loss[1] > first_ns]
+            self.overflows = [span for span in self.overflows if span[1] >= first_ns]
+
+    def count(self) -> Counters:
+        """The counters as of now."""
+        used = self.counters.used + len(self.used)
+        missing = self.sequence.missing if self.sequence is not None else 0
+        return msgspec.structs.replace(
+            self.counters,
+            received=self.received,
+            rejected=dict(self.counters.rejected),
+            used=used,
+            buffered=len(self.buffer) - len(self.used),
+            lost=self.counters.lost + missing,
+        )
+
+    # --- what a rule says ------------------------------------------------------------------------------------------
+
+    late_below_ns: int
+    interesting_ns: int
+    hole_is_gap = False
+    """Whether proven emptiness is a gap in the stream, rather than content that lies too far away."""
+
+    def limits(self) -> tuple[int, int]:
+        """(least bound at which the step can be proven, capture time below which a message may be late)."""
+        raise NotImplementedError
+
+    def prove(self) -> bool:
+        """Whether the content is proven, given that the bound has reached ``interesting_ns``."""
+        raise NotImplementedError
+
+    def span(self) -> tuple[int, int]:
+        """[first, end) of the capture times that the rule looks at."""
+        raise NotImplementedError
+
+    def content(self) -> Content | None:
+        """What the step holds of what has come; None if nothing. Marks it as used."""
+        raise NotImplementedError
+
+    def obsolete(self) -> int:
+        """How many messages at the front of the buffer no step from ``self.step`` on can hold."""
+        raise NotImplementedError
+
+    def is_late(self, message: Message) -> bool:
+        """Whether no step from ``self.step`` on can hold the message."""
+        return message.header.t_capture_ns < self.late_below_ns
+
+    def well_formed(self, message: Message) -> bool:
+        """Whether the payload is what the rule can work with."""
+        return True
+
+    def reordered(self) -> None:
+        """A message was put before others that had come earlier."""
+
+
+class NearestTrack(Track):
+    """See ``Nearest``."""
+
+    def limits(self) -> tuple[int, int]:
+        rule = self.spec.rule
+        assert isinstance(rule, Nearest)
+        self.tolerance_ns = rule.tolerance_ns
+        return self.end_ns, self.end_ns - self.tolerance_ns + 1
+
+    def _best(self) -> Message | None:
+        best, least, signed, end_ns = None, self.tolerance_ns, 0, self.end_ns
+        for message in self.buffer:
+            distance = message.header.t_capture_ns - end_ns
+            if distance > least:
+                break
+            nearer = abs(distance) < least
+            twin = best is not None and distance == signed and message.header.seq < best.header.seq  # of two epochs
+            if nearer or twin:
+                best, least, signed = message, abs(distance), distance
+        return best
+
+    def prove(self) -> bool:
+        best = self._best()
+        distance = self.tolerance_ns if best is None else abs(best.header.t_capture_ns - self.end_ns)
+        self.interesting_ns = self.bound_ns + 1  # a nearer message may prove it before the bound gets that far
+        return self.bound_ns >= self.end_ns + distance
+
+    def span(self) -> tuple[int, int]:
+        return self.end_ns - self.tolerance_ns + 1, self.end_ns + self.tolerance_ns
+
+    def content(self) -> Content | None:
+        best = self._best()
+        if best is None:
+            return None
+        self.used.add(id(best))
+        return Content((best,), 1.0, not self.overflowed_within(*self.span()), best.header.t_capture_ns)
+
+    def obsolete(self) -> int:
+        return _before(self.buffer, self.late_below_ns)
+
+
+class LatestTrack(Track):
+    """See ``Latest``."""
+
+    def limits(self) -> tuple[int, int]:
+        rule = self.spec.rule
+        assert isinstance(rule, Latest)
+        self.oldest_ns = self.end_ns - rule.max_age_ns
+        return self.end_ns, self.oldest_ns
+
+    def prove(self) -> bool:
+        return True
+
+    def span(self) -> tuple[int, int]:
+        return self.oldest_ns, self.end_ns
+
+    def content(self) -> Content | None:
+        index = _before(self.buffer, self.end_ns) - 1
+        if index < 0 or self.buffer[index].header.t_capture_ns < self.oldest_ns:
+            return None
+        last = self.buffer[index]
+        self.used.add(id(last))
+        return Content((last,), 1.0, not self.overflowed_within(*self.span()), last.header.t_capture_ns)
+
+    def obsolete(self) -> int:
+        return _before(self.buffer, self.late_below_ns)
+
+
+class AllTrack(Track):
+    """See ``All``."""
+
+    hole_is_gap = True
+
+    def limits(self) -> tuple[int, int]:
+        return self.end_ns, self.start_ns
+
+    def prove(self) -> bool:
+        return True
+
+    def span(self) -> tuple[int, int]:
+        return self.start_ns, self.end_ns
+
+    def content(self) -> Content | None:
+        first, end = _before(self.buffer, self.start_ns), _before(self.buffer, self.end_ns)
+        held = tuple(self.buffer[first:end])
+        lost = self.lost_within(*self.span()) + self.overflowed_within(*self.span())
+        if not held:
+            # An hour without a line of text is complete, as long as nothing was lost and the bound says so.
+            return Content((), 1.0, True, None) if not lost and self.bound_ns >= self.end_ns else None
+        self.used.update(map(id, held))
+        return Content(held, len(held) / (len(held) + lost), not lost, held[-1].header.t_capture_ns)
+
+    def obsolete(self) -> int:
+        return _before(self.buffer, self.late_below_ns)
+
+
+class ResampleTrack(Track):
+    """See ``Resample``. Samples stand in one contiguous array; messages only say which of them are whose."""
+
+    hole_is_gap = True
+
+    def __init__(self, spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> None:
+        rule = spec.rule
+        assert isinstance(rule, Resample)
+        self.rule = rule
+        self.max_gap_ns = rule.max_gap_ns
+        count = resample.samples_per_hop(rule.rate_hz, hop_ns)
+        if count is None:
+            hop_ms = resample.nearest_hop_ns(rule.rate_hz, hop_ns) / 1e6
+            raise ConfigError(
+                f"stream {spec.name!r} is resampled at {rule.rate_hz} Hz, which gives {rule.rate_hz * hop_ns / 1e9:g} "
+                f"samples in a hop of {hop_ns / 1e6:g} ms; it must be a whole number. The nearest hop is {hop_ms:g} ms"
+            )
+        self.count_per_hop = count
+        self.channels = spec.channels
+        self.dtype = signal_dtype(spec.channels)
+        self.rate = (0, 0)  # (epoch, Hz) of the newest audio block
+        self.reach_ns = 0  # how far beyond the last point samples are needed (band-limited), for the slowest source yet
+        self.samples = _Samples(spec.channels)
+        self.parsed = 0  # how many messages of the buffer already stand in ``samples``
+        super().__init__(spec, hop_ns, max_future_ns, step)
+
+    def limits(self) -> tuple[int, int]:
+        first = (self.step - 1) * self.count_per_hop
+        rate = self.rule.rate_hz
+        self.first_point_ns = first * resample.SECOND // rate
+        self.last_point_ns = (first + self.count_per_hop - 1) * resample.SECOND // rate
+        return self.last_point_ns + 1, self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
+
+    # Payloads: one layout in memory for imu and signal (time offset, values), PCM for audio.
+
+    def well_formed(self, message: Message) -> bool:
+        header, data = message.header, message.data
+        layout = header.layout
+        if layout is None:
+            return True
+        if data is None or layout.samples < 1:  # type: ignore[union-attr]
+            return False
+        nbytes = data.nbytes if hasattr(data, "nbytes") else len(data)
+        if type(layout) is AudioLayout:
+            return self._well_formed_audio(header, layout, nbytes)
+        if type(layout) is SignalLayout and len(layout.channels) != self.channels:
+            return False
+        if nbytes != nbytes_of(layout):
+            return False
+        if layout.samples == 1:  # type: ignore[union-attr]
+            offset = int.from_bytes(memoryview(data).cast("B")[:8], "little", signed=True)
+            sample_ns = header.t_capture_ns + offset
+            return header.t_capture_ns <= sample_ns <= header.t_end_ns and header.bound_ns > sample_ns
+        offsets = np.frombuffer(data, self.dtype)["offset_ns"]
+        last = int(offsets[-1])
+        return bool(
+            offsets[0] >= 0
+            and last <= header.t_end_ns - header.t_capture_ns
+            and header.bound_ns > header.t_capture_ns + last
+            and (offsets[1:] >= offsets[:-1]).all()
+        )
+
+    def _well_formed_audio(self, header: Header, layout: AudioLayout, nbytes: int) -> bool:
+        if layout.channels != self.channels or nbytes != nbytes_of(layout) or layout.rate_hz < 1:
+            return False
+        duration_ns = header.t_end_ns - header.t_capture_ns
+        last_ns = header.t_capture_ns + (layout.samples - 1) * duration_ns // layout.samples
+        if duration_ns <= 0 or header.bound_ns <= last_ns:
+            return False
+        return self.rate[0] != header.epoch or self.rate[1] == layout.rate_hz
+
+    def _place(self, message: Message) -> None:
+        if self.sequence is not None and self._overlaps(message):
+            self._reject(message.header, "malformed")
+        else:
+            super()._place(message)
+
+    def _overlaps(self, message: Message) -> bool:
+        """Whether the samples of an unordered stream's message lie among those of another that came before it."""
+        index = bisect_left(self.buffer, _order(message), key=_order)
+        before = self.buffer[index - 1] if index else None
+        after = self.buffer[index] if index < len(self.buffer) else None
+        return bool(
+            (before and _last_sample_ns(before, self.dtype) >= message.header.t_capture_ns)
+            or (after and _last_sample_ns(message, self.dtype) >= after.header.t_capture_ns)
+        )
+
+    def _keep(self, message: Message) -> None:
+        header = message.header
+        if type(header.layout) is AudioLayout and self.rule.method == "band_limited":
+            # The source's rate sets how far the band-limiting filter reaches.
+            self.rate = (header.epoch, header.layout.rate_hz)
+            self.reach_ns = max(self.reach_ns, resample.reach_ns(header.layout.rate_hz, self.rule.rate_hz))
+        super()._keep(message)
+
+    def _parse(self) -> None:
+        """Brings the samples of messages that have come since into the contiguous array."""
+        new = self.buffer[self.parsed :]
+        if not new:
+            return
+        times, values, owners = self._unpack(new)
+        self.samples.append(times, values, owners + self.parsed, [m.header.epoch for m in new], self.max_gap_ns)
+        self.parsed = len(self.buffer)
+
+    def _unpack(self, new: list[Message]) -> tuple[Array, Array, Array]:
+        counts = [m.header.layout.samples for m in new]  # type: ignore[union-attr]
+        single = len(counts) == sum(counts)
+        owners = np.arange(len(new)) if single else np.repeat(np.arange(len(new)), counts)
+        starts = np.array([m.header.t_capture_ns for m in new])
+        if self.spec.payload == "audio":
+            times = np.concatenate([_audio_times(m.header) for m in new])
+            pcm = np.frombuffer(b"".join(m.data for m in new), "<i2").reshape(-1, self.channels)
+            return times, pcm.astype(np.float32) * np.float32(1 / 32768), owners
+        packed = np.frombuffer(b"".join(m.data for m in new), self.dtype)
+        return (starts if single else starts[owners]) + packed["offset_ns"], packed["value"], owners
+
+    def reordered(self) -> None:
+        self.parsed = 0
+        self.samples = _Samples(self.channels)
+
+    def _settled(self) -> tuple[int | None, int | None]:
+        """(time of the first sample at or after the last point and its filter, newest sample of the current epoch),
+        of those below the bound, which nothing can come before any more; None where there is none."""
+        if self.sequence is None:
+            if not self.buffer:
+                return None, None
+            newest = _last_sample_ns(self.buffer[-1], self.dtype)
+            beyond = newest if newest >= self.last_point_ns + self.reach_ns else None
+            return beyond, newest if self.buffer[-1].header.epoch == self.epoch else None
+        self._parse()
+        times = self.samples.times
+        below = int(times.searchsorted(self.bound_ns))
+        first = int(times.searchsorted(self.last_point_ns + self.reach_ns))
+        newest_owner = self.buffer[int(self.samples.owners[below - 1])] if below else None
+        current = newest_owner is not None and newest_owner.header.epoch == self.epoch
+        return int(times[first]) if first < below else None, int(times[below - 1]) if current else None
+
+    def prove(self) -> bool:
+        beyond, newest = self._settled()
+        if beyond is not None:
+            return True
+        self.interesting_ns = self.bound_ns + 1  # the sample that proves it may come before the bound gets far
+        # The bound lies beyond the last point: a point without right neighbour gets one only from a sample of this
+        # epoch that is still to come, and near enough to the left neighbour.
+        return newest is None or self.bound_ns > newest + self.max_gap_ns
+
+    def span(self) -> tuple[int, int]:
+        return self.start_ns, self.end_ns
+
+    def content(self) -> Content | None:
+        self._parse()
+        times = self.samples.times
+        if not len(times):
+            return None
+        rate = self.rule.rate_hz
+        points = resample.grid(rate, (self.step - 1) * self.count_per_hop, self.count_per_hop)
+        left, right = resample.neighbours(times, points)
+        breaks = self.samples.breaks
+        if left[0] >= 0 and times[-1] >= self.last_point_ns and not self.samples.broken(left[0], right[-1]):
+            return self._whole(points, left, right, breaks)
+        valid = resample.joined(times, breaks, left, right, points)
+        count = int(valid.sum())
+        if not count:
+            return None
+        points, left, right = points[valid], left[valid], right[valid]
+        grid = np.full((self.count_per_hop, self.channels), np.nan, np.float32)
+        grid[valid] = self._interpolate(points, left, right, breaks)
+        messages = self._claim(points, left, right)
+        complete = count == self.count_per_hop and not self.overflowed_within(*self.span())
+        return Content(messages, count / self.count_per_hop, complete, int(points[-1]), grid)
+
+    def _whole(self, points: Array, left: Array, right: Array, breaks: Array) -> Content:
+        grid = self._interpolate(points, left, right, breaks)
+        complete = not self.overflowed_within(*self.span())
+        return Content(self._claim(points, left, right), 1.0, complete, self.last_point_ns, grid)
+
+    def _interpolate(self, points: Array, left: Array, right: Array, breaks: Array) -> Array:
+        times, values = self.samples.times, self.samples.values
+        if not self.reach_ns:
+            return resample.linear(times, values, left, right, points)
+        grid = np.empty((len(points), self.channels), np.float32)
+        for rate, at in self._by_rate(left):
+            grid[at] = resample.band_limited(
+                times, values, breaks, left[at], right[at], points[at], rate, self.rule.rate_hz
+            )
+        return grid
+
+    def _by_rate(self, left: Array) -> list[tuple[int, Any]]:
+        """The points by their source's rate, which only another epoch can change: (Hz, index of its points)."""
+        rates = [m.header.layout.rate_hz for m in self.buffer[: self.parsed]]  # type: ignore[union-attr]
+        if len(set(rates)) == 1:
+            return [(rates[0], slice(None))]
+        each = np.array(rates)[self.samples.owners[left]]
+        return [(int(rate), each == rate) for rate in np.unique(each)]
+
+    def _claim(self, points: Array, left: Array, right: Array) -> tuple[Message, ...]:
+        """The messages that these points were made of; they count as used."""
+        times, owners = self.samples.times, self.samples.owners
+        if self.reach_ns:
+            indices: set[int] = set()
+            for rate, at in self._by_rate(left):
+                half, some = resample.half_taps(rate, self.rule.rate_hz), left[at]
+                first, last = max(0, int(some[0]) - half + 1), min(len(times) - 1, int(some[-1]) + half)
+                indices.update(owners[self.samples.within_runs(first, last, some)].tolist())
+        else:
+            # An exact sample is used alone, whatever stands to its right.
+            indices = set(owners[left].tolist())
+            indices.update(owners[np.where(times[left] == points, left, right)].tolist())
+        messages = tuple([self.buffer[i] for i in sorted(indices)])
+        self.used.update(map(id, messages))
+        return messages
+
+    def is_late(self, message: Message) -> bool:
+        reach = max(self.max_gap_ns, self.reach_ns)
+        return _last_sample_ns(message, self.dtype) + reach < self.first_point_ns
+
+    def obsolete(self) -> int:
+        """Samples stay as long as they can be a left neighbour (or lie under the filter) of a point to come."""
+        buffer, dtype = self.buffer, self.dtype
+        count = 0
+        if not self.reach_ns:
+            # Of all that begin at or before the first point, only the last can hold a left neighbour.
+            count = max(0, bisect_right(buffer, self.first_point_ns, key=_capture) - 1)
+        limit_ns = self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
+        while count < len(buffer) and _last_sample_ns(buffer[count], dtype) < limit_ns:
+            count += 1
+        if count:
+            self.samples.drop(count)
+            self.parsed = max(0, self.parsed - count)
+        return count
+
+
+class _Samples:
+    """Samples of consecutive messages in contiguous arrays that grow at the end and are trimmed at the front.
+
+    ``times`` i8 [n] not decreasing, ``values`` f4 [n, channels], ``owners`` i8 [n]: index of the message in the
+    buffer, ``breaks``: indices i where sample i does not belong together with sample i - 1.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._times = np.empty(64, np.int64)
+        self._values = np.empty((64, channels), np.float32)
+        self._owners = np.empty(64, np.int64)
+        self._first = self._end = 0
+        self._dropped = 0  # messages dropped so far: owners are kept absolute
+        self._breaks: list[int] = []  # absolute positions in the arrays
+        self._last_epoch: int | None = None
+
+    @property
+    def times(self) -> Array:
+        return self._times[self._first : self._end]
+
+    @property
+    def values(self) -> Array:
+        return self._values[self._first : self._end]
+
+    @property
+    def owners(self) -> Array:
+        return self._owners[self._first : self._end] - self._dropped
+
+    @property
+    def breaks(self) -> Array:
+        return np.array(self._breaks, np.int64) - self._first if self._breaks else _NONE
+
+    def broken(self, left: int, right: int) -> bool:
+        """Whether a break lies between sample ``left`` and sample ``right``."""
+        return bool(self._breaks) and any(left < b - self._first <= right for b in self._breaks)
+
+    def within_runs(self, first: int, last: int, left: Array) -> Array:
+        """The indices in [first, last] that share a run with one of ``left``."""
+        indices = np.arange(first, last + 1)
+        breaks = self.breaks
+        if not len(breaks):
+            return indices
+        run = breaks.searchsorted(indices, side="right")
+        return indices[np.isin(run, breaks.searchsorted(left, side="right"))]
+
+    def append(self, times: Array, values: Array, owners: Array, epochs: list[int], max_gap_ns: int) -> None:
+        """Adds samples; ``owners`` count from the front of the buffer, ``epochs`` is the epoch of each message."""
+        start, count = self._end, len(times)
+        if start + count > len(self._times):
+            self._make_room(count)
+            start = self._end
+        end = start + count
+        self._times[start:end] = times
+        self._values[start:end] = values
+        self._owners[start:end] = owners + self._dropped
+        self._end = end
+        begin = max(start, self._first + 1)
+        gaps = np.diff(self._times[begin - 1 : end]) > max_gap_ns if end > begin else _NO_GAPS
+        if gaps.any():
+            self._breaks.extend((np.flatnonzero(gaps) + begin).tolist())
+        if epochs[0] != epochs[-1] or (self._last_epoch is not None and epochs[0] != self._last_epoch):
+            self._break_epochs(start, owners, epochs)
+        self._last_epoch = epochs[-1]
+
+    def _break_epochs(self, start: int, owners: Array, epochs: list[int]) -> None:
+        each = np.array(epochs)[owners - owners[0]]
+        before = each[0] if self._last_epoch is None else self._last_epoch
+        changes = np.flatnonzero(np.diff(each, prepend=before)) + start
+        self._breaks = sorted(set(self._breaks).union(changes.tolist()))
+
+    def _make_room(self, count: int) -> None:
+        held = self._end - self._first
+        capacity = len(self._times)
+        while capacity < 2 * (held + count):
+            capacity *= 2
+        for name in ("_times", "_values", "_owners"):
+            old = getattr(self, name)
+            new = np.empty((capacity, *old.shape[1:]), old.dtype)
+            new[:held] = old[self._first : self._end]
+            setattr(self, name, new)
+        self._breaks = [b - self._first for b in self._breaks]
+        self._first, self._end = 0, held
+
+    def drop(self, messages: int) -> None:
+        """Forgets the samples of the first ``messages`` messages."""
+        self._dropped += messages
+        self._first += int(self._owners[self._first : self._end].searchsorted(self._dropped))
+        if self._breaks and self._breaks[0] <= self._first:
+            self._breaks = [b for b in self._breaks if b > self._first]
+
+
+class _Unordered:
+    """Numbers of a stream whose messages may overtake each other: what has come, and which bounds hold already."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._floor = 0  # all numbers below have come
+        self._seen: set[int] = set()
+        self._known = 0  # numbers below this are known to have been sent
+        self._given_up = 0
+        self._promises: list[tuple[int, int]] = []  # heap of (numbers needed, bound)
+
+    @property
+    def missing(self) -> int:
+        """How many numbers are known to have been sent and have not come."""
+        return self._known - self._floor - len(self._seen) + self._given_up
+
+    def has(self, seq: int) -> bool:
+        return seq < self._floor or seq in self._seen
+
+    def known(self, count: int) -> None:
+        self._known = max(self._known, count)
+
+    def come(self, seq: int) -> None:
+        if self.has(seq):
+            return
+        self.known(seq + 1)
+        self._seen.add(seq)
+        if len(self._seen) > self._limit:  # bounded: the oldest outstanding numbers are given up as lost
+            oldest = min(self._seen)
+            self._given_up += oldest - self._floor
+            self._floor = oldest
+        while self._floor in self._seen:
+            self._seen.discard(self._floor)
+            self._floor += 1
+
+    def promise(self, header: Header) -> int:
+        """The greatest bound that holds now, ``header``'s included if nothing below it is outstanding."""
+        needed = header.seq if header.layout is None else header.seq + 1
+        heapq.heappush(self._promises, (needed, header.bound_ns))
+        best = -FOREVER
+        while self._promises and self._promises[0][0] <= self._floor:
+            best = max(best, heapq.heappop(self._promises)[1])
+        if len(self._promises) > self._limit:
+            self._promises = heapq.nsmallest(self._limit, self._promises)
+        return best
+
+
+_NONE = np.empty(0, np.int64)
+_NO_GAPS = np.zeros(0, bool)
+
+
+def _order(message: Message) -> tuple[int, int, int]:
+    header = message.header
+    return header.t_capture_ns, header.epoch, header.seq
+
+
+def _capture(message: Message) -> int:
+    return message.header.t_capture_ns
+
+
+def _before(buffer: list[Message], limit_ns: int) -> int:
+    """How many messages at the front have a capture time below ``limit_ns``."""
+    count = 0
+    for message in buffer:
+        if message.header.t_capture_ns >= limit_ns:
+            break
+        count += 1
+    return count
+
+
+def _audio_times(header: Header) -> Array:
+    samples = header.layout.samples  # type: ignore[union-attr]
+    return header.t_capture_ns + np.arange(samples) * (header.t_end_ns - header.t_capture_ns) // samples
+
+
+def _last_sample_ns(message: Message, dtype: np.dtype[Any]) -> int:
+    header = message.header
+    layout = header.layout
+    if type(layout) is AudioLayout:
+        return header.t_capture_ns + (layout.samples - 1) * (header.t_end_ns - header.t_capture_ns) // layout.samples
+    tail = memoryview(message.data).cast("B")[-dtype.itemsize :]
+    return header.t_capture_ns + int.from_bytes(tail[:8], "little", signed=True)
+
+
+_TRACKS: dict[type, type[Track]] = {Nearest: NearestTrack, Latest: LatestTrack, Resample: ResampleTrack, All: AllTrack}
+
+
+def make_track(spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> Track:
+    """The track for a stream's rule. ConfigError if the rule does not fit the hop or the payload."""
+    if isinstance(spec.rule, Resample) and spec.payload not in ("audio", "imu", "signal"):
+        raise ConfigError(
+            f"stream {spec.name!r} carries {spec.payload}, which cannot be resampled; resample takes audio, imu and "
+            f"signal streams. Use nearest, latest or all"
+        )
+    return _TRACKS[type(spec.rule)](spec, hop_ns, max_future_ns, step)
