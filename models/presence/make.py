@@ -34,8 +34,9 @@ FACE_UNSEEN, MOVING_UNSEEN = 0.45, 0.35
 """Without a camera: is somebody before it, and does that mouth move."""
 MOVING_SPEAKS, SHARPNESS = 0.30, 12.0
 """A mouth that moves in this part of the steps is as likely as not the one that is heard; how sharply around it."""
-VOICE_UNHEARD, VOICE_IF_MOVING = 0.10, 0.45
-"""Without a microphone: is there a voice, with no mouth moving, and how much more with a face whose mouth moves."""
+VOICE_UNHEARD, VOICE_IF_MOVING = 0.10, 0.35
+"""Without a microphone: is there a voice, with no mouth moving, and how much more with a face whose mouth moves. A
+moving mouth also chews, yawns and smiles: a voice that nobody heard raises its score, but is never the label."""
 FLOOR = 1e-3
 
 
@@ -91,11 +92,10 @@ def build() -> onnx.ModelProto:
         g.op("Mul", voice, g.op("Sub", 1.0, seen_speaking)),
     ]
     g.op("Log", g.op("Add", g.op("Concat", *odds, axis=1), FLOOR), name="logits")
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        for stream, width in TOKENS.items()
-        for name, shape in ((stream, ["batch", STEPS, width]), (f"mask.{stream}", ["batch", STEPS]))
-    ]
+    shapes: dict[str, list[str | int | None]] = {}
+    for stream, width in TOKENS.items():
+        shapes |= {stream: ["batch", STEPS, width], f"mask.{stream}": ["batch", STEPS]}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(LABELS)])
     graph = helper.make_graph(g.nodes, "presence", inputs, [output], g.constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

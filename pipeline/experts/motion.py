@@ -3,9 +3,9 @@
 The face's box is cut from both frames at the same place and scaled to one size, and dense optical flow runs between
 the two. An affine motion, fitted to the rigid upper face (brow to nose) and insensitive to blinks, is taken away from
 all of it: it holds what the head's translation, turn and tilt do to a surface that is nearly flat. What is left in the
-mouth's region is lip motion; what is left in the upper face is noise, blinks, and the part of head motion that no
-affine map holds, and it shows how much of the same to expect at the mouth. All in fractions of the face's height, so
-that neither the camera's resolution nor the distance of the face matters.
+mouth's region is lip motion; what is left in the upper face is noise and the part of head motion that no affine map
+holds, and its median, which a blink hardly moves, shows how much of the same to expect at the mouth. All in fractions
+of the face's height, so that neither the camera's resolution nor the distance of the face matters.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def cut(gray: Array, box: Box) -> Array:
     sx, sy = width / SIDE, height / SIDE
     place = np.array([[sx, 0, x + sx / 2 - 0.5], [0, sy, y + sy / 2 - 0.5]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return np.asarray(cv2.warpAffine(gray, place, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE))
+    return cv2.warpAffine(gray, place, (SIDE, SIDE), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _without_head(flow: Array) -> Array:
@@ -48,15 +48,17 @@ def _without_head(flow: Array) -> Array:
         affine = np.linalg.lstsq(weighted, moved * weight[:, None], rcond=None)[0]
         left = np.linalg.norm(moved - design @ affine, axis=1)
         weight = 1.0 / (1.0 + (left / (np.median(left) + 1e-4)) ** 2)
-    return flow - (_DESIGN @ affine).reshape(SIDE, SIDE, 2)
+    left_over: Array = flow - (_DESIGN @ affine).reshape(SIDE, SIDE, 2)
+    return left_over
 
 
 def mouth_motion(before: Array, now: Array, box: Box) -> tuple[float, float]:
-    """(mouth, upper): rms displacement beyond the head's own, as a fraction of the face's height.
+    """(mouth, upper): rms displacement beyond the head's own, as a fraction of the face's height; the upper one from
+    its median (1.2 times that is the rms of a Rayleigh distribution).
 
     ``before`` and ``now`` are grey frames of one size, u1 [height, width]; ``box`` is the face in ``now``.
     """
-    flow = np.zeros((SIDE, SIDE, 2), np.float32)
-    flow = np.asarray(cv2.calcOpticalFlowFarneback(cut(before, box), cut(now, box), flow, 0.5, 3, 13, 3, 5, 1.1, 0))
-    left = (_without_head(flow.astype(np.float64) / SIDE) ** 2).sum(axis=2)
-    return float(np.sqrt(left[_MOUTH].mean())), float(np.sqrt(left[_UPPER].mean()))
+    flow: Array = np.zeros((SIDE, SIDE, 2), np.float32)
+    flow = cv2.calcOpticalFlowFarneback(cut(before, box), cut(now, box), flow, 0.5, 3, 13, 3, 5, 1.1, 0)
+    left = np.linalg.norm(_without_head(flow.astype(np.float64) / SIDE), axis=2)
+    return float(np.sqrt((left[_MOUTH] ** 2).mean())), 1.2 * float(np.median(left[_UPPER]))
