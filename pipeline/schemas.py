@@ -1,0 +1,96 @@
+"""JSON Schemas of everything that Sensorium writes or reads as text, made from the structs that do it.
+
+So a schema cannot say other than the code does: ``prediction`` and ``info`` are what programs get, ``config`` and
+``bundle`` what people write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import ConfigError
+from pipeline.messages import Payload
+from pipeline.strict import listed, nearest
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class Delay(msgspec.Struct, frozen=True):
+    """Arrival less end of capture, in ms."""
+
+    p50: float
+    max: float
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """Of one measured vector, in its own unit; null where nothing was measured."""
+
+    mean: list[float | None]
+    sd: list[float | None]
+    mean_norm: float | None
+
+
+class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream of a recording. Times are session time in ns; ``rate_hz`` is of samples where a payload has them."""
+
+    payload: Payload
+    messages: int
+    samples: int
+    rate_hz: float | None
+    gaps: int
+    lost: int
+    max_gap_ms: float | None
+    delay_ms: Delay
+    start_ns: int
+    end_ns: int
+    stats: dict[str, Statistics] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Info(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``sensorium info RECORDING --json`` prints."""
+
+    duration_s: float
+    session: str
+    complete: bool
+    streams: dict[str, StreamInfo]
+
+
+def _info() -> dict[str, Any]:
+    return msgspec.json.schema(Info)
+
+
+def _prediction() -> dict[str, Any]:
+    from pipeline.prediction import Prediction
+
+    return msgspec.json.schema(Prediction)
+
+
+def _config() -> dict[str, Any]:
+    from pipeline.config import config_schema
+
+    return config_schema()
+
+
+def _bundle() -> dict[str, Any]:
+    from pipeline.bundle import ModelFile
+
+    return msgspec.json.schema(ModelFile)
+
+
+SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
+    "prediction": _prediction,
+    "config": _config,
+    "bundle": _bundle,
+    "info": _info,
+}
+"""What ``sensorium schema NAME`` can print. The modules are imported only when asked for."""
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) called ``name``. Raises ConfigError."""
+    if name not in SCHEMAS:
+        raise ConfigError(f"there is no schema `{name}`.{nearest(name, SCHEMAS)} There are {listed(SCHEMAS)}.")
+    return {"$schema": DIALECT, "title": f"Sensorium {name}", **SCHEMAS[name]()}

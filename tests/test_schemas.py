@@ -1,0 +1,33 @@
+"""The schemas are valid JSON Schema, and what the code writes satisfies them."""
+
+from __future__ import annotations
+
+import json
+
+import jsonschema
+import msgspec
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.schemas import SCHEMAS, schema
+from tests.test_summary import prediction
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
+def test_every_schema_is_one(name: str) -> None:
+    found = json.loads(json.dumps(schema(name)))
+    jsonschema.Draft202012Validator.check_schema(found)
+    assert found["title"] == f"Sensorium {name}"
+
+
+def test_a_prediction_satisfies_its_schema_and_half_of_one_does_not() -> None:
+    validator = jsonschema.Draft202012Validator(schema("prediction"))
+    line = json.loads(msgspec.json.encode(prediction(label=None, total=3.0)))
+    validator.validate(line)
+    del line["window"]
+    assert not validator.is_valid(line)
+
+
+def test_an_unknown_schema_says_which_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean `prediction`\?.*`bundle`"):
+        schema("predictions")
