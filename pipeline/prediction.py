@@ -21,10 +21,15 @@ class WindowSpan(msgspec.Struct, frozen=True, gc=False):
 
 
 class StreamReport(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
-    """One stream in the window's newest step. ``masked`` says what fusion itself could not use, and why."""
+    """One stream in the window's newest step. ``masked`` says what fusion itself could not use, and why.
+
+    ``contribution`` is the stream's share of the confidence (all of them sum to it, less what the model says when it
+    sees nothing); null where it was not computed. ``contribution_error`` is its standard error where it was sampled.
+    """
 
     verdict: Verdict
-    contribution: float = msgspec.field(name="contribution")
+    contribution: float | None
+    contribution_error: float | None = None
     reason: Reason | None = None
     coverage: float | None = None
     age_ms: float | None = None

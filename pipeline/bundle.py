@@ -1,0 +1,464 @@
+"""A bundle: the folder of a trained model, read, checked and refused with one clear error.
+
+``model.yaml`` states the window, the streams and what makes tokens of them, the labels, the calibration, and the
+SHA-256 of every file that the model is made of. Loading checks all of it against the files: digests, and each ONNX
+graph's inputs and outputs against what the declared streams will feed it. What runs later are the bytes that were
+checked.
+
+Python code. An encoder ``python: module:Class`` runs with the user's rights, so a bundle that has one loads only with
+``allow_code``, or from the shipped set: the ``models`` folder of the checkout that this very file belongs to, after
+symbolic links are resolved. Whoever can write there can change the pipeline as well, so that a list of trusted digests
+would protect nothing more. ``module`` is a file ``module.py`` of the bundle (then under its digests), or an installed
+module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from pipeline import align
+from pipeline.align import AlignSpec, StreamSpec
+from pipeline.errors import BundleError, ConfigError
+from pipeline.messages import Payload
+from pipeline.onnxfile import Dim, Tensor, check_signature, open_session
+from pipeline.strict import Document, listed, nearest
+
+PYTHON = "python:"
+MODEL_FILE = "model.yaml"
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of model.yaml."""
+
+
+class WindowEntry(_Strict, frozen=True):
+    """Time is cut into hops of ``hop_ms``; the model sees the last ``steps`` of them."""
+
+    hop_ms: PositiveFloat
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class NearestEntry(_Strict, frozen=True, tag_field="kind", tag="nearest"):
+    """``align.Nearest``."""
+
+    tolerance_ms: PositiveFloat
+
+
+class LatestEntry(_Strict, frozen=True, tag_field="kind", tag="latest"):
+    """``align.Latest``."""
+
+    max_age_ms: PositiveFloat
+
+
+class ResampleEntry(_Strict, frozen=True, tag_field="kind", tag="resample"):
+    """``align.Resample``."""
+
+    rate_hz: Positive
+    max_gap_ms: PositiveFloat
+    method: Literal["linear", "band_limited"] = "linear"
+
+
+class AllEntry(_Strict, frozen=True, tag_field="kind", tag="all"):
+    """``align.All``."""
+
+
+class StreamEntry(_Strict, frozen=True):
+    """One stream: what it carries, what a step of it holds, and what turns that into a token of ``token`` numbers.
+    ``context_ms`` of past samples are put before a step's own (resampled streams only)."""
+
+    payload: Payload
+    rule: NearestEntry | LatestEntry | ResampleEntry | AllEntry
+    encoder: str
+    token: Positive
+    channels: Positive | None = None
+    context_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    settings: dict[str, Any] = {}
+
+
+class Calibration(_Strict, frozen=True):
+    """From held-out data: logits are divided by ``temperature``; below a confidence of ``abstain_below`` the model
+    abstains; labels of at least ``set_threshold`` form the prediction set, which then holds the truth in a share
+    ``set_coverage`` of cases."""
+
+    temperature: PositiveFloat = 1.0
+    abstain_below: Share = 0.0
+    set_threshold: Share = 1.0
+    set_coverage: Share | None = None
+
+
+class Lineage(_Strict, frozen=True):
+    """Where the model comes from: SHA-256 of its files and of the recordings it was trained on, by name; ``card`` is
+    the file that describes it in words."""
+
+    files: dict[str, Sha256]
+    recordings: dict[str, Sha256] = {}
+    card: str = ""
+
+
+class ModelFile(_Strict, frozen=True):
+    """model.yaml."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    window: WindowEntry
+    streams: dict[str, StreamEntry]
+    fusion: str
+    labels: tuple[str, ...]
+    lineage: Lineage
+    strategy: Literal["early", "late", "hybrid"] = "late"
+    calibration: Calibration = Calibration()
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Hop in ns, and how many of them a window has."""
+
+    hop_ns: int
+    steps: int
+
+
+class BundleStream(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream of a bundle, in the pipeline's own terms. For a resampled stream a step is a grid
+    [samples, channels], and an encoder sees ``context`` samples before it."""
+
+    payload: Payload
+    rule: align.Rule
+    channels: int
+    encoder: str
+    settings: dict[str, Any]
+    context_ms: float
+    token: int
+    samples: int = 0
+    context: int = 0
+
+    @property
+    def is_python(self) -> bool:
+        return self.encoder.startswith(PYTHON)
+
+
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
+    """A bundle that has passed every check. ``sha256`` is that of model.yaml, which holds those of all other files;
+    ``files`` the checked bytes; ``experts`` the classes of the streams that are encoded by Python code."""
+
+    path: Path
+    name: str
+    sha256: str
+    window: Window
+    streams: dict[str, BundleStream]
+    fusion: str
+    labels: tuple[str, ...]
+    strategy: str
+    calibration: Calibration
+    lineage: Lineage
+    files: dict[str, bytes]
+    experts: dict[str, type[Any]]
+
+    def align_spec(
+        self,
+        streams: Mapping[str, str | None] | None = None,
+        max_delay_ns: int | None = None,
+        *,
+        available: Mapping[str, Payload] | None = None,
+        idle_ns: Mapping[str, int | None] | None = None,
+        max_buffer: Mapping[str, int] | None = None,
+        unordered: frozenset[str] = frozenset(),
+        **limits: Any,
+    ) -> AlignSpec:
+        """What the aligner must know to make this bundle's windows from a rig's streams.
+
+        ``streams`` maps bundle stream -> rig stream where the names differ; None leaves a stream out on purpose (it is
+        then always masked). ``available`` are the rig's streams and payloads, if they are known. ``idle_ns``,
+        ``max_buffer`` and ``unordered`` go by rig stream; ``limits`` are further fields of AlignSpec. Raises
+        ConfigError, naming both sides, where bundle and rig do not fit.
+        """
+        names = self.rig_streams(streams, available)
+        specs = []
+        for name, rig in names.items():
+            stream, kw = self.streams[name], dict[str, Any]()
+            if idle_ns is not None and rig in idle_ns:
+                kw["idle_ns"] = idle_ns[rig]
+            if max_buffer is not None and rig in max_buffer:
+                kw["max_buffer"] = max_buffer[rig]
+            kw |= {"channels": stream.channels if stream.samples else 0, "ordered": rig not in unordered}
+            specs.append(StreamSpec(name=rig, payload=stream.payload, rule=stream.rule, **kw))
+        return AlignSpec(hop_ns=self.window.hop_ns, streams=tuple(specs), max_delay_ns=max_delay_ns, **limits)
+
+    def rig_streams(
+        self, streams: Mapping[str, str | None] | None = None, available: Mapping[str, Payload] | None = None
+    ) -> dict[str, str]:
+        """Bundle stream -> rig stream, without those left out. Raises ConfigError as ``align_spec`` does."""
+        mapping = streams or {}
+        for name in mapping:
+            if name not in self.streams:
+                raise ConfigError(
+                    f"the rig maps a stream `{name}` that the bundle `{self.name}` does not have; it has "
+                    f"{listed(self.streams)}.{nearest(name, self.streams)}"
+                )
+        chosen = {name: mapping.get(name, name) for name in self.streams}
+        result = {name: rig for name, rig in chosen.items() if rig is not None}
+        twice = next((rig for rig in result.values() if list(result.values()).count(rig) > 1), None)
+        if twice is not None or not result:
+            both = [name for name, rig in result.items() if rig == twice]
+            raise ConfigError(
+                f"the rig maps {listed(both)} of the bundle `{self.name}` to the same stream `{twice}`; each needs its "
+                "own." if both else f"the rig leaves out every stream of the bundle `{self.name}`; map at least one."
+            )  # fmt: skip
+        for name, rig in result.items() if available is not None else ():
+            self._check_available(name, rig, available or {})
+        return result
+
+    def _check_available(self, name: str, rig: str, available: Mapping[str, Payload]) -> None:
+        expected = self.streams[name].payload
+        if rig not in available:
+            raise ConfigError(
+                f"the bundle `{self.name}` needs a stream `{name}` ({expected}), but the rig has no `{rig}`; it has "
+                f"{listed(available)}. Map it (`streams: {{{name}: …}}`), or leave it out (`streams: {{{name}: null}}`)"
+                " and it stays masked."
+            )
+        if available[rig] != expected:
+            raise ConfigError(
+                f"the bundle `{self.name}` needs {expected} on its stream `{name}`, but the rig's `{rig}` carries "
+                f"{available[rig]}. Map another stream to it."
+            )
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
+
+
+def load_bundle(path: Path | str, allow_code: bool = False) -> Bundle:
+    """The bundle in the folder ``path``, checked throughout. Raises BundleError; ConfigError if there is none."""
+    folder = Path(path).expanduser().resolve()
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        names = [p.parent.name for p in SHIPPED.glob(f"*/{MODEL_FILE}")]
+        raise ConfigError(
+            f"{path}: here is no bundle, which is a folder with a file {MODEL_FILE}.{nearest(folder.name, names)} "
+            f"Shipped are {listed(f'models/{name}' for name in sorted(names)) or 'none'}."
+        )
+    try:
+        document = Document.load(file)
+        model = document.decode(ModelFile)
+        streams = {name: _stream(document, name, entry, model.window) for name, entry in model.streams.items()}
+        _check_model(document, model)
+    except ConfigError as error:
+        raise BundleError(str(error)) from None
+    files = _read_files(folder, model)
+    bundle = Bundle(
+        path=folder, name=model.name, sha256=hashlib.sha256(document.text.encode()).hexdigest(),
+        window=Window(_ns(model.window.hop_ms), model.window.steps), streams=streams, fusion=model.fusion,
+        labels=model.labels, strategy=model.strategy, calibration=model.calibration, lineage=model.lineage,
+        files=files, experts=_experts(folder, streams, files, allow_code),
+    )  # fmt: skip
+    for name, stream in streams.items():
+        if not stream.is_python:
+            _check_encoder(bundle, name, stream)
+    _check_fusion(bundle)
+    return bundle
+
+
+def _ns(ms: float) -> int:
+    return round(ms * 1_000_000)
+
+
+def _rule(entry: NearestEntry | LatestEntry | ResampleEntry | AllEntry) -> align.Rule:
+    match entry:
+        case NearestEntry():
+            return align.Nearest(_ns(entry.tolerance_ms))
+        case LatestEntry():
+            return align.Latest(_ns(entry.max_age_ms))
+        case ResampleEntry():
+            return align.Resample(entry.rate_hz, _ns(entry.max_gap_ms), entry.method)
+    return align.All()
+
+
+def _stream(document: Document, name: str, entry: StreamEntry, window: WindowEntry) -> BundleStream:
+    at, hop_ns = ("streams", name), _ns(window.hop_ms)
+    samples = context = 0
+    if isinstance(entry.rule, ResampleEntry):
+        if entry.payload not in ("audio", "imu", "signal"):
+            raise document.error((*at, "rule"), f"a {entry.payload} cannot be resampled; use `nearest` or `latest`.")
+        if entry.rule.method == "band_limited" and entry.payload != "audio":
+            raise document.error((*at, "rule"), "`method: band_limited` is for audio; use `linear`.")
+        rate = entry.rule.rate_hz
+        if rate * hop_ns % 1_000_000_000:
+            fitting = max(1, round(rate * hop_ns / 1e9)) * 1000 / rate
+            raise document.error(
+                ("window", "hop_ms"),
+                f"{window.hop_ms:g} ms of `{name}` at {rate} Hz are no whole number of samples; the nearest hop that "
+                f"fits is {fitting:.9g} ms.",
+            )
+        samples = rate * hop_ns // 1_000_000_000
+        context = round(entry.context_ms * rate / 1000)
+    elif entry.context_ms:
+        raise document.error((*at, "context_ms"), "only a resampled stream can have context; remove it.")
+    if entry.settings and not entry.encoder.startswith(PYTHON):
+        raise document.error((*at, "settings"), "only a `python:` encoder takes settings; remove them.")
+    return BundleStream(
+        payload=entry.payload, rule=_rule(entry.rule), channels=_channels(document, name, entry), encoder=entry.encoder,
+        settings=entry.settings, context_ms=entry.context_ms, token=entry.token, samples=samples, context=context,
+    )  # fmt: skip
+
+
+def _channels(document: Document, name: str, entry: StreamEntry) -> int:
+    """Columns of a sample: 6 for an IMU, 1 for audio unless stated, for a signal as stated; 0 for the rest."""
+    at, stated = ("streams", name), entry.channels
+    fixed = {"audio": None, "signal": None, "imu": 6}.get(entry.payload, 0)
+    if fixed is not None:
+        if stated is not None and stated != fixed:
+            raise document.error(
+                (*at, "channels"), f"found {stated}, but {entry.payload} has {fixed or 'none'}; remove the key."
+            )
+        return fixed
+    if entry.payload == "signal" and stated is None:
+        raise document.error(at, "the key `channels` is missing; a signal needs its number of channels.")
+    return stated or 1
+
+
+def _check_model(document: Document, model: ModelFile) -> None:
+    """What the types alone do not say."""
+    if not model.streams:
+        raise document.error(("streams",), "a bundle needs at least one stream.")
+    for name in model.streams:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
+            raise document.error(
+                ("streams", name), f"`{name}` cannot name a stream: use up to 32 lower-case letters, digits and _."
+            )
+    if len(model.labels) < 2 or len(set(model.labels)) < len(model.labels):
+        raise document.error(("labels",), f"found {listed(model.labels)}; a model needs two or more different labels.")
+    if model.calibration.set_coverage is not None and model.calibration.set_threshold == 1.0:
+        raise document.error(
+            ("calibration", "set_coverage"), "a coverage needs the `set_threshold` that it was measured with."
+        )
+
+
+def _read_files(folder: Path, model: ModelFile) -> dict[str, bytes]:
+    """The files of the lineage, each with its digest checked; all that the model uses must be among them."""
+    used = [s.encoder for s in model.streams.values() if not s.encoder.startswith(PYTHON)] + [model.fusion]
+    for name in used:
+        if name not in model.lineage.files:
+            raise BundleError(
+                f"{folder / MODEL_FILE}, lineage.files: the model uses `{name}`, whose SHA-256 is not listed; listed "
+                f"are {listed(model.lineage.files) or 'none'}.{nearest(name, model.lineage.files)}"
+            )
+    return {name: _read_file(folder, name, digest) for name, digest in model.lineage.files.items()}
+
+
+def _read_file(folder: Path, name: str, digest: str) -> bytes:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder):
+        raise BundleError(f"{folder / MODEL_FILE}, lineage.files: `{name}` lies outside of the bundle; move it inside.")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{file}: model.yaml lists this file, but it cannot be read ({error.strerror or error}). Copy the whole "
+            "bundle again."
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise BundleError(
+            f"{file}: this file is not the one that the bundle was made with: its SHA-256 is {found}, model.yaml says "
+            f"{digest}. Copy the bundle again; if you changed the file on purpose, write its digest into "
+            "model.yaml under lineage.files."
+        )
+    return data
+
+
+def _experts(
+    folder: Path, streams: dict[str, BundleStream], files: dict[str, bytes], allow_code: bool
+) -> dict[str, type[Any]]:
+    python = {name: stream.encoder[len(PYTHON) :].strip() for name, stream in streams.items() if stream.is_python}
+    if python and not allow_code and not folder.is_relative_to(SHIPPED):
+        raise BundleError(
+            f"{folder}: the encoder of {listed(python)} is Python code, which would run with your rights; such a "
+            f"bundle loads by itself only from {SHIPPED}. If you trust it, allow its code (`--allow-code`, or "
+            "`allow_code: true` in the rig)."
+        )
+    return {name: _expert(folder, name, target, files) for name, target in python.items()}
+
+
+def _expert(folder: Path, stream: str, target: str, files: dict[str, bytes]) -> type[Any]:
+    where = f"{folder / MODEL_FILE}, streams.{stream}.encoder"
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        raise BundleError(f"{where}: found `{PYTHON} {target}`, expected `{PYTHON} module:Class`.")
+    module_name, class_name = target.split(":")
+    own = module_name.replace(".", "/") + ".py"
+    if (folder / own).exists() and own not in files:
+        raise BundleError(f"{where}: it names the bundle's file {own}, whose SHA-256 is not listed in lineage.files.")
+    try:
+        module = _own_module(folder / own, files[own]) if own in files else importlib.import_module(module_name)
+    except Exception as error:  # whatever the foreign module does when imported is the bundle's fault
+        raise BundleError(f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}.") from error
+    found = getattr(module, class_name, None)
+    missing = [name for name in ("reset", "encode", "skip") if not callable(getattr(found, name, None))]
+    if not isinstance(found, type) or missing:
+        raise BundleError(
+            f"{where}: {target} is no expert; it needs to be a class with the methods reset, encode and skip"
+            f"{f' and lacks {listed(missing)}' if isinstance(found, type) else ''}."
+        )
+    return found
+
+
+def _own_module(file: Path, data: bytes) -> Any:
+    """The bundle's own module, run from the bytes whose digest was checked."""
+    name = f"sensorium_bundle_{hashlib.sha256(data).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_loader(name, loader=None, origin=str(file))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(file)
+    sys.modules[name] = module  # dataclasses and structs look their module up by its name
+    exec(compile(data, str(file), "exec"), module.__dict__)
+    return module
+
+
+def encoder_input(stream: BundleStream) -> Tensor:
+    """What an ONNX encoder of ``stream`` is fed with under the name ``x``."""
+    if stream.samples:
+        return Tensor("f4", (stream.context + stream.samples, stream.channels))
+    shapes: dict[Payload, tuple[Dim, ...]] = {
+        "frame": ("?", "?", 3), "sweep": ("*", 5), "text": ("*",), "audio": ("*", stream.channels),
+        "imu": ("*", stream.channels), "signal": ("*", stream.channels),
+    }  # fmt: skip
+    return Tensor("u1" if stream.payload in ("frame", "text") else "f4", shapes[stream.payload])
+
+
+def _check_encoder(bundle: Bundle, name: str, stream: BundleStream) -> None:
+    where = str(bundle.path / stream.encoder)
+    if stream.payload == "frame" and isinstance(stream.rule, align.All):
+        raise BundleError(f"{where}: the rule `all` on frames `{name}` needs a `python:` encoder; use `nearest`.")
+    session = open_session(bundle.files[stream.encoder], where, optimise=False)
+    inputs, outputs = {"x": encoder_input(stream)}, {"token": Tensor("f4", (stream.token,))}
+    states = [t for t in session.get_inputs() if t.name == "state"]
+    if stream.samples:
+        inputs["valid"] = Tensor("f4", (stream.context + stream.samples,))
+    elif states:
+        raise BundleError(
+            f"{where}: a model with `state` must run through masked steps too, which only a resampled stream defines; "
+            f"`{name}` is {stream.payload}. Make it a `python:` encoder."
+        )
+    if states:
+        shape = tuple(states[0].shape)
+        if not all(isinstance(d, int) for d in shape):
+            raise BundleError(f"{where}: its input `state` has the shape {list(shape)}; it must be fixed.")
+        inputs["state"] = outputs["state_out"] = Tensor("f4", shape)
+    check_signature(session, where, inputs, outputs, optional=("valid",))
+
+
+def _check_fusion(bundle: Bundle) -> None:
+    where, steps = str(bundle.path / bundle.fusion), bundle.window.steps
+    inputs = {name: Tensor("f4", ("*", steps, stream.token)) for name, stream in bundle.streams.items()}
+    inputs |= {f"mask.{name}": Tensor("f4", ("*", steps)) for name in bundle.streams}
+    session = open_session(bundle.files[bundle.fusion], where, optimise=False)
+    check_signature(session, where, inputs, {"logits": Tensor("f4", ("?", len(bundle.labels)))})

@@ -1,0 +1,334 @@
+"""Fusion: steps in, one prediction a step out.
+
+A step of a stream is encoded once, when it becomes final, and its token stays in the ring of the window's last tokens;
+a prediction costs the new tokens and one fusion call, whatever the window's length. Masked steps are zeros with a mask
+of 0. The one fusion call evaluates the model with every subset of the streams that have anything in the window, so
+that the label, its calibrated probability and the exact contribution of each stream (``attribution``) come from the
+same batch and sum to each other:
+
+    v(S) = probability of the label predicted with all streams, when only the streams in S are left unmasked
+    sum of contributions = v(all) - v(none)
+
+A stream with nothing in the window contributes exactly 0. Note that a stream which is missing in the newest step may
+still contribute by its older steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pipeline.align import Manifest, StreamManifest
+from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
+from pipeline.bundle import Bundle
+from pipeline.clock import Clock, SystemClock
+from pipeline.encoding import Encoder, Unusable, make_encoder
+from pipeline.errors import BundleError
+from pipeline.onnxfile import fingerprint, open_session, provider_in_use
+from pipeline.prediction import BundleRef, Prediction, StreamReport, Timing, WindowSpan
+
+Array = np.ndarray[Any, Any]
+KEPT_TOKENS = 4
+"""Tokens kept per stream: a slow sensor's message serves a few steps, one after another."""
+
+
+class FuseOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model runs. ``orders`` and ``seed`` are for bundles of more than eight streams, whose contributions are
+    sampled. With ``contributions`` off only the prediction itself is computed, and contributions are null."""
+
+    threads: int = 1
+    providers: tuple[str, ...] = ("cpu",)
+    contributions: bool = True
+    orders: int = 32
+    seed: int = 0
+
+
+class _Lane:
+    """One stream's encoder, its part of the window, and what is remembered to encode nothing twice."""
+
+    def __init__(self, rig: str | None, encoder: Encoder, steps: int, token: int) -> None:
+        self.rig, self.encoder = rig, encoder
+        self.tokens = np.zeros((steps, token), np.float32)
+        self.mask = np.zeros(steps, np.float32)
+        self.kept: OrderedDict[Any, Array] = OrderedDict()
+        self.epoch: int | None = None
+        self.encoded = 0
+        self.note = ""
+
+    def push(self, token: Array | None) -> None:
+        """Moves the window on by one step, which holds ``token`` or is masked."""
+        self.tokens[:-1] = self.tokens[1:]
+        self.mask[:-1] = self.mask[1:]
+        self.tokens[-1] = 0 if token is None else token
+        self.mask[-1] = token is not None
+
+
+class _Outcome(msgspec.Struct):
+    """What one fusion call says: probabilities [labels] of the window as it is, and each stream's share."""
+
+    scores: Array
+    label: int
+    contributions: dict[str, tuple[float, float]] | None
+
+
+class Fuser:
+    """Runs one bundle. Steps are given in order; a gap between their indices is a gap in the window."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: FuseOptions | None = None,
+        session: str = "",
+        *,
+        streams: Mapping[str, str] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """``streams`` maps bundle stream -> rig stream as ``Bundle.rig_streams`` returns it (default: same names); what
+        is not in it is always masked. Manifests, content and predictions go by the rig's names. ``clock`` measures
+        latencies, nothing else. Raises BundleError, ConfigError."""
+        self.bundle, self.options, self._session_id = bundle, options or FuseOptions(), session
+        self._clock = clock or SystemClock()
+        names = {name: name for name in bundle.streams} if streams is None else dict(streams)
+        self._lanes = {
+            name: _Lane(names.get(name), make_encoder(bundle, name, self.options.threads, self.options.providers),
+                        bundle.window.steps, stream.token)
+            for name, stream in bundle.streams.items()
+        }  # fmt: skip
+        self._order = list(self._lanes)
+        self._span_ns = bundle.window.steps * bundle.window.hop_ns
+        where = str(bundle.path / bundle.fusion)
+        self._fusion = open_session(bundle.files[bundle.fusion], where, self.options.threads, self.options.providers)
+        self.provider = provider_in_use(self._fusion, self.options.providers)
+        self._buffers: dict[str, Array] = {}
+        self._last: int | None = None
+        self._warm_up(where)
+
+    def _warm_up(self, where: str) -> None:
+        """The first run allocates and chooses kernels; it must not fall on a live step."""
+        try:
+            self._logits(self._plan(self._order))
+        except Exception as error:  # onnxruntime's exception classes share no public base but Exception
+            raise BundleError(f"{where}: the model fails on an empty window: {str(error).splitlines()[0]}.") from None
+
+    @property
+    def encoded(self) -> dict[str, int]:
+        """How often each stream's encoder has run on content, by the bundle's names."""
+        return {name: lane.encoded for name, lane in self._lanes.items()}
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Why a stream's newest content was unusable, in words, by the bundle's names; empty if all is well."""
+        return {name: lane.note for name, lane in self._lanes.items() if lane.note}
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the floats of the predictions depend on beside bundle and messages."""
+        return fingerprint(self.provider, self.options.threads)
+
+    def step(
+        self, manifest: Manifest, content: Mapping[str, Any], masked: Mapping[str, str] | None = None
+    ) -> Prediction:
+        """The prediction for the window that ends with this step.
+
+        ``content`` by rig stream: a tuple of messages with payloads, or a grid f4 [samples, channels] with NaN holes;
+        None or absent where the aligner had nothing. ``masked`` names streams whose content was lost on the way here,
+        and why (``overrun``, ``shed``, …). ValueError if the step is not newer than the last one.
+        """
+        started = self._clock.now_ns()
+        self._cross_gap(manifest.step)
+        faults = {name: self._advance(name, manifest, content, masked or {}) for name in self._order}
+        encoded = self._clock.now_ns()
+        outcome = self._fuse()
+        fused = self._clock.now_ns()
+        latency = {
+            "wait": (manifest.emitted_ns - manifest.end_ns) / 1e6,
+            "encode": (encoded - started) / 1e6,
+            "fuse": (fused - encoded) / 1e6,
+        }
+        return self._prediction(manifest, outcome, faults, Timing(latency_ms=latency, provider=self.provider))
+
+    def _cross_gap(self, step: int) -> None:
+        """Masks the steps that are missing between the last one and ``step``. Beyond a whole window nothing of the past
+        is left, and encoders start anew."""
+        if self._last is not None and step <= self._last:
+            raise ValueError(f"step {step} came after step {self._last}; steps must be given in order")
+        missing = 0 if self._last is None else step - self._last - 1
+        self._last = step
+        for lane in self._lanes.values():
+            if missing >= self.bundle.window.steps:
+                lane.encoder.reset()
+                lane.tokens[:], lane.mask[:], lane.epoch = 0, 0, None
+                continue
+            for _ in range(missing):
+                self._skip(lane)
+
+    # -- encoding ----------------------------------------------------------------------------------------------------
+
+    def _advance(
+        self, name: str, manifest: Manifest, content: Mapping[str, Any], masked: Mapping[str, str]
+    ) -> str | None:
+        """Puts this step of one stream into the window; why it is masked although the aligner had content, if it is."""
+        lane = self._lanes[name]
+        stated = manifest.streams.get(lane.rig) if lane.rig is not None else None
+        lane.note = ""
+        if stated is None or lane.rig is None or stated.verdict in ("late", "missing"):
+            self._skip(lane)
+            return None
+        given = content.get(lane.rig)
+        reason = masked.get(lane.rig) or ("absent" if given is None else None)
+        if reason is not None:
+            self._skip(lane)
+            return reason
+        try:
+            lane.push(self._token(lane, stated, given, manifest))
+        except Unusable as error:
+            lane.note = str(error)
+            lane.push(None)
+            return error.reason
+        return None
+
+    def _skip(self, lane: _Lane) -> None:
+        if lane.epoch is not None:  # before the first content there is no state to move on
+            lane.encoder.skip()
+        lane.push(None)
+
+    def _token(self, lane: _Lane, stated: StreamManifest, given: Any, manifest: Manifest) -> Array:
+        key = stated.used if lane.encoder.repeatable else ()
+        if key and key in lane.kept:
+            lane.kept.move_to_end(key)
+            return lane.kept[key]
+        epoch = max((used[0] for used in stated.used), default=stated.epoch)
+        if epoch != lane.epoch:
+            lane.epoch = epoch
+            lane.encoder.reset()
+        lane.encoded += 1
+        token = lane.encoder.encode(given, manifest.start_ns, manifest.end_ns)
+        if key:
+            lane.kept[key] = token
+            if len(lane.kept) > KEPT_TOKENS:
+                lane.kept.popitem(last=False)
+        return token
+
+    # -- fusing ------------------------------------------------------------------------------------------------------
+
+    def _plan(self, present: list[str]) -> Plan:
+        """Which subsets of the present streams to evaluate; the last row is always all of them."""
+        n = len(present)
+        if not self.options.contributions:
+            return Plan(np.ones((1, n), bool), None, None)
+        return exact_plan(n) if n <= EXACT else sampled_plan(n, self.options.orders, self.options.seed)
+
+    def _fuse(self) -> _Outcome:
+        present = [name for name in self._order if self._lanes[name].mask.any()]
+        plan = self._plan(present)
+        scores = self._probabilities(self._logits(plan, present))
+        label = int(np.argmax(scores[-1])) if np.isfinite(scores[-1]).all() else -1
+        if not self.options.contributions or not np.isfinite(scores).all():
+            return _Outcome(scores[-1], label, None)
+        found = shares(plan, scores[:, label])
+        pairs = zip(found.values.tolist(), found.standard_error.tolist(), strict=True)
+        given = dict(zip(present, pairs, strict=True))
+        return _Outcome(scores[-1], label, {name: given.get(name, (0.0, 0.0)) for name in self._order})
+
+    def _logits(self, plan: Plan, present: list[str] | None = None) -> Array:
+        """One call over all coalitions of the plan: logits [coalitions, labels]."""
+        rows = len(plan.coalitions)
+        columns = {name: plan.coalitions[:, i] for i, name in enumerate(present or ())}
+        feed = {}
+        for name, lane in self._lanes.items():
+            member = columns.get(name)
+            tokens = self._buffer(name, rows, lane.tokens.shape)
+            mask = self._buffer(f"mask.{name}", rows, lane.mask.shape)
+            if member is None:
+                tokens[:], mask[:] = 0, 0
+            else:
+                # Tokens are zeroed as well as masked: no graph, however made, may see what is left out.
+                np.multiply(lane.tokens, member[:, None, None], out=tokens)
+                np.multiply(lane.mask, member[:, None], out=mask)
+            feed[name], feed[f"mask.{name}"] = tokens, mask
+        logits: Array = self._fusion.run(["logits"], feed)[0]
+        if logits.shape != (rows, len(self.bundle.labels)):
+            raise BundleError(
+                f"{self.bundle.path / self.bundle.fusion}: for {rows} windows the logits have the shape "
+                f"{list(logits.shape)} instead of {[rows, len(self.bundle.labels)]}. Export it with a batch dimension."
+            )
+        return logits
+
+    def _buffer(self, name: str, rows: int, shape: tuple[int, ...]) -> Array:
+        kept = self._buffers.get(name)
+        if kept is None or len(kept) < rows:
+            kept = self._buffers[name] = np.empty((rows, *shape), np.float32)
+        return kept[:rows]
+
+    def _probabilities(self, logits: Array) -> Array:
+        """Calibrated probabilities, float64; rows that are not finite become NaN."""
+        scaled = logits.astype(np.float64) / self.bundle.calibration.temperature
+        scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
+        raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        result: Array = raised / raised.sum(axis=1, keepdims=True)
+        return result
+
+    # -- saying it ---------------------------------------------------------------------------------------------------
+
+    def _prediction(
+        self, manifest: Manifest, outcome: _Outcome, faults: Mapping[str, str | None], timing: Timing
+    ) -> Prediction:
+        bundle = self.bundle
+        scores = {label: _finite(p) for label, p in zip(bundle.labels, outcome.scores.tolist(), strict=True)}
+        anything = any(lane.mask.any() for lane in self._lanes.values()) and outcome.label >= 0
+        confidence = float(outcome.scores[outcome.label]) if anything else None
+        return Prediction(
+            session=self._session_id,
+            window=WindowSpan(manifest.step, manifest.end_ns - self._span_ns, manifest.end_ns),
+            label=bundle.labels[outcome.label] if anything else None,
+            confidence=confidence,
+            scores=scores,
+            set=self._set(outcome),
+            abstained=confidence is None or confidence < bundle.calibration.abstain_below,
+            streams={self._lanes[name].rig or name: self._report(name, manifest, outcome, faults[name])
+                     for name in self._order},
+            sync_uncertainty_ms=_sync_uncertainty_ms(manifest, [lane.rig for lane in self._lanes.values()]),
+            timing=timing,
+            bundle=BundleRef(bundle.name, bundle.sha256),
+            digest=manifest.digest,
+        )  # fmt: skip
+
+    def _set(self, outcome: _Outcome) -> list[str]:
+        """The labels of at least the threshold, most probable first; never without the most probable one."""
+        if outcome.label < 0:
+            return []
+        order = sorted(range(len(self.bundle.labels)), key=lambda i: (-outcome.scores[i], i))
+        threshold = self.bundle.calibration.set_threshold
+        return [self.bundle.labels[i] for i in order if i == outcome.label or outcome.scores[i] >= threshold]
+
+    def _report(self, name: str, manifest: Manifest, outcome: _Outcome, fault: str | None) -> StreamReport:
+        rig = self._lanes[name].rig
+        stated = manifest.streams.get(rig) if rig is not None else None
+        if stated is None:
+            stated = StreamManifest(verdict="missing", reason="never_started")
+        value, error = outcome.contributions[name] if outcome.contributions is not None else (None, 0.0)
+        return StreamReport(
+            verdict=stated.verdict,
+            contribution=value,
+            contribution_error=_finite(error) if error else None,
+            reason=stated.reason,
+            coverage=stated.coverage if stated.verdict == "partial" else None,
+            age_ms=None if stated.newest_ns is None else (manifest.end_ns - stated.newest_ns) / 1e6,
+            masked=fault,
+        )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _sync_uncertainty_ms(manifest: Manifest, streams: list[str | None]) -> float | None:
+    """How far two streams of the newest step may be apart from where their stamps put them: the uncertainties of the
+    two least certain ones together. None if no stream has content."""
+    stated = [manifest.streams[rig] for rig in streams if rig is not None and rig in manifest.streams]
+    known = sorted(s.uncertainty_ns for s in stated if s.verdict in ("ok", "partial"))
+    return sum(known[-2:]) / 1e6 if known else None

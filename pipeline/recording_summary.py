@@ -1,0 +1,163 @@
+"""What a recording holds, counted from its messages: ``sensorium info --json``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
+from pipeline.recording_reader import RecordingReader
+
+
+def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
+    """Per stream: messages, samples, measured rate, gaps and losses, delays, and statistics of what it measured.
+
+    Plain values, ready for JSON; a number that cannot be known is None. ``rate_hz`` is of samples (messages, for
+    payloads without samples) over the time between captures; ``lost`` counts missing sequence numbers and ``gaps``
+    the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for audio: without
+    sound); ``delay_ms`` is arrival less the end of the capture. RecordingError if the file cannot be read.
+    """
+    if not isinstance(path, RecordingReader):
+        with RecordingReader(path) as reader:
+            return summarise(reader)
+    streams: dict[str, _Stream] = {}
+    for message, arrival_ns in path.messages(beats=True):
+        name = message.header.stream
+        if message.header.is_beat:
+            if name in streams:
+                streams[name].sequence(message.header.epoch, message.header.seq)
+        else:
+            streams.setdefault(name, _Stream()).add(message, arrival_ns)
+    starts = [stream.start_ns for stream in streams.values()]
+    ends = [stream.end_ns for stream in streams.values()]
+    return {
+        "duration_s": (max(ends) - min(starts)) / 1e9 if streams else 0.0,
+        "session": path.info.session,
+        "complete": path.info.complete,
+        "streams": {name: streams[name].result() for name in sorted(streams)},
+    }
+
+
+class _Stream:
+    """One stream's sums. Memory grows by eight bytes a message (the delays), for an exact median."""
+
+    def __init__(self) -> None:
+        self.payload = ""
+        self.messages = self.samples = self.gaps = self.lost = 0
+        self.start_ns = self.end_ns = 0
+        self._epoch = self._next_seq = -1
+        self._first_ns = self._last_ns = 0
+        self._max_gap_ns: int | None = None
+        self._delays: list[int] = []
+        self._moments: dict[str, _Moments] = {}
+
+    def add(self, message: Message, arrival_ns: int) -> None:
+        header, layout = message.header, message.header.layout
+        assert layout is not None
+        times = _sample_times(message)
+        first, last = int(times[0]) if len(times) else header.t_capture_ns, header.t_end_ns
+        if not self.messages:
+            self.payload = payload_of(layout)
+            self.start_ns, self.end_ns, self._first_ns = header.t_capture_ns, header.t_end_ns, first
+        else:
+            self._gap(first - self._last_ns)
+        if len(times) > 1:
+            self._gap(int(np.diff(times).max()))
+        self.sequence(header.epoch, header.seq)
+        self._next_seq = max(self._next_seq, header.seq + 1)
+        self.messages += 1
+        self.samples += len(times) if not isinstance(layout, AudioLayout) else layout.samples
+        self.start_ns, self.end_ns = min(self.start_ns, header.t_capture_ns), max(self.end_ns, header.t_end_ns)
+        self._last_ns = max(self._last_ns, last)
+        self._delays.append(arrival_ns - header.t_end_ns)
+        if isinstance(layout, ImuLayout | SignalLayout):
+            self._measure(message)
+
+    def sequence(self, epoch: int, seq: int) -> None:
+        """Counts what is missing before number ``seq`` of ``epoch``. What comes late is not taken off again."""
+        if epoch > self._epoch:
+            self._epoch, self._next_seq = epoch, 0
+        if epoch == self._epoch and seq > self._next_seq:
+            self.gaps += 1
+            self.lost += seq - self._next_seq
+            self._next_seq = seq
+
+    def _gap(self, ns: int) -> None:
+        self._max_gap_ns = max(ns, self._max_gap_ns or 0)
+
+    def _measure(self, message: Message) -> None:
+        samples = array(message)
+        for name in samples.dtype.names or ():
+            if name != "offset_ns":
+                self._moments.setdefault(name, _Moments(samples[name].shape[1])).add(samples[name])
+
+    def result(self) -> dict[str, Any]:
+        sounding = self.payload == "audio"
+        span_ns = (self.end_ns if sounding else self._last_ns) - self._first_ns
+        count = self.samples - (not sounding)
+        result: dict[str, Any] = {
+            "payload": self.payload,
+            "messages": self.messages,
+            "samples": self.samples,
+            "rate_hz": count * 1e9 / span_ns if span_ns > 0 and count > 0 else None,
+            "gaps": self.gaps,
+            "lost": self.lost,
+            "max_gap_ms": None if self._max_gap_ns is None else self._max_gap_ns / 1e6,
+            "delay_ms": {"p50": float(np.median(self._delays)) / 1e6, "max": max(self._delays) / 1e6},
+            "start_ns": self.start_ns,
+            "end_ns": self.end_ns,
+        }
+        if self._moments:
+            result["stats"] = {name: moments.result() for name, moments in self._moments.items()}
+        return result
+
+
+def _sample_times(message: Message) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """When the samples of a message were; audio counts as one stretch, everything else without samples as one."""
+    header = message.header
+    if isinstance(header.layout, ImuLayout | SignalLayout):
+        return header.t_capture_ns + array(message)["offset_ns"].astype(np.int64)
+    return np.array([header.t_capture_ns], np.int64)
+
+
+class _Moments:
+    """Mean and standard deviation of columns, and the mean length of rows, batch by batch; NaN left out."""
+
+    def __init__(self, columns: int) -> None:
+        self._count = np.zeros(columns)
+        self._mean = np.zeros(columns)
+        self._square = np.zeros(columns)
+        self._norms = 0
+        self._norm_sum = 0.0
+
+    def add(self, rows: np.ndarray[Any, Any]) -> None:
+        """Chan's pairwise update: exact where sums of squares would cancel."""
+        values = rows.astype(np.float64)
+        known = np.isfinite(values)
+        count = known.sum(axis=0)
+        mean = np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+        total = self._count + count
+        delta = mean - self._mean
+        self._square += np.where(known, (values - mean) ** 2, 0.0).sum(axis=0)
+        self._square += delta**2 * self._count * count / np.maximum(total, 1)
+        self._mean += delta * count / np.maximum(total, 1)
+        self._count = total
+        whole = values[known.all(axis=1)]
+        self._norms += len(whole)
+        self._norm_sum += float(np.linalg.norm(whole, axis=1).sum())
+
+    def result(self) -> dict[str, Any]:
+        known = self._count > 0
+        deviation = np.sqrt(self._square / np.maximum(self._count, 1))
+        return {
+            "mean": [_plain(value, there) for value, there in zip(self._mean, known, strict=True)],
+            "sd": [_plain(value, there) for value, there in zip(deviation, known, strict=True)],
+            "mean_norm": self._norm_sum / self._norms if self._norms else None,
+        }
+
+
+def _plain(value: float, there: bool) -> float | None:
+    return float(value) if there and math.isfinite(value) else None

@@ -1,0 +1,262 @@
+"""Writing a recording: MCAP in bounded chunks, each on its way to the disk as soon as it is full or old.
+
+The session's metadata is in the file before the first message, and every write that reaches the file is a whole MCAP
+record. So a file whose writer was killed opens with everything up to its last chunk, and a file that met a full disk
+is cut back to the last whole record. Only a clean ``close()`` says ``complete``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+from mcap.writer import CompressionType, IndexType, Writer
+
+from pipeline.errors import ConfigError, RecordingError
+from pipeline.messages import Message, payload_of
+from pipeline.recording_schemas import ANY_OBJECT, BEAT_TOPIC, LABEL_TOPIC, TOPIC_SCHEMAS, Schema, encode, schema_of
+
+Compression = Literal["zstd", "lz4", "none"]
+_COMPRESSION = {"zstd": CompressionType.ZSTD, "lz4": CompressionType.LZ4, "none": CompressionType.NONE}
+
+SESSION, END = "sensorium", "sensorium.end"
+"""Names of the metadata records: written first, and at a clean close."""
+RIG, CALIBRATION = "rig.yaml", "calibration/"
+"""Names of the attachments."""
+
+
+class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a recording says of its session. ``complete`` and ``note`` are set by reading; writing ignores them."""
+
+    session: str
+    unix_ns: int = 0
+    """Unix time of the session clock's 0; 0 where nobody knows it."""
+    rig: str | None = None
+    """The rig's YAML. It is shown, never instantiated."""
+    bundle: str | None = None
+    """SHA-256 of the bundle that ran."""
+    arrival: Literal["received", "capture_end"] = "received"
+    """What arrival times are: when the recorder received a message, or (an import) the end of its capture."""
+    calibrations: dict[str, str] = msgspec.field(default_factory=dict)
+    """Name -> text."""
+    extra: dict[str, str] = msgspec.field(default_factory=dict)
+    """Anything else worth knowing: the imported file, its device, what was dropped."""
+    complete: bool = False
+    note: str = ""
+    """Why a recording that was closed in order is incomplete."""
+
+
+class Label(msgspec.Struct, frozen=True, gc=False):
+    """What was true from ``start_ns`` (included) to ``end_ns`` (excluded) of session time."""
+
+    start_ns: int
+    end_ns: int
+    label: str
+
+
+class RecordingWriter:
+    """Writes one recording. Not thread-safe. Memory is bounded by a chunk: ``chunk_bytes`` or ``chunk_ns`` of arrival.
+
+    ``write`` and the others raise RecordingError when the file cannot be written (a full disk): what was written until
+    then stays readable, and the writer is closed. WireError if a payload is not what its header says.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        session: SessionInfo,
+        compression: Compression = "zstd",
+        chunk_bytes: int = 1 << 20,
+        chunk_ns: int = 1_000_000_000,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.session = session
+        self.messages = 0
+        """Messages written so far, beats and JSON objects not counted."""
+        self._chunk_bytes, self._chunk_ns = chunk_bytes, chunk_ns
+        self._pending_bytes = 0
+        self._pending_since: int | None = None
+        self._channels: dict[tuple[str, str], int] = {}
+        self._schemas: dict[tuple[str, bytes], int] = {}
+        self._stream_channels: dict[tuple[str, Any], int] = {}
+        self._output = _Output(self.path, overwrite)
+        self._writer: Any = Writer(
+            self._output,  # type: ignore[arg-type]
+            chunk_size=1 << 62,  # this class decides when a chunk is full: the library knows no time limit
+            compression=_COMPRESSION[compression],
+            index_types=IndexType.ALL,
+        )
+        self._writer.start(profile="", library="sensorium")
+        self._write_session(session)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes in the file so far."""
+        return self._output.size
+
+    def _write_session(self, session: SessionInfo) -> None:
+        facts = {"session": session.session, "unix_ns": str(session.unix_ns), "arrival": session.arrival}
+        if session.bundle is not None:
+            facts["bundle"] = session.bundle
+        self._writer.add_metadata(SESSION, facts | {f"extra.{k}": v for k, v in session.extra.items()})
+        if session.rig is not None:
+            self.attach(RIG, session.rig.encode(), "application/yaml")
+        for name, text in session.calibrations.items():
+            self.attach(CALIBRATION + name, text.encode(), "text/plain")
+
+    def write(self, message: Message, arrival_ns: int) -> None:
+        """Records one message or beat that arrived at ``arrival_ns`` of session time."""
+        header = message.header
+        data = encode(message, self.session.unix_ns)
+        self._add(self._channel_of(message), data, arrival_ns, header.t_capture_ns, header.seq)
+        self.messages += not header.is_beat
+
+    def write_json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
+        """Records one JSON object on a topic that starts with "/" (``/manifest``, ``/prediction``, ...); times are
+        session time, ``publish_ns`` is ``log_ns`` by default."""
+        channel = self._channel(topic, TOPIC_SCHEMAS.get(topic, ANY_OBJECT), {})
+        self._add(channel, data, log_ns, log_ns if publish_ns is None else publish_ns, 0)
+
+    def write_label(self, label: Label, log_ns: int) -> None:
+        """Records what was true for a while."""
+        self.write_json(LABEL_TOPIC, msgspec.json.encode(label), log_ns, label.start_ns)
+
+    def attach(self, name: str, data: bytes, media_type: str = "application/octet-stream") -> None:
+        """Embeds a small file."""
+        self._check_open()
+        self._writer.flush()
+        self._writer.add_attachment(0, max(self.session.unix_ns, 0), name, media_type, data)
+
+    def flush(self) -> None:
+        """Ends the chunk in progress and hands it to the operating system, which keeps it if this process dies."""
+        self._check_open()
+        if self._pending_bytes:
+            self._writer.flush()
+            self._pending_bytes, self._pending_since = 0, None
+
+    def close(self, complete: bool = True, note: str = "") -> None:
+        """Ends the file, with its index. ``complete=False`` says that something is missing and ``note`` what.
+
+        Idempotent; after a RecordingError it only lets go of the file.
+        """
+        if self._output.closed:
+            return
+        try:
+            self.flush()
+            self._writer.add_metadata(END, {"complete": "true" if complete else "false", "note": note})
+            self._writer.finish()
+            self._output.sync()
+        finally:
+            self._output.close()
+
+    def __enter__(self) -> RecordingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(complete=error is None, note="" if error is None else f"{type(error).__name__}: {error}")
+
+    def _add(self, channel: int, data: bytes, log_ns: int, publish_ns: int, sequence: int) -> None:
+        self._check_open()
+        unix_ns = self.session.unix_ns
+        if log_ns + unix_ns < 0:
+            raise ValueError(f"an arrival time of {log_ns} ns lies before 1970 (the session began at {unix_ns} ns)")
+        self._writer.add_message(channel, log_ns + unix_ns, data, max(publish_ns + unix_ns, 0), sequence & 0xFFFFFFFF)
+        self._pending_bytes += len(data)
+        if self._pending_since is None:
+            self._pending_since = log_ns
+        if self._pending_bytes >= self._chunk_bytes or log_ns - self._pending_since >= self._chunk_ns:
+            self.flush()
+
+    def _check_open(self) -> None:
+        if self._output.closed:
+            raise RecordingError(f"{self.path} is closed: nothing more can be recorded into it")
+
+    def _channel_of(self, message: Message) -> int:
+        header = message.header
+        if header.layout is None:
+            return self._channel(BEAT_TOPIC, TOPIC_SCHEMAS[BEAT_TOPIC], {})
+        key = (header.stream, _kind(header.layout))
+        channel = self._stream_channels.get(key)
+        if channel is None:
+            if header.stream.startswith("/"):
+                raise ConfigError(f"stream {header.stream!r} cannot be recorded: names with a leading '/' are ours")
+            metadata: dict[str, str] = {"payload": payload_of(header.layout)}
+            channel = self._channel(header.stream, schema_of(header.layout), metadata)
+            self._stream_channels[key] = channel
+        return channel
+
+    def _channel(self, topic: str, schema: Schema, metadata: dict[str, str]) -> int:
+        channel = self._channels.get((topic, schema.name))
+        if channel is None:
+            identity = (schema.name, schema.data)
+            if identity not in self._schemas:
+                self._schemas[identity] = self._writer.register_schema(schema.name, schema.schema_encoding, schema.data)
+            channel = self._writer.register_channel(topic, schema.message_encoding, self._schemas[identity], metadata)
+            self._channels[topic, schema.name] = channel
+        return channel
+
+
+def _kind(layout: Any) -> Any:
+    """What a channel's schema depends on."""
+    return type(layout), getattr(layout, "format", None) == "jpeg", isinstance(getattr(layout, "channels", None), tuple)
+
+
+class _Output:
+    """The file, unbuffered, as the MCAP library wants it. A write that fails leaves only whole records behind."""
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self._path = path
+        self.size = 0
+        self.closed = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
+        try:
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True)
+            self._fd = os.open(path, flags, 0o644)
+        except OSError as error:
+            if path.exists():
+                raise ConfigError(
+                    f"{path} exists already, and a recording never replaces a file unasked: choose another name, "
+                    "or ask for it to be overwritten"
+                ) from None
+            raise RecordingError(f"{path} cannot be created: {error.strerror}") from None
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError as error:
+            # A device file (and a disk that is truly gone) cannot be cut; the reader copes with half a record.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            self.close()
+            raise RecordingError(
+                f"{self._path} cannot be written any further: {error.strerror}. The recording ends here; "
+                f"the {self.size} bytes until now stay readable. Make room and start again"
+            ) from None
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def sync(self) -> None:
+        # Pipes and devices know no sync, and there it does not matter.
+        with contextlib.suppress(OSError):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._fd)

@@ -1,0 +1,577 @@
+"""Recordings: nothing is lost on the way in and out, other programs can read them, and a broken file says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from hypothesis import given
+from hypothesis import strategies as st
+from mcap.reader import make_reader
+
+from pipeline import recording_schemas
+from pipeline.errors import ConfigError, RecordingError, SensoriumError, WireError
+from pipeline.messages import (
+    IMU_DTYPE,
+    POINT_DTYPE,
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    SignalLayout,
+    SweepLayout,
+    TextLayout,
+    nbytes_of,
+    signal_dtype,
+)
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo, summarise
+
+UNIX = 1_700_000_000_000_000_000
+SESSION = SessionInfo(session="s1", unix_ns=UNIX)
+
+
+def message(
+    layout: Layout | None,
+    data: Any = None,
+    *,
+    stream: str = "x",
+    seq: int = 0,
+    t: int = 0,
+    end: int | None = None,
+    bound: int | None = None,
+    epoch: int = 0,
+) -> Message:
+    end = t if end is None else end
+    header = Header(
+        stream=stream,
+        seq=seq,
+        epoch=epoch,
+        t_capture_ns=t,
+        t_end_ns=end,
+        bound_ns=end + 1 if bound is None else bound,
+        t_receipt_ns=end + 3,
+        layout=layout,
+    )
+    return Message(header, data)
+
+
+def write(path: Path, messages: list[tuple[Message, int]], **options: Any) -> Path:
+    with RecordingWriter(path, SESSION, overwrite=True, **options) as writer:
+        for one, arrival_ns in messages:
+            writer.write(one, arrival_ns)
+    return path
+
+
+def read(path: Path, **options: Any) -> list[tuple[Message, int]]:
+    with RecordingReader(path) as reader:
+        return list(reader.messages(**options))
+
+
+def examples() -> dict[str, Message]:
+    """One message of every schema."""
+    picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
+    imu = np.zeros(3, IMU_DTYPE)
+    imu["offset_ns"], imu["accel"], imu["gyro"] = [0, 5, 9], [0.1, -9.81, np.nan], [[1, 2, 3], [4, 5, 6], [-0.0, 8, 9]]
+    signal_data = np.zeros(2, signal_dtype(2))
+    signal_data["value"] = [[1.5, np.nan], [3e-40, 3.4e38]]
+    points = np.zeros(4, POINT_DTYPE)
+    points["x"], points["offset_ns"] = [1, 2, 3, 4], [-3, -2, -1, 0]
+    return {
+        "jpeg": message(FrameLayout("jpeg", 6, 8), jpeg, stream="jpeg", t=40),
+        "bgr": message(FrameLayout("bgr8", 6, 8), picture, stream="bgr", t=40),
+        "gray": message(FrameLayout("gray8", 6, 8), picture[..., 0].tobytes(), stream="gray", t=40),
+        "sound": message(
+            AudioLayout(48000, 2, 3), np.arange(6, dtype="<i2").reshape(3, 2), stream="sound", t=40, end=90
+        ),
+        "imu": message(ImuLayout(3), imu, stream="imu", t=40, end=49),
+        "eeg": message(SignalLayout(2, ("Fz", "Cz")), signal_data, stream="eeg", t=40),
+        "lidar": message(SweepLayout(4), points, stream="lidar", t=40),
+        "words": message(TextLayout(6), "Größ".encode(), stream="words", t=40),
+    }
+
+
+# Round trip.
+
+times = st.integers(-(2**40), 2**53)
+names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
+    lambda name: not name.startswith("/")
+)
+layouts = st.one_of(
+    st.builds(FrameLayout, st.sampled_from(["bgr8", "rgb8", "gray8", "jpeg"]), st.integers(0, 4), st.integers(0, 4)),
+    st.builds(AudioLayout, st.integers(1, 192_000), st.integers(1, 3), st.integers(0, 9)),
+    st.builds(ImuLayout, st.integers(0, 4)),
+    st.builds(SignalLayout, st.integers(0, 4), st.lists(names, min_size=1, max_size=3).map(tuple)),
+    st.builds(SweepLayout, st.integers(0, 4)),
+    st.builds(TextLayout, st.integers(0, 20)),
+)
+
+
+@st.composite
+def any_messages(draw: Any) -> Message:
+    layout = draw(st.none() | layouts)
+    start = draw(times)
+    header = Header(
+        stream=draw(names),
+        seq=draw(st.integers(0, 2**40)),
+        epoch=draw(times),
+        t_capture_ns=start,
+        t_end_ns=start + draw(st.integers(0, 10**9)),
+        bound_ns=draw(times),
+        t_receipt_ns=draw(times),
+        t_device_ns=draw(st.none() | st.integers(0, 2**63 - 1)),
+        uncertainty_ns=draw(st.integers(0, 10**9)),
+        layout=layout,
+        health=draw(st.text(max_size=5)),
+    )
+    if layout is None:
+        return Message(header)
+    size = nbytes_of(layout)
+    return Message(header, draw(st.binary(min_size=size or 0, max_size=30 if size is None else size)))
+
+
+@given(one=any_messages(), unix_ns=st.sampled_from([0, UNIX]))
+def test_a_message_comes_back_byte_for_byte(one: Message, unix_ns: int) -> None:
+    schema = recording_schemas.schema_of(one.header.layout)
+    stored = recording_schemas.encode(one, unix_ns)
+    back = recording_schemas.decode(schema.name, memoryview(stored))
+    assert back.header == one.header
+    assert back.data == one.data
+
+
+@given(values=st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+def test_any_float32_survives_json(values: list[int]) -> None:
+    samples = np.zeros(1, IMU_DTYPE)
+    bits = np.array(values, np.uint32)
+    samples["accel"], samples["gyro"] = bits[:3].view(np.float32), bits[3:].view(np.float32)
+    stored = recording_schemas.encode(message(ImuLayout(1), samples), 0)
+    assert recording_schemas.decode("sensorium.Imu", memoryview(stored)).data == samples.tobytes()
+    assert b"NaN" not in stored
+    json.loads(stored)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])
+def test_a_file_gives_back_what_was_written(tmp_path: Path, compression: str) -> None:
+    written = [(one, 100 + index) for index, one in enumerate(examples().values())]
+    path = write(tmp_path / "deep" / "a.mcap", written, compression=compression)
+    assert [(one.header, arrival) for one, arrival in read(path)] == [(one.header, at) for one, at in written]
+    for (one, _), (back, _) in zip(written, read(path), strict=True):
+        assert back.data == (one.data.tobytes() if isinstance(one.data, np.ndarray) else one.data)
+    with RecordingReader(path) as reader:
+        assert reader.streams["sound"] == "audio"
+        assert reader.info.complete
+
+
+def test_the_session_is_embedded(tmp_path: Path) -> None:
+    info = SessionInfo(
+        session="s2",
+        unix_ns=UNIX,
+        rig="name: größe\n",
+        bundle="ab12",
+        arrival="capture_end",
+        calibrations={"camera": "fx: 1"},
+        extra={"file": "a.mp4"},
+    )
+    writer = RecordingWriter(tmp_path / "a.mcap", info)
+    writer.attach("more.bin", b"\x00\x01")
+    writer.close()
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert reader.info == msgspec.structs.replace(info, complete=True)
+        assert reader.attachments["more.bin"] == b"\x00\x01"
+        assert list(reader.messages()) == []
+    assert summarise(tmp_path / "a.mcap")["streams"] == {}
+
+
+def test_a_session_that_lost_something_says_so(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path / "a.mcap", SESSION)
+    writer.close(complete=False, note="3 messages of camera lost")
+    writer.close()
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert not reader.info.complete
+        assert reader.info.note == "3 messages of camera lost"
+    with pytest.raises(RecordingError, match="closed"):
+        writer.write(examples()["imu"], 0)
+
+
+def test_an_exception_leaves_a_readable_incomplete_file(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path / "a.mcap", SESSION)
+    writer.write(examples()["imu"], 5)
+    with pytest.raises(WireError), writer:
+        writer.write(message(TextLayout(2), b"a"), 6)
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert not reader.info.complete
+        assert "WireError" in reader.info.note
+        assert len(list(reader.messages())) == 1
+
+
+def test_messages_and_beats_come_in_log_order_with_ties_by_index(tmp_path: Path) -> None:
+    text = [message(TextLayout(1), b"%d" % (n % 10), stream="ab"[n % 2], seq=n // 2, t=n) for n in range(40)]
+    arrivals = [(n * 7) % 40 // 2 for n in range(40)]
+    written = list(zip(text, arrivals, strict=True))
+    written.insert(3, (message(None, stream="a", seq=9, t=1), 0))
+    written.insert(4, (message(None, stream="c", seq=9, t=1), 0))
+    path = write(tmp_path / "a.mcap", written, chunk_bytes=200)
+    expected = sorted(written, key=lambda pair: pair[1])  # stable: ties stay as written
+    assert [pair[1] for pair in read(path, beats=True)] == [at for _, at in expected]
+    assert [pair[0].header for pair in read(path, beats=True)] == [one.header for one, _ in expected]
+    only = [one.header for one, _ in expected if one.header.stream == "a"]
+    assert [pair[0].header for pair in read(path, streams=["a"], beats=True)] == only
+    assert all(not pair[0].header.is_beat for pair in read(path))
+
+
+def test_json_topics_and_labels(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "a.mcap", SESSION) as writer:
+        writer.write_json("/manifest", b'{"step": 1}', 7)
+        writer.write_json("/mine", b"{}", 8, 6)
+        writer.write_label(Label(20, 30, "b"), 30)
+        writer.write_label(Label(10, 20, "a"), 31)
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert list(reader.json("/manifest")) == [(b'{"step": 1}', 7, 7)]
+        assert list(reader.json("/mine")) == [(b"{}", 8, 6)]
+        assert list(reader.json("/nothing")) == []
+        assert reader.labels() == [Label(10, 20, "a"), Label(20, 30, "b")]
+        assert reader.topics == ["/label", "/manifest", "/mine"]
+        assert reader.streams == {}
+
+
+# What other programs see.
+
+
+def protobuf_decoder(schema: Any) -> Any:
+    """A decoder made from the schema in the file alone, as any MCAP reader does."""
+    pool = descriptor_pool.DescriptorPool()
+    for file in descriptor_pb2.FileDescriptorSet.FromString(schema.data).file:
+        pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(schema.name)).FromString
+
+
+def test_another_reader_decodes_every_message(tmp_path: Path) -> None:
+    written = examples()
+    path = write(tmp_path / "a.mcap", [(one, 100) for one in written.values()])
+    seen: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for schema, channel, record in make_reader(file, validate_crcs=True).iter_messages():
+            assert schema is not None
+            assert record.log_time == UNIX + 100
+            assert record.publish_time == UNIX + 40
+            if schema.encoding == "protobuf":
+                seen[channel.topic] = protobuf_decoder(schema)(record.data)
+            else:
+                seen[channel.topic] = json.loads(record.data)
+    assert cv2.imdecode(np.frombuffer(seen["jpeg"].data, np.uint8), cv2.IMREAD_COLOR).shape == (6, 8, 3)
+    assert seen["jpeg"].format == "jpeg"
+    assert seen["jpeg"].timestamp.ToNanoseconds() == UNIX + 40
+    assert (seen["bgr"].encoding, seen["bgr"].step, seen["gray"].encoding) == ("bgr8", 24, "mono8")
+    assert seen["bgr"].data == written["bgr"].data.tobytes()
+    assert (seen["sound"].format, seen["sound"].sample_rate, seen["sound"].number_of_channels) == ("pcm-s16", 48000, 2)
+    assert np.frombuffer(seen["sound"].data, "<i2").tolist() == [0, 1, 2, 3, 4, 5]
+    assert [(f.name, f.offset, f.type) for f in seen["lidar"].fields] == [
+        ("x", 0, 7), ("y", 4, 7), ("z", 8, 7), ("intensity", 12, 7), ("offset_ns", 16, 6),
+    ]  # fmt: skip
+    assert seen["lidar"].point_stride == 20
+    assert seen["lidar"].data == written["lidar"].data.tobytes()
+    assert seen["words"].message == "Größ"
+    assert seen["imu"]["offset_ns"] == [0, 5, 9]
+    assert np.float32(seen["imu"]["accel_y"][1]) == np.float32(-9.81)
+    assert seen["imu"]["accel_z"] == [None, None, None]
+    assert seen["imu"]["header"]["t_capture_ns"] == 40
+    assert seen["eeg"]["values"]["Cz"][0] is None
+
+
+@pytest.mark.parametrize("name", sorted(recording_schemas.DATA_FIELD))
+def test_the_payload_lies_in_the_field_that_the_schema_names(name: str) -> None:
+    schema = recording_schemas._foxglove(name.removeprefix("foxglove."))
+    found = {
+        field.name: field.number
+        for file in descriptor_pb2.FileDescriptorSet.FromString(schema.data).file
+        for kind in file.message_type
+        if f"{file.package}.{kind.name}" == name
+        for field in kind.field
+    }
+    assert recording_schemas.DATA_FIELD[name] == found["message" if name.endswith("Log") else "data"]
+    assert max(found.values()) < recording_schemas.HEADER_FIELD
+
+
+def test_json_schemas_are_the_plain_kind_that_viewers_parse() -> None:
+    schemas = [*recording_schemas.TOPIC_SCHEMAS.values(), recording_schemas.ANY_OBJECT]
+    schemas += [recording_schemas.schema_of(layout) for layout in (ImuLayout(1), SignalLayout(1, ("a", "b")))]
+    plain = {"boolean", "string", "number", "integer", "object", "array"}
+
+    def check(schema: dict[str, Any]) -> None:
+        assert schema["type"] in plain
+        if schema["type"] == "object":
+            for inner in schema["properties"].values():
+                check(inner)
+        if schema["type"] == "array":
+            assert schema["items"]["type"] in plain - {"array"}
+
+    for schema in schemas:
+        body = json.loads(schema.data)
+        jsonschema.Draft202012Validator.check_schema(body)
+        assert body["type"] == "object"
+        check(body)
+
+
+# Files that are not whole.
+
+
+class SmallFile(NamedTuple):
+    content: bytes
+    lines: list[bytes]
+
+    def __repr__(self) -> str:
+        return f"SmallFile of {len(self.content)} bytes"
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> SmallFile:
+    """A file of six chunks, and its messages."""
+    lines = [message(TextLayout(2), b"%02d" % n, stream="words", seq=n, t=n) for n in range(24)]
+    path = tmp_path_factory.mktemp("small") / "a.mcap"
+    write(path, [(line, n) for n, line in enumerate(lines)], chunk_bytes=320)
+    return SmallFile(path.read_bytes(), [line.data for line in lines])
+
+
+def test_cut_anywhere_a_file_gives_its_whole_chunks(small_file: SmallFile, tmp_path: Path) -> None:
+    content, lines = small_file
+    path = tmp_path / "a.mcap"
+    counts: list[int] = []
+    refused: list[str] = []
+    for size in range(len(content)):
+        path.write_bytes(content[:size])
+        try:
+            with RecordingReader(path) as reader:
+                found = [one.data for one, _ in reader.messages()]
+                assert not reader.info.complete
+                assert reader.info.session == "s1"
+        except RecordingError as error:
+            refused.append(str(error))
+            continue
+        assert found == lines[: len(found)]
+        counts.append(len(found))
+    assert len(refused) < 200  # only while the head is missing
+    assert all(str(path) in text for text in refused)
+    assert counts == sorted(counts)
+    assert len(set(counts)) >= 6
+    assert counts[-1] == len(lines)
+
+
+@given(data=st.data())
+def test_a_damaged_file_never_raises_anything_else(small_file: SmallFile, data: Any, tmp_path_factory: Any) -> None:
+    content, lines = small_file
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.mcap"
+    path.write_bytes(damaged)
+    try:
+        with RecordingReader(path) as reader:
+            found = [one.data for one, _ in reader.messages(beats=True)]
+            reader.labels()
+    except RecordingError:
+        return
+    assert set(found) <= set(lines)
+
+
+def test_a_tail_of_zeros_is_a_cut_file(small_file: SmallFile, tmp_path: Path) -> None:
+    content, _ = small_file
+    (tmp_path / "a.mcap").write_bytes(content[: len(content) // 2] + bytes(500))
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert not reader.info.complete
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "empty"), (b"RIFF....WAVE", "no MCAP file"), (b"\x89MCAP0\r\n", "died before"), (b"\x89MC", "died before")],
+)
+def test_empty_foreign_and_headless_files(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.mcap").write_bytes(content)
+    with pytest.raises(RecordingError, match=words):
+        RecordingReader(tmp_path / "a.mcap")
+
+
+def test_a_foreign_mcap_and_a_missing_file(shared_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="no recording of a Sensorium session"):
+        RecordingReader(shared_data / "rosbags" / "husky_60s.mcap")
+    with pytest.raises(RecordingError, match="cannot be opened"):
+        RecordingReader(tmp_path / "nowhere.mcap")
+    with pytest.raises(RecordingError, match="cannot be opened"):
+        RecordingReader(tmp_path)
+
+
+KILLED = """
+import sys
+from tests.test_recording import SESSION, message
+from pipeline.messages import TextLayout
+from pipeline.recording import RecordingWriter
+writer = RecordingWriter(sys.argv[1], SESSION, chunk_bytes=10_000)
+for n in range(10**9):
+    writer.write(message(TextLayout(5), b"%05d" % (n % 10**5), stream="words", seq=n, t=n), n)
+    if n % 100 == 0:
+        print(n, writer.bytes_written, flush=True)
+"""
+
+
+def test_a_killed_writer_loses_only_its_last_chunk(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    written, size = 0, 0
+    while size < 100_000:
+        assert select.select([child.stdout], [], [], 60)[0]
+        written, size = map(int, child.stdout.readline().split())
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate(timeout=60)
+    with RecordingReader(path) as reader:
+        found = [one.header.seq for one, _ in reader.messages()]
+        assert not reader.info.complete
+    assert found == list(range(len(found)))
+    assert len(found) > written - 200  # a chunk holds about 130 of these messages
+    assert summarise(path)["complete"] is False
+
+
+FULL = """
+import resource, signal, sys
+from tests.test_recording import SESSION, message
+from pipeline.errors import RecordingError
+from pipeline.messages import TextLayout
+from pipeline.recording import RecordingWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+writer = RecordingWriter(sys.argv[1], SESSION, chunk_bytes=10_000, compression="none")
+try:
+    for n in range(10**5):
+        writer.write(message(TextLayout(5), b"%05d" % n, stream="words", seq=n, t=n), n)
+except RecordingError as error:
+    print(n, error)
+writer.close()
+"""
+
+
+def test_when_the_disk_is_full_what_was_written_stays_readable(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    result = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "cannot be written any further" in result.stdout
+    with RecordingReader(path) as reader:
+        found = [one.header.seq for one, _ in reader.messages()]
+        assert not reader.info.complete
+    assert found == list(range(len(found)))
+    assert len(found) > int(result.stdout.split()[0]) - 200
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50_000
+
+
+def test_a_device_that_is_full_at_once() -> None:
+    with pytest.raises(RecordingError, match="No space left"):
+        RecordingWriter("/dev/full", SESSION, overwrite=True)
+
+
+def test_an_existing_file_is_not_replaced_unasked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mcap", [])
+    with pytest.raises(ConfigError, match="exists already"):
+        RecordingWriter(path, SESSION)
+    with pytest.raises(RecordingError, match="cannot be created"):
+        RecordingWriter(path / "b.mcap", SESSION)
+
+
+def test_a_chunk_ends_by_age_and_by_request(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path / "a.mcap", SESSION, chunk_ns=1000)
+    writer.write(message(TextLayout(1), b"a", t=0), 0)
+    writer.write(message(TextLayout(1), b"b", t=1, seq=1), 999)
+    before = writer.bytes_written
+    writer.write(message(TextLayout(1), b"c", t=2, seq=2), 1000)
+    assert writer.bytes_written > before
+    writer.write(message(TextLayout(1), b"d", t=3, seq=3), 1001)
+    assert len(read(writer.path)) == 3
+    writer.flush()
+    assert len(read(writer.path)) == 4
+    writer.close()
+    assert writer.messages == 4
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "a.mcap", SESSION) as writer:
+        refused: list[tuple[type[Exception], Message, int]] = [
+            (ValueError, message(TextLayout(1)), 0),
+            (WireError, message(TextLayout(2), b"a"), 0),
+            (ConfigError, message(TextLayout(1), b"a", stream="/beat"), 0),
+            (ValueError, message(TextLayout(1), b"a"), -UNIX - 1),
+        ]
+        for kind, one, arrival in refused:
+            with pytest.raises(kind):
+                writer.write(one, arrival)
+    assert read(tmp_path / "a.mcap") == []
+
+
+def test_a_payload_that_changed_in_the_file_is_found() -> None:
+    stored = bytearray(recording_schemas.encode(message(TextLayout(5), b"hello"), 0))
+    stored[stored.index(b"hello")] ^= 1
+    with pytest.raises(SensoriumError, match="hash differs"):
+        recording_schemas.decode("foxglove.Log", memoryview(stored))
+
+
+# Counting.
+
+
+def test_summary_counts_what_a_small_session_holds(tmp_path: Path) -> None:
+    ms = 1_000_000
+    written = []
+    for seq in (0, 1, 4):
+        batch = np.zeros(10, IMU_DTYPE)
+        batch["offset_ns"] = np.arange(10) * 10 * ms
+        batch["accel"], batch["gyro"] = [3, 0, 4], np.nan
+        one = message(ImuLayout(10), batch, stream="imu", seq=seq, t=seq * 100 * ms, end=(seq * 100 + 90) * ms)
+        written.append((one, (seq * 100 + 95 + seq) * ms))
+    written.append((message(None, stream="imu", seq=6, t=600 * ms), 600 * ms))
+    block = np.zeros((480, 1), "<i2")
+    written += [
+        (
+            message(AudioLayout(48000, 1, 480), block, stream="mic", seq=n, t=n * 10 * ms, end=(n + 1) * 10 * ms),
+            700 * ms,
+        )
+        for n in range(3)
+    ]
+    summary = summarise(write(tmp_path / "a.mcap", written))
+    imu = summary["streams"]["imu"]
+    assert (summary["duration_s"], summary["complete"], summary["session"]) == (0.49, True, "s1")
+    assert (imu["messages"], imu["samples"], imu["gaps"], imu["lost"]) == (3, 30, 2, 3)
+    assert imu["max_gap_ms"] == 210
+    assert imu["delay_ms"] == {"p50": 6.0, "max": 9.0}
+    assert imu["rate_hz"] == pytest.approx(29 / 0.49)
+    assert (imu["start_ns"], imu["end_ns"]) == (0, 490 * ms)
+    assert imu["stats"]["accel"] == {"mean": [3, 0, 4], "sd": [0, 0, 0], "mean_norm": 5}
+    assert imu["stats"]["gyro"] == {"mean": [None] * 3, "sd": [None] * 3, "mean_norm": None}
+    mic = summary["streams"]["mic"]
+    assert (mic["payload"], mic["samples"], mic["rate_hz"], mic["max_gap_ms"]) == ("audio", 1440, 48000, 0)
+    json.dumps(summary, allow_nan=False)
+
+
+@given(rows=st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=12),
+       cut=st.integers(0, 12))  # fmt: skip
+def test_moments_do_not_depend_on_batches(rows: list[list[float]], cut: int) -> None:
+    from pipeline.recording_summary import _Moments
+
+    values = np.array(rows, np.float32)
+    moments = _Moments(3)
+    for part in (values[:cut], values[cut:]):
+        moments.add(part)
+    result = moments.result()
+    assert result["mean"] == pytest.approx(values.astype(float).mean(axis=0).tolist(), abs=1e-6)
+    assert result["sd"] == pytest.approx(values.astype(float).std(axis=0).tolist(), abs=1e-6)
+    assert result["mean_norm"] == pytest.approx(np.linalg.norm(values.astype(float), axis=1).mean())
