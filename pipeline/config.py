@@ -41,11 +41,11 @@ class SourceEntry(_Strict, frozen=True):
 
 
 class BundleEntry(_Strict, frozen=True):
-    """Which model. ``streams`` maps the bundle's streams to the rig's where the names differ; ``allow_code`` lets the
-    bundle bring Python code, which runs with your rights."""
+    """Which model. ``streams`` maps the bundle's streams to the rig's where the names differ (null: left out, and always
+    masked); ``allow_code`` lets the bundle bring Python code, which runs with your rights."""
 
     path: str
-    streams: dict[str, str] = msgspec.field(default_factory=dict)
+    streams: dict[str, str | None] = msgspec.field(default_factory=dict)
     allow_code: bool = False
 
 

@@ -101,8 +101,8 @@ class Document:
                     f"{self.path}, line {number}: the line is indented with a tab, which YAML does not allow; "
                     "indent with spaces."
                 )
-        loader = _Loader(self.text)
         try:
+            loader = _Loader(self.text)
             node = loader.get_single_node()
             return None if node is None else self._build(loader, node, (), ())
         except yaml.MarkedYAMLError as error:
@@ -111,10 +111,9 @@ class Document:
             why = error.problem or error.context or "it cannot be parsed"
             raise ConfigError(f"{self.path}{line_text}: this is no valid YAML: {why}. Check the indentation, the "
                               "colons and the quotes of this line and of the one above.") from None  # fmt: skip
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{self.path}: this is no valid YAML: {error}.") from None
-        finally:
-            loader.dispose()
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            why = " ".join(str(error).split())
+            raise ConfigError(f"{self.path}: this is no valid YAML: {why}.") from None
 
     def _build(self, loader: Any, node: yaml.Node, at: Where, above: tuple[yaml.Node, ...]) -> Any:
         """The value of ``node``, whose lines are noted under the path ``at``."""
@@ -175,9 +174,12 @@ class Document:
         return self._leaf(value, type_, at)
 
     def _union(self, value: Any, type_: Any, args: tuple[Any, ...], at: Where) -> Any:
-        structs = [a for a in args if _is_struct(a)]
         if value is None and type(None) in args:
             return None
+        others = [a for a in args if a is not type(None)]
+        if len(others) == 1:
+            return self._convert(value, others[0], at)
+        structs = [a for a in args if _is_struct(a)]
         if not isinstance(value, dict) or not structs:
             return self._leaf(value, type_, at)
         if len(structs) == 1:
@@ -222,9 +224,16 @@ class Document:
         if isinstance(value, float) and value != value:
             raise self._wrong(value, describe(type_), at)
         try:
-            return msgspec.convert(value, type_)
+            return msgspec.convert(value, type_, dec_hook=self._path)
         except msgspec.ValidationError:
             raise self._wrong(value, describe(type_), at) from None
+
+    def _path(self, type_: Any, value: Any) -> Any:
+        """A ``Path`` of a struct: relative ones are relative to the document's folder."""
+        if type_ is not Path or not isinstance(value, str):
+            raise ValueError(f"expected {describe(type_)}")
+        path = Path(value).expanduser()
+        return path if path.is_absolute() else (self.path.resolve().parent / path).resolve()
 
     def _unknown(self, key: str, value: Any, known: list[str], at: Where) -> ConfigError:
         allowed = f"Allowed here: {listed(sorted(known))}." if known else "No keys are allowed here."

@@ -1,0 +1,193 @@
+"""A node's life: what it is told to be, what it is told to do, and what it says of itself.
+
+One process is one node. Its parent hands it a ``NodeSpec`` in a file, writes ``Order``s to its standard input and
+reads ``Report``s from its standard output, both a line of JSON each; its log is standard error. Pipes need no name and
+no port, they order what is said, and when the parent dies, however it dies, they close: then the node stops cleanly,
+and a recording is finished. No node outlives its launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import msgspec
+
+from pipeline.clock import Clock, Origin, SystemClock
+from pipeline.errors import ConfigError
+
+REPORT_EVERY_NS = 250_000_000
+"""How often a node reports while nothing changes. The launcher takes long silence for a hang."""
+
+LAST_RESORT_S = 8.0
+"""How long a node whose launcher is gone may take to finish what it holds."""
+
+
+class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a node must know. ``settings`` are its class's own, checked before it was started."""
+
+    session: str
+    origin: Origin
+    session_dir: str
+    node: str
+    kind: str
+    settings: dict[str, Any] = {}
+    streams: dict[str, str] = {}
+    """The streams that this node publishes, and their payloads."""
+    slots: dict[str, int] = {}
+    """Bytes of the largest payload of each of them, 0 if unknown."""
+    readers: tuple[str, ...] = ()
+    """Nodes that must have joined before the first message is sent."""
+    import_paths: tuple[str, ...] = ()
+    lease_ms: int = 1000
+    ring_mib: int = 64
+    supervised: bool = True
+
+
+class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What a source says of one stream."""
+
+    epoch: int | None = None
+    published: int = 0
+    newest_ns: int | None = None
+    dropped: dict[str, int] = {}
+
+
+class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the aligner says of one stream: its counters, and the verdict of the newest step."""
+
+    verdict: str | None = None
+    reason: str | None = None
+    age_ms: float | None = None
+    received: int = 0
+    used: int = 0
+    late: int = 0
+    superseded: int = 0
+    duplicate: int = 0
+    lost: int = 0
+    buffered: int = 0
+    rejected: dict[str, int] = {}
+
+
+State = Literal["starting", "waiting", "ready", "ended"]
+
+
+class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What a node says of itself. ``waiting``: it lives but has nothing to give, for the reason in ``note``; ``ended``:
+    its data came to their natural end (``ended`` holds the epoch and the number of the message that will not come)."""
+
+    state: State
+    note: str = ""
+    sources: dict[str, SourceReport] = {}
+    aligned: dict[str, AlignReport] = {}
+    counters: dict[str, float] = {}
+    ended: dict[str, tuple[int, int]] = {}
+
+
+class Order(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What the launcher tells a node. ``close`` goes to the align node: a stream is dead, or ended before message
+    ``seq`` of ``epoch``."""
+
+    do: Literal["stop", "close"]
+    stream: str = ""
+    reason: Literal["dead", "ended"] = "dead"
+    epoch: int = 0
+    seq: int = 0
+
+
+_encode = msgspec.json.Encoder().encode
+_order = msgspec.json.Decoder(Order)
+
+
+class Life:
+    """What a running node is given: its spec, the clock, the wish that it stops, its orders, and its voice."""
+
+    def __init__(self, spec: NodeSpec, clock: Clock | None = None, voice: IO[bytes] | None = None) -> None:
+        """``voice`` is where reports go; None: nowhere (a node that runs without a launcher)."""
+        self.spec = spec
+        self.clock: Clock = clock or SystemClock(spec.origin)
+        self.stop = threading.Event()
+        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
+        self._voice = voice
+        self._last: Report | None = None
+        self._next_report_ns = 0
+
+    def report(self, report: Report) -> None:
+        """Says ``report``; an unchanged one only as often as the launcher needs to know that the node lives."""
+        self._last, self._next_report_ns = report, self.clock.now_ns() + REPORT_EVERY_NS
+        if self._voice is None:
+            return
+        try:
+            self._voice.write(_encode(report) + b"\n")
+            self._voice.flush()
+        except (BrokenPipeError, ValueError):
+            self.stop.set()  # nobody listens any more
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to report again."""
+        return self.clock.now_ns() >= self._next_report_ns
+
+    def take_orders(self) -> list[Order]:
+        """The orders since the last call, but ``stop``, which sets ``stop``."""
+        taken = []
+        while True:
+            try:
+                taken.append(self.orders.get_nowait())
+            except queue.Empty:
+                return taken
+
+
+def read_spec(path: Path | str) -> NodeSpec:
+    """The spec in the file ``path``. Raises ConfigError."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=NodeSpec)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path} is no node's spec: {error}. Specs are written by the launcher into the session's folder; to start "
+            "a session, run `sensorium run RIG`."
+        ) from None
+
+
+def begin(spec: NodeSpec) -> Life:
+    """The life of this process as the node ``spec``: signals, pipes and the tie to the launcher are set up."""
+    # Interrupts from a terminal reach the whole group; the launcher decides in which order its nodes stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if spec.supervised else signal.default_int_handler)
+    if not spec.supervised:
+        life = Life(spec)
+        signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
+        signal.signal(signal.SIGINT, lambda *_: life.stop.set())
+        return life
+    voice = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a driver prints belongs in the log, not between the reports
+    life = Life(spec, voice=voice)
+    signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
+    _die_with_parent()
+    threading.Thread(target=_listen, args=(life, sys.stdin.buffer), daemon=True, name="orders").start()
+    return life
+
+
+def _listen(life: Life, orders: IO[bytes]) -> None:
+    """Passes orders on until the launcher is gone."""
+    for line in orders:
+        order = _order.decode(line)
+        if order.do == "stop":
+            life.stop.set()
+        else:
+            life.orders.put(order)
+    life.stop.set()
+    # The pipe closes only when the launcher has died: a node that cannot finish must not stay behind as an orphan.
+    threading.Event().wait(LAST_RESORT_S)
+    os._exit(70)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux for a SIGTERM when the launcher dies, beside the closing pipe. Elsewhere the pipe alone does it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # 1: PR_SET_PDEATHSIG

@@ -1,0 +1,165 @@
+"""What a sensor is to Sensorium: one class with settings, ``open``, ``read`` and ``close``.
+
+A source knows its device and the session clock and nothing else. It hands over readings with honest times; numbering,
+epochs, bounds, beats, retries and sockets are the shell's (``pipeline.node``). A whole sensor, in or out of this tree:
+
+    class Thermometer(Source):
+        class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+            port: Path
+        payload = "signal"
+
+        def open(self) -> None: ...             # import the driver and open the device here; raise SensorError
+        def read(self) -> Reading | None: ...   # at most about 50 ms
+        def close(self) -> None: ...
+
+and in a rig ``sources: {water: {kind: "my_package.thermometer:Thermometer", port: /dev/ttyUSB0}}``.
+``pipeline.checks.check_source`` tells whether such a class keeps the contract.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+import numpy as np
+
+from pipeline.clock import Clock
+from pipeline.errors import ConfigError
+from pipeline.messages import AudioLayout, ImuLayout, Layout, Payload, SignalLayout
+from pipeline.strict import listed, nearest
+
+KINDS: dict[str, str] = {
+    "camera": "nodes.camera:Camera",
+    "microphone": "nodes.microphone:Microphone",
+    "imu": "nodes.imu:Imu",
+    "lidar": "nodes.lidar:Lidar",
+    "text": "nodes.text:Text",
+    "lsl": "nodes.lsl:Lsl",
+    "synthetic": "nodes.synthetic:Synthetic",
+    "replay": "nodes.replay:Replay",
+}
+"""Everything that a rig may name as ``kind`` without a module. The only list of it."""
+
+CORE_KINDS: dict[str, str] = {
+    "align": "nodes.align:Align",
+    "fusion": "nodes.fusion:Fusion",
+    "record": "nodes.record:Record",
+}
+"""The nodes that the launcher adds to a rig's sources."""
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One reading of a device, before it is numbered. All times int64 ns on the session clock, but ``t_device_ns``.
+
+    Within one life of the device's clock each reading begins at or after the bound of the one before; corrections of
+    the clock are slewed into the times. ``new_epoch`` says that the clock jumped or restarted before this reading.
+    ``bound_ns`` promises that no later reading of the epoch begins before it; left out, it follows from the payload.
+    """
+
+    layout: Layout
+    data: Any
+    t_capture_ns: int
+    t_end_ns: int
+    t_receipt_ns: int
+    t_device_ns: int | None = None
+    uncertainty_ns: int = 0
+    new_epoch: bool = False
+    bound_ns: int | None = None
+
+
+def default_bound_ns(layout: Layout, t_capture_ns: int, t_end_ns: int) -> int:
+    """The promise that a reading's kind makes by itself: an audio block ends where the next begins; samples of a
+    batch and single moments are followed by later ones."""
+    if isinstance(layout, AudioLayout):
+        return t_end_ns
+    return (t_end_ns if isinstance(layout, ImuLayout | SignalLayout) else t_capture_ns) + 1
+
+
+class SourceContext(Protocol):
+    """What a source is given; nothing else of the system reaches it."""
+
+    name: str
+    """The stream's name."""
+    clock: Clock
+
+    def loan(self, layout: Layout, nbytes: int | None = None) -> np.ndarray[Any, Any]:
+        """A writable buffer u1 [nbytes] for a payload of ``layout`` (``nbytes`` only where the layout does not say):
+        in shared memory where a slot is free, else fresh. Fill it and pass it, or a slice from its start, as
+        ``Reading.data``; then do not touch it again."""
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Counts ``n`` drops that the source made itself, by reason: "stale", "overflow". Shown in its health."""
+
+    def note(self, text: str) -> None:
+        """The source's health in words; "" is well. Sent with the next beat."""
+
+
+class Source:
+    """Base of all sources. ``Settings`` is decoded strictly from the rig, without touching hardware."""
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """No settings."""
+
+    payload: ClassVar[Payload]
+
+    def __init__(self, settings: Any, context: SourceContext) -> None:
+        self.settings, self.context = settings, context
+
+    @classmethod
+    def payload_of(cls, settings: Any) -> Payload:
+        """The payload type of a source with these settings."""
+        return cls.payload
+
+    @classmethod
+    def largest_payload(cls, settings: Any) -> int:
+        """Bytes of the largest payload to expect, 0 if unknown: what a slot of shared memory must hold."""
+        return 0
+
+    def open(self) -> None:
+        """Imports the driver and opens the device. Raises SensorError; called again after a failure."""
+
+    def read(self) -> Reading | list[Reading] | None:
+        """What has come since the last call, oldest first; blocks at most about 50 ms. Raises SensorError when the
+        device fails, EOFError where the data end by nature."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Gives the device back. May be called twice, and after a failed ``open``; never raises."""
+
+    def bound_ns(self) -> int | None:
+        """While nothing is read: nothing that begins before this time will come any more. None: no new promise."""
+        return None
+
+
+def load_kind(kind: str, paths: Iterable[Path | str] = ()) -> type[Any]:
+    """The class that ``kind`` names: a shipped kind, or ``package.module:Class`` found as Python finds modules, then
+    in ``paths``. Raises ConfigError."""
+    target = KINDS.get(kind) or CORE_KINDS.get(kind) or kind
+    module_name, colon, class_name = target.partition(":")
+    if not colon or not class_name or not module_name:
+        raise ConfigError(
+            f"`{kind}` is no kind of source.{nearest(kind, KINDS)} Shipped are {listed(KINDS)}; a source of your own "
+            "is named `package.module:Class`."
+        )
+    for path in map(str, paths):
+        if path not in sys.path:
+            sys.path.append(path)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ConfigError(
+            f"the module `{module_name}` of kind `{kind}` cannot be imported: {type(error).__name__}: {error}. "
+            "It must be installed, or lie beside the rig or in the current folder."
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name]
+        raise ConfigError(
+            f"the module `{module_name}` has no class `{class_name}`.{nearest(class_name, classes)} "
+            f"Its classes are {listed(classes) or 'none'}."
+        )
+    return found

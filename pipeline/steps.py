@@ -1,0 +1,94 @@
+"""Steps on their way from the align node: bytes on the topic ``step``, and the account of which steps came.
+
+A step is multipart ``[step, envelope, grid, …]``: the envelope is msgpack of the manifest and of the grids' shapes,
+each grid is f4 in C order, streams in sorted order. Messages' payloads are not in it; who needs them has subscribed to
+their streams and finds them by the epochs and numbers that the manifest names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pipeline.align import Manifest, Step
+from pipeline.errors import WireError
+
+STEP = "step"
+"""The topic of steps on the align node's socket."""
+GAP = "gap"
+"""The topic on which a restarted align node names the steps that it will never publish, and the fusion node the
+windows; a JSON object ``Gap``."""
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """Steps that nobody will ever see, both ends included, and why."""
+
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+    cause: str = ""
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    manifest: Manifest
+    grids: dict[str, tuple[int, int]]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Envelope).decode
+
+
+def encode_step(step: Step) -> list[bytes]:
+    """The parts of ``step`` as they are sent, the topic first."""
+    names = sorted(step.grids)
+    shapes = {name: (step.grids[name].shape[0], step.grids[name].shape[1]) for name in names}
+    grids = [np.ascontiguousarray(step.grids[name], "<f4").tobytes() for name in names]
+    return [STEP.encode(), _encode(_Envelope(step.manifest, shapes)), *grids]
+
+
+def decode_step(parts: Sequence[Any]) -> tuple[Manifest, dict[str, np.ndarray[Any, Any]]]:
+    """The manifest and the grids f4 [samples, channels] (read-only views of the parts). Raises WireError."""
+    try:
+        envelope = _decode(parts[1])
+    except (IndexError, msgspec.MsgspecError) as error:
+        raise WireError(f"a step's envelope is damaged: {error}") from None
+    shapes = envelope.grids
+    sizes = [len(memoryview(part).cast("B")) for part in parts[2:]]
+    if sizes != [4 * rows * columns for rows, columns in shapes.values()]:
+        raise WireError(f"step {envelope.manifest.step} has grids of {sizes} bytes where its envelope says {shapes}")
+    grids = {
+        name: np.frombuffer(part, "<f4").reshape(shape)
+        for (name, shape), part in zip(shapes.items(), parts[2:], strict=True)
+    }
+    return envelope.manifest, grids
+
+
+class Account:
+    """Which steps have come, so that every index appears once: as a step, or inside one gap.
+
+    What an aligner announces after its restart is only the cause: how far its predecessor's steps had come is known
+    where they arrived, not where they were sent.
+    """
+
+    def __init__(self, first: int | None = 1) -> None:
+        """``first`` is the step that must come first; None where whatever comes first is right (a reader that joined
+        later)."""
+        self.last = None if first is None else first - 1
+        self._announced: list[Gap] = []
+
+    def announce(self, gap: Gap) -> None:
+        """Takes note of why steps will be missing."""
+        self._announced = [*self._announced[-7:], gap]
+
+    def take(self, step: int) -> Gap | None:
+        """Notes that ``step`` came; the gap before it, if there is one. Raises WireError if it came before."""
+        if self.last is not None and step <= self.last:
+            raise WireError(f"step {step} came after step {self.last}; it is not used twice")
+        first = step if self.last is None else self.last + 1
+        self.last = step
+        if step == first:
+            return None
+        causes = [gap.cause for gap in self._announced if gap.first < step and gap.last >= first]
+        return Gap(first, step - 1, causes[-1] if causes else "lost on the way from the align node")
