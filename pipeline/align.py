@@ -187,6 +187,7 @@ class Aligner:
         track = self._tracks.get(message.header.stream)
         if track is None:
             raise ValueError(f"stream {message.header.stream!r} was not declared; there are {sorted(self._tracks)}")
+        arrival_ns = max(arrival_ns, self._time_ns)
         if arrival_ns >= self._wake_ns or self._pending or track.closed is not None:
             self._hold(track, message, arrival_ns)
             return self._work(arrival_ns)
@@ -208,8 +209,7 @@ class Aligner:
         steps = self.tick(now_ns)
         track = self._tracks[stream]
         self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
-        if track.closed != "ended":
-            track.closed = reason
+        track.close(reason)
         if reason == "ended":
             self._end(track)
         return steps + self._work(now_ns, self._spec.max_steps_per_call - len(steps))
@@ -217,11 +217,9 @@ class Aligner:
     def finish(self, now_ns: int) -> list[Step]:
         """Ends all streams; returns all steps up to the last whole hop below the greatest bound."""
         steps = self._work(now_ns, None)
-        greatest = max((t.bound_ns for t in self._tracks.values() if t.bound_ns < FOREVER), default=0)
-        self._last_step = max(self._last_step, greatest // self._spec.hop_ns)
         self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
         for track in self._tracks.values():
-            track.closed = "ended"
+            track.close("ended")
             self._end(track)
         while self._next <= self._last_step:
             steps.append(self._emit("end"))
@@ -326,9 +324,7 @@ class Aligner:
         self._open_limit_ns = (self._next + self._spec.max_open) * self._spec.hop_ns
 
     def _end(self, track: Track) -> None:
-        if track.bound_ns < FOREVER:
-            self._last_step = max(self._last_step, track.bound_ns // self._spec.hop_ns)
-        track.bound_ns = FOREVER
+        self._last_step = max(self._last_step, track.promised_ns // self._spec.hop_ns)
         if not track.proven:
             track.proven = True
             self._unproven -= 1
@@ -376,14 +372,14 @@ class Aligner:
                     uncertainty_ns = message.header.uncertainty_ns
         elif track.proven:
             verdict = "missing"
-            if not track.started:
+            if track.never_started:
                 reason = "never_started"
             else:
                 reason = "gap" if track.hole_is_gap or track.touched() else "out_of_tolerance"
         elif track.closed == "dead":
             verdict, reason = "missing", "dead"
         elif idle:
-            verdict, reason = "missing", "silent" if track.started else "never_started"
+            verdict, reason = "missing", "never_started" if track.never_started else "silent"
         else:
             verdict = "late"
         return StreamManifest(
@@ -394,7 +390,7 @@ class Aligner:
             used,
             ranges(track.fresh),
             track.epoch if track.epoch > -FOREVER else None,
-            track.bound_ns if -FOREVER < track.bound_ns < FOREVER else None,
+            track.promised_ns if track.promised_ns > -FOREVER else None,
             newest_ns,
             uncertainty_ns,
             idle,

@@ -21,7 +21,7 @@ rule           a step k holds                               proven when
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -161,17 +161,20 @@ class Track:
         self.received = 0
         self.epoch = -FOREVER
         self.epoch_floor_ns = -FOREVER
-        self.bound_ns = -FOREVER
+        self.bound_ns = -FOREVER  # FOREVER once the stream has ended
+        self.promised_ns = -FOREVER  # the greatest finite bound
         self.advanced_ns = 0  # arrival time of the header that last moved the bound
         self.closed: str | None = None
-        self.started = False
+        self.first_ns = FOREVER  # least capture time of what has come and kept the stream's promises
         self.proven = False
         self.buffer: list[Message] = []  # by capture time
         self.used: set[int] = set()  # ids of the messages in the buffer that some step has used
         self.fresh: list[Message] = []  # taken since the last manifest
         self.next_seq = 0
-        self.last_capture_ns = 0
+        self.gap: tuple[int, int] | None = None  # (first ns, count) of a loss whose end is not known yet
+        self.last_capture_ns = -FOREVER
         self.sequence = None if spec.ordered else _Unordered(spec.max_buffer)
+        self.ordinary = spec.ordered  # nothing out of the ordinary is going on: no gap open, not closed
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
         self.overflows: list[tuple[int, int]] = []
         self.aim(step)
@@ -188,10 +191,9 @@ class Track:
             and header.bound_ns >= header.t_end_ns >= header.t_capture_ns >= self.bound_ns
             and header.t_capture_ns >= self.late_below_ns
             and header.bound_ns - arrival_ns <= self.max_future_ns
-            and self.sequence is None
             and len(self.buffer) < self.max_buffer
-            and self.closed is None
-            and self.well_formed(message)
+            and self.ordinary
+            and (not self.looks_inside or self.well_formed(message))
         ):
             self.received += 1
             self.next_seq += 1
@@ -199,7 +201,7 @@ class Track:
             self.buffer.append(message)
             self.fresh.append(message)
             if header.bound_ns > self.bound_ns:
-                self.bound_ns = header.bound_ns
+                self.bound_ns = self.promised_ns = header.bound_ns
                 self.advanced_ns = arrival_ns
             return self.bound_ns >= self.interesting_ns
         return self._take_with_care(message, arrival_ns)
@@ -269,9 +271,9 @@ class Track:
             self.counters.lost += self.sequence.missing
             self.sequence = _Unordered(self.max_buffer)
         self.epoch = epoch
-        self.epoch_floor_ns = self.bound_ns
+        self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
-        self.last_capture_ns = epoch
+        self.last_capture_ns = epoch - 1
 
     def _is_duplicate(self, header: Header) -> bool:
         if header.layout is None:
@@ -284,15 +286,16 @@ class Track:
         if self.sequence is not None:
             self.sequence.known(header.seq) if beat else self.sequence.come(header.seq)
             return
-        until_ns = header.bound_ns if beat else header.t_capture_ns
         if header.seq > self.next_seq:
-            self.counters.lost += header.seq - self.next_seq
-            self._remember_loss(self.last_capture_ns + 1, until_ns, header.seq - self.next_seq)
-        if not beat:
-            self.next_seq = header.seq + 1
-            self.last_capture_ns = header.t_capture_ns
-        elif header.seq > self.next_seq:
-            self.next_seq = header.seq
+            count = header.seq - self.next_seq
+            self.counters.lost += count
+            # What is lost was promised to lie at or above the bound that held until now; its end is the next message.
+            if self.gap is None:
+                self.gap = (max(self.last_capture_ns + 1, self.bound_ns), count)
+            else:
+                self.gap = (self.gap[0], self.gap[1] + count)
+            self.ordinary = False
+        self.next_seq = max(self.next_seq, header.seq if beat else header.seq + 1)
 
     def _remember_loss(self, first_ns: int, end_ns: int, count: int) -> None:
         if len(self.losses) >= self.max_buffer:  # bounded whatever a stream does: the two newest become one
@@ -306,7 +309,22 @@ class Track:
             self._reject(header, "epoch")
         elif header.t_capture_ns < self.bound_ns:
             self._reject(header, "bound")
-        elif self.is_late(message):
+        else:
+            self._arrive(header)
+            self._sort_in(message)
+
+    def _arrive(self, header: Header) -> None:
+        """The message keeps the stream's promises: it ends a gap, whatever becomes of it."""
+        self.first_ns = min(self.first_ns, header.t_capture_ns)
+        self.last_capture_ns = header.t_capture_ns
+        if self.gap is not None:
+            self._remember_loss(self.gap[0], header.t_capture_ns, self.gap[1])
+            self.gap = None
+            self.ordinary = self.sequence is None and self.closed is None
+
+    def _sort_in(self, message: Message) -> None:
+        header = message.header
+        if self.is_late(message):
             self.counters.late += 1
         elif len(self.buffer) >= self.max_buffer:
             self._reject(header, "overflow")
@@ -318,9 +336,7 @@ class Track:
             self._keep(message)
 
     def _keep(self, message: Message) -> None:
-        self.started = True
-        if self.closed == "dead":
-            self.closed = None
+        self._reopen()
         self.fresh.append(message)
         if self.buffer and _order(message) < _order(self.buffer[-1]):
             insort(self.buffer, message, key=_order)
@@ -334,10 +350,22 @@ class Track:
         if self.sequence is not None:
             bound_ns = self.sequence.promise(header)
         if bound_ns > self.bound_ns:
-            self.bound_ns = bound_ns
+            self.bound_ns = self.promised_ns = bound_ns
             self.advanced_ns = arrival_ns
-            if self.closed == "dead":
-                self.closed = None
+            self._reopen()
+
+    def close(self, reason: Literal["dead", "ended"]) -> None:
+        """Nothing more is expected: for now, or for good, which proves everything."""
+        self.ordinary = False
+        if self.closed != "ended":
+            self.closed = reason
+        if reason == "ended":
+            self.bound_ns = FOREVER
+
+    def _reopen(self) -> None:
+        if self.closed == "dead":
+            self.closed = None
+            self.ordinary = self.sequence is None and self.gap is None
 
     # --- the step that is next -------------------------------------------------------------------------------------
 
@@ -361,11 +389,17 @@ class Track:
 
     def lost_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages may have been lost in [first, end)."""
-        return sum(n for a, b, n in self.losses if max(a, first_ns) < min(b, end_ns)) if self.losses else 0
+        count = sum(n for a, b, n in self.losses if max(a, first_ns) < min(b, end_ns)) if self.losses else 0
+        return count + self.gap[1] if self.gap is not None and self.gap[0] < end_ns else count
 
     def overflowed_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages were turned away there because the buffer was full."""
         return sum(1 for a, b in self.overflows if a < end_ns and b >= first_ns) if self.overflows else 0
+
+    @property
+    def never_started(self) -> bool:
+        """Whether nothing has come that lies before the end of what the rule looks at."""
+        return self.first_ns >= self.span()[1]
 
     def touched(self) -> bool:
         """Whether a loss or an overflow lies in what the rule looks at."""
@@ -407,6 +441,8 @@ class Track:
 
     late_below_ns: int
     interesting_ns: int
+    looks_inside = False
+    """Whether the rule needs the payload, which must then be well formed."""
     hole_is_gap = False
     """Whether proven emptiness is a gap in the stream, rather than content that lies too far away."""
 
@@ -542,6 +578,7 @@ class ResampleTrack(Track):
     """See ``Resample``. Samples stand in one contiguous array; messages only say which of them are whose."""
 
     hole_is_gap = True
+    looks_inside = True
 
     def __init__(self, spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> None:
         rule = spec.rule
@@ -558,7 +595,7 @@ class ResampleTrack(Track):
         self.count_per_hop = count
         self.channels = spec.channels
         self.dtype = signal_dtype(spec.channels)
-        self.rate = (0, 0)  # (epoch, Hz) of the newest audio block
+        self.rate = (-FOREVER, 0)  # (epoch, Hz) of the newest audio block
         self.reach_ns = 0  # how far beyond the last point samples are needed (band-limited), for the slowest source yet
         self.samples = _Samples(spec.channels)
         self.parsed = 0  # how many messages of the buffer already stand in ``samples``
@@ -614,6 +651,10 @@ class ResampleTrack(Track):
             self._reject(message.header, "malformed")
         else:
             super()._place(message)
+
+    @property
+    def never_started(self) -> bool:
+        return self.first_ns > self.last_point_ns
 
     def _overlaps(self, message: Message) -> bool:
         """Whether the samples of an unordered stream's message lie among those of another that came before it."""
@@ -756,13 +797,11 @@ class ResampleTrack(Track):
 
     def obsolete(self) -> int:
         """Samples stay as long as they can be a left neighbour (or lie under the filter) of a point to come."""
-        buffer, dtype = self.buffer, self.dtype
-        count = 0
-        if not self.reach_ns:
-            # Of all that begin at or before the first point, only the last can hold a left neighbour.
-            count = max(0, bisect_right(buffer, self.first_point_ns, key=_capture) - 1)
         limit_ns = self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
-        while count < len(buffer) and _last_sample_ns(buffer[count], dtype) < limit_ns:
+        count = 0
+        for message in self.buffer:
+            if message.header.t_end_ns >= limit_ns and _last_sample_ns(message, self.dtype) >= limit_ns:
+                break
             count += 1
         if count:
             self.samples.drop(count)
@@ -903,7 +942,7 @@ class _Unordered:
         best = -FOREVER
         while self._promises and self._promises[0][0] <= self._floor:
             best = max(best, heapq.heappop(self._promises)[1])
-        if len(self._promises) > self._limit:
+        if len(self._promises) > 2 * self._limit:
             self._promises = heapq.nsmallest(self._limit, self._promises)
         return best
 
@@ -915,10 +954,6 @@ _NO_GAPS = np.zeros(0, bool)
 def _order(message: Message) -> tuple[int, int, int]:
     header = message.header
     return header.t_capture_ns, header.epoch, header.seq
-
-
-def _capture(message: Message) -> int:
-    return message.header.t_capture_ns
 
 
 def _before(buffer: list[Message], limit_ns: int) -> int:
