@@ -11,7 +11,7 @@ same elementwise operations, whatever the length of the arrays that it is comput
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,11 @@ def grid(rate_hz: int, first: int, count: int) -> Array:
     return points
 
 
-def neighbours(times: Array, points: Array) -> tuple[Array, Array]:
-    """For each grid point the index of the last sample at or before it (-1: none) and of the first one after it,
-    or the last sample where there is none after it. ``times`` i8, not decreasing."""
-    after = times.searchsorted(points, side="right")
-    return after - 1, np.minimum(after, len(times) - 1)
-
-
 def joined(times: Array, breaks: Array, left: Array, right: Array, points: Array) -> Array:
     """Which points have a value: an exact sample, or neighbours with no break in between (bool [points]).
 
+    ``left`` is the index of the last sample at or before each point (-1: none), ``right`` that of the first one after
+    it (or of the last sample, where there is none after it).
     ``breaks`` i8, ascending: the indices i for which sample i does not belong together with sample i - 1.
     """
     exact = (left >= 0) & (times[left] == points)
@@ -63,16 +58,18 @@ def joined(times: Array, breaks: Array, left: Array, right: Array, points: Array
 
 
 def linear(times: Array, values: Array, left: Array, right: Array, points: Array) -> Array:
-    """Linear interpolation in float64, returned as f4 [points, channels]; ``left`` must not be negative.
+    """Linear interpolation of ``values`` f8 [samples, channels] as f4 [points, channels]; no ``left`` is negative.
 
     At an exact sample its value, bit for bit, whatever its neighbour is.
     """
     before = times[left]
     span = times[right] - before
-    weight = ((points - before) / np.maximum(span, 1))[:, None]
-    low = values[left].astype(np.float64)
+    if not span[-1]:  # an exact sample with nothing after it: only the last point can be one
+        span[-1] = 1
+    weight = ((points - before) / span)[:, None]
+    low = values[left]
     result: Array = (low + (values[right] - low) * weight).astype(np.float32)
-    if not np.isfinite(result).all():
+    if not isfinite(result.sum()):
         # NaN stands for "not measured"; an exact sample must not inherit it from the neighbour that it ignores.
         result = np.where(weight == 0.0, values[left], result)
         result[np.isnan(result)] = np.nan  # one NaN, not whichever the processor made: digests cover these bytes

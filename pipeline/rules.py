@@ -593,6 +593,8 @@ class ResampleTrack(Track):
                 f"samples in a hop of {hop_ns / 1e6:g} ms; it must be a whole number. The nearest hop is {hop_ms:g} ms"
             )
         self.count_per_hop = count
+        exact = resample.SECOND % rule.rate_hz == 0  # then every hop's points lie alike
+        self.offsets = resample.grid(rule.rate_hz, 0, count) if exact else None
         self.channels = spec.channels
         self.dtype = signal_dtype(spec.channels)
         self.rate = (-FOREVER, 0)  # (epoch, Hz) of the newest audio block
@@ -733,33 +735,41 @@ class ResampleTrack(Track):
         times = self.samples.times
         if not len(times):
             return None
-        rate = self.rule.rate_hz
-        points = resample.grid(rate, (self.step - 1) * self.count_per_hop, self.count_per_hop)
-        left, right = resample.neighbours(times, points)
-        breaks = self.samples.breaks
-        if left[0] >= 0 and times[-1] >= self.last_point_ns and not self.samples.broken(left[0], right[-1]):
-            return self._whole(points, left, right, breaks)
-        valid = resample.joined(times, breaks, left, right, points)
+        points = self._points()
+        after = times.searchsorted(points, side="right")  # the first sample after each point
+        left = after - 1
+        first, last = int(left[0]), int(after[-1])
+        if first >= 0 and last < len(times) and not self.samples.broken(first, last):
+            # As nearly always: every point has two neighbours, and all of them belong together.
+            complete = not self.overflowed_within(*self.span())
+            grid = self._interpolate(points, left, after)
+            return Content(self._claim(points, left, after), 1.0, complete, self.last_point_ns, grid)
+        return self._with_holes(points, left, np.minimum(after, len(times) - 1))
+
+    def _with_holes(self, points: Array, left: Array, right: Array) -> Content | None:
+        valid = resample.joined(self.samples.times, self.samples.breaks, left, right, points)
         count = int(valid.sum())
         if not count:
             return None
         points, left, right = points[valid], left[valid], right[valid]
         grid = np.full((self.count_per_hop, self.channels), np.nan, np.float32)
-        grid[valid] = self._interpolate(points, left, right, breaks)
-        messages = self._claim(points, left, right)
+        grid[valid] = self._interpolate(points, left, right)
         complete = count == self.count_per_hop and not self.overflowed_within(*self.span())
-        return Content(messages, count / self.count_per_hop, complete, int(points[-1]), grid)
+        coverage = count / self.count_per_hop
+        return Content(self._claim(points, left, right), coverage, complete, int(points[-1]), grid)
 
-    def _whole(self, points: Array, left: Array, right: Array, breaks: Array) -> Content:
-        grid = self._interpolate(points, left, right, breaks)
-        complete = not self.overflowed_within(*self.span())
-        return Content(self._claim(points, left, right), 1.0, complete, self.last_point_ns, grid)
+    def _points(self) -> Array:
+        if self.offsets is not None:
+            points: Array = self.offsets + self.first_point_ns
+            return points
+        return resample.grid(self.rule.rate_hz, (self.step - 1) * self.count_per_hop, self.count_per_hop)
 
-    def _interpolate(self, points: Array, left: Array, right: Array, breaks: Array) -> Array:
+    def _interpolate(self, points: Array, left: Array, right: Array) -> Array:
         times, values = self.samples.times, self.samples.values
         if not self.reach_ns:
             return resample.linear(times, values, left, right, points)
         grid = np.empty((len(points), self.channels), np.float32)
+        breaks = self.samples.breaks
         for rate, at in self._by_rate(left):
             grid[at] = resample.band_limited(
                 times, values, breaks, left[at], right[at], points[at], rate, self.rule.rate_hz
@@ -812,13 +822,13 @@ class ResampleTrack(Track):
 class _Samples:
     """Samples of consecutive messages in contiguous arrays that grow at the end and are trimmed at the front.
 
-    ``times`` i8 [n] not decreasing, ``values`` f4 [n, channels], ``owners`` i8 [n]: index of the message in the
+    ``times`` i8 [n] not decreasing, ``values`` f8 [n, channels], ``owners`` i8 [n]: index of the message in the
     buffer, ``breaks``: indices i where sample i does not belong together with sample i - 1.
     """
 
     def __init__(self, channels: int) -> None:
         self._times = np.empty(64, np.int64)
-        self._values = np.empty((64, channels), np.float32)
+        self._values = np.empty((64, channels), np.float64)
         self._owners = np.empty(64, np.int64)
         self._first = self._end = 0
         self._dropped = 0  # messages dropped so far: owners are kept absolute
