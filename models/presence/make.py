@@ -1,4 +1,4 @@
-"""Write fusion.onnx: python models/presence/make.py
+"""Write fusion.onnx, and its digest into model.yaml: python models/presence/make.py
 
 Nothing here is learnt. The graph is the theorem of total probability over three questions that the experts answer,
 each averaged over the window: is a face there (f), is there a voice (v), is the mouth that is seen the one that speaks
@@ -15,6 +15,8 @@ than many and a stream that is missing leaves its question open instead of answe
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,5 +105,13 @@ def build() -> onnx.ModelProto:
     return model
 
 
+def write(folder: Path) -> None:
+    """fusion.onnx in ``folder``, and its SHA-256 into the model.yaml that stands there."""
+    graph, model = build().SerializeToString(), folder / "model.yaml"
+    digest = hashlib.sha256(graph).hexdigest()
+    (folder / "fusion.onnx").write_bytes(graph)
+    model.write_text(re.sub(r"(fusion\.onnx: )[0-9a-f]{64}", rf"\g<1>{digest}", model.read_text()))
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("fusion.onnx").write_bytes(build().SerializeToString())
+    write(Path(__file__).parent)
