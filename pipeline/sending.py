@@ -1,0 +1,218 @@
+"""The sending side of a bus: numbers in, bytes out, slots lent, and the readers known by name."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pipeline.bus import INLINE_MAX, READY, Join, Outlet, Welcome
+from pipeline.clock import SystemClock
+from pipeline.messages import Header, Message
+from pipeline.shm import Bytes, Ring, RingCounters
+from pipeline.wire import INLINE, SLOT, check_payload, encode_header, encode_slot
+
+
+class Sent(msgspec.Struct, kw_only=True):
+    """Of one stream: ``sent`` numbers were used; ``dropped`` of them found no free slot and never left, ``oversize``
+    were too large for a slot and went through the socket."""
+
+    sent: int = 0
+    dropped: int = 0
+    oversize: int = 0
+
+
+class Publisher:
+    """One node's outlet. Used by one thread; close it, or use it in a ``with`` block."""
+
+    def __init__(
+        self,
+        outlet: Outlet,
+        endpoint: str,
+        streams: Iterable[str],
+        ring: Ring | None,
+        *,
+        lossless: bool = False,
+        stop: threading.Event | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.endpoint, self._outlet, self._ring, self._lossless = endpoint, outlet, ring, lossless
+        self._stop = stop or threading.Event()
+        self._on_close = on_close
+        self._sent = {stream: Sent() for stream in streams}
+        self._topics = {stream: stream.encode() for stream in self._sent}
+        self._readers: dict[bytes, tuple[Join, int]] = {}
+        self._welcomes: list[tuple[bytes, bytes]] = []
+        self._closed = False
+
+    def publish(self, message: Message) -> bool:
+        """Sends a message. The buffer may be reused at once, unless it is a loan, which must not be written any more.
+
+        False if it was dropped and counted because no slot was free (its number shows readers the loss), or, where
+        the publisher is lossless and therefore waits, because ``stop`` was set. WireError if payload and header
+        contradict each other, KeyError for a stream that the publisher was not opened for.
+        """
+        header = message.header
+        counters = self._sent[header.stream]
+        raw = _raw(message)
+        check_payload(header, raw.nbytes)
+        self._serve()
+        counters.sent += 1
+        parts = self._parts(header, raw, counters)
+        while parts is None and self._lossless and not self._stop.is_set():
+            self._outlet.wait(2)
+            self._serve()
+            parts = self._parts(header, raw, counters)
+        if parts is None or not self._send(parts):
+            counters.dropped += 1
+            return False
+        return True
+
+    def beat(self, header: Header) -> bool:
+        """Sends a beat: a header without layout, whose ``seq`` is the number of the message to come."""
+        if not header.is_beat:
+            raise ValueError(f"{header.stream}/{header.seq} has a layout, so it is the header of a message, not a beat")
+        self._serve()
+        return self._send((self._topics[header.stream], INLINE + encode_header(header)))
+
+    def publish_json(self, topic: str, data: bytes) -> bool:
+        """Sends one JSON text under a topic of its own."""
+        return self.publish_parts(topic, (data,))
+
+    def publish_parts(self, topic: str, parts: Sequence[Any]) -> bool:
+        """Sends byte strings under a topic of its own (a step and its grids)."""
+        self._serve()
+        return self._send((topic.encode(), *parts))
+
+    def loan(self, nbytes: int) -> Bytes | None:
+        """Memory to fill and to publish as a payload that is then copied no more: u1 [nbytes].
+
+        It lies in a slot, or is fresh memory where a payload of this size would not go through the ring anyway. None
+        when no slot is free. A loan that is never published ends when the last array on it is gone.
+        """
+        ring = self._ring
+        if ring is None or nbytes <= INLINE_MAX or nbytes > ring.segment.stride:
+            return np.empty(nbytes, np.uint8)
+        self._serve()
+        return ring.loan(nbytes)
+
+    def wait_for_readers(
+        self, names: Collection[str], timeout_s: float, stop: threading.Event | None = None
+    ) -> set[str]:
+        """Waits until readers of these names have joined, the time is over, or ``stop`` is set; those missing."""
+        clock = SystemClock()
+        missing = set(names) - self.readers()
+        while missing and not self._stop.is_set() and not (stop and stop.is_set()):
+            remaining_ms = int(timeout_s * 1000 - clock.now_ns() / 1e6)
+            if remaining_ms <= 0:
+                break
+            self._outlet.wait(min(remaining_ms, 50))
+            missing = set(names) - self.readers()
+        return missing
+
+    def readers(self) -> set[str]:
+        """The names of the readers that are joined now."""
+        self._serve()
+        return {join.reader for join, _ in self._readers.values()}
+
+    def counters(self, stream: str) -> Sent:
+        """What became of the stream's messages on this side."""
+        return self._sent[stream]
+
+    @property
+    def ring_counters(self) -> RingCounters:
+        """What readers cost the ring (zeros where there is none)."""
+        return self._ring.counters if self._ring else RingCounters()
+
+    def close(self) -> None:
+        """Idempotent; takes at most some seconds, whatever the readers do."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._lossless:
+            self._wait_for_attached(2.0)
+        self._outlet.close()
+        self._on_close()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _parts(self, header: Header, raw: Bytes, counters: Sent) -> tuple[Any, ...] | None:
+        """What to send; None if it needs a slot and none is free."""
+        topic, packed, ring = self._topics[header.stream], encode_header(header), self._ring
+        if ring is not None:
+            index = ring.loaned(raw)
+            if index is None and raw.nbytes > INLINE_MAX:
+                if raw.nbytes <= ring.segment.stride:
+                    index = ring.acquire()
+                    if index is None:
+                        return None
+                    np.copyto(ring.memory(index, raw.nbytes), raw)
+                else:
+                    counters.oversize += 1
+            if index is not None:
+                return topic, SLOT + packed, encode_slot(ring.publish(index, header.stream, raw.nbytes))
+        return topic, INLINE + packed, raw.data
+
+    def _wait_for_attached(self, timeout_s: float) -> None:
+        """The end of a short import must not take away memory that a reader is yet to map."""
+        clock = SystemClock()
+        while self._ring is not None and not self._ring.attached() and not self._stop.is_set():
+            if clock.now_ns() > timeout_s * 1e9:
+                return
+            self._outlet.wait(2)
+            self._serve()
+
+    def _send(self, parts: Sequence[Any]) -> bool:
+        while not self._outlet.send(parts):
+            if self._stop.is_set():
+                return False
+            self._outlet.wait(2)
+            self._serve()
+        return True
+
+    def _serve(self) -> None:
+        """Takes note of who joined and left."""
+        for event in self._outlet.events():
+            topic = event[1:]
+            if topic.startswith(READY):
+                if event[0]:
+                    self._join(topic)
+                else:
+                    self._leave(topic)
+        while self._welcomes and self._outlet.send(self._welcomes[0]):
+            del self._welcomes[0]
+
+    def _join(self, topic: bytes) -> None:
+        try:
+            join = msgspec.json.decode(topic[len(READY) :], type=Join)
+        except msgspec.DecodeError:
+            return  # not one of ours
+        row, floor, segment = -1, 0, ""
+        if self._ring is not None:
+            segment, floor = self._ring.segment.name, self._ring.next_generation
+            row = self._ring.add_reader(join.token, frozenset(join.streams))
+        self._readers[topic] = (join, row)
+        self._welcomes.append((topic, msgspec.msgpack.encode(Welcome(self.endpoint, segment, row, floor))))
+
+    def _leave(self, topic: bytes) -> None:
+        _, row = self._readers.pop(topic, (None, -1))
+        if self._ring is not None and row >= 0:
+            self._ring.remove_reader(row)
+
+
+def _raw(message: Message) -> Bytes:
+    """The payload, any C-contiguous buffer, as its bytes."""
+    data = message.data
+    if data is None or message.header.is_beat:
+        raise ValueError(f"{message.header.stream}/{message.header.seq} has no payload: send it with beat()")
+    if isinstance(data, np.ndarray):
+        return data.reshape(-1).view(np.uint8)
+    return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)

@@ -1,0 +1,513 @@
+"""ZeroMQ: the only file that opens sockets.
+
+``ZmqBus`` carries messages between the processes of a session; ``ControlServer`` and ``ControlClient`` carry what the
+launcher and its nodes say to each other; ``subscribe_json`` is for those outside. Everything a node needs of a bus is
+imported from here.
+
+Endpoints are Unix sockets in the session's own folder. ``tcp://`` is for predictions: open to this host as it is,
+beyond it only with CURVE keys on both sides and a list of those who may listen. Nothing received is ever unpickled.
+A process that uses this module must not be forked afterwards: start fresh interpreters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.auth
+import zmq.auth.thread
+
+from pipeline.bus import (
+    HIGH_WATER,
+    INLINE_MAX,
+    Buffered,
+    Bus,
+    Delivery,
+    Latest,
+    Lossless,
+    merged,
+    new_join,
+    subscriptions,
+)
+from pipeline.clock import Clock, SystemClock
+from pipeline.errors import ConfigError
+from pipeline.memory_bus import MemoryBus
+from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
+from pipeline.sending import Publisher, Sent
+from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
+from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment, slots_for, unlink
+
+__all__ = [
+    "INLINE_MAX",
+    "Buffered",
+    "Bus",
+    "ControlClient",
+    "ControlServer",
+    "CurveClient",
+    "CurveServer",
+    "Delivery",
+    "JsonSubscription",
+    "Latest",
+    "Lossless",
+    "MemoryBus",
+    "Parts",
+    "Publisher",
+    "Received",
+    "RingCounters",
+    "RingSpec",
+    "Sent",
+    "SessionFolder",
+    "StreamCounters",
+    "Subscriber",
+    "ZmqBus",
+    "endpoint_path",
+    "load_curve_client",
+    "load_curve_server",
+    "make_curve_keys",
+    "remove_leftovers",
+    "slots_for",
+    "subscribe_json",
+]
+
+_LINGER_MS = 1000
+_LOSSLESS_LINGER_MS = 30_000  # what a slow reader of a replay has not fetched yet; a dead one does not count
+
+
+class CurveServer(msgspec.Struct, frozen=True):
+    """Keys of an endpoint that others may reach (Z85 text), and the public keys of those who may listen."""
+
+    public: str
+    secret: str
+    allow: tuple[str, ...]
+
+
+class CurveClient(msgspec.Struct, frozen=True):
+    """Keys of a listener, and the public key of the endpoint (Z85 text)."""
+
+    public: str
+    secret: str
+    server: str
+
+
+def make_curve_keys(folder: Path, name: str) -> tuple[Path, Path]:
+    """Writes a new pair of keys, ``<name>.key`` (public) and ``<name>.key_secret`` (mode 0600); returns their paths.
+    FileExistsError rather than overwriting one."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder / f"{name}.key", folder / f"{name}.key_secret"):
+        if path.exists():
+            raise FileExistsError(path)
+    public, secret = zmq.auth.create_certificates(folder, name)
+    Path(secret).chmod(0o600)
+    return Path(public), Path(secret)
+
+
+def load_curve_server(secret_file: Path, allow: Iterable[Path]) -> CurveServer:
+    """The endpoint's own key pair, and the public key files of those who may listen. ConfigError for a bad file."""
+    public, secret = _load_pair(secret_file)
+    return CurveServer(public, secret, tuple(_load_key(path)[0] for path in allow))
+
+
+def load_curve_client(secret_file: Path, server_file: Path) -> CurveClient:
+    """A listener's own key pair, and the endpoint's public key file. ConfigError for a bad file."""
+    public, secret = _load_pair(secret_file)
+    return CurveClient(public, secret, _load_key(server_file)[0])
+
+
+def _load_key(path: Path) -> tuple[str, str | None]:
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no readable CURVE key file ({error}); make one with: sensorium keys") from None
+    return public.decode(), secret.decode() if secret else None
+
+
+def _load_pair(path: Path) -> tuple[str, str]:
+    public, secret = _load_key(path)
+    if secret is None:
+        raise ConfigError(f"{path} holds a public key only; name the file that ends in .key_secret")
+    return public, secret
+
+
+class ZmqBus:
+    """See ``Bus``: this node's way to the other processes of the session. Used by one thread."""
+
+    def __init__(self, session_dir: Path, node: str, clock: Clock | None = None) -> None:
+        """ConfigError if the folder is open to others."""
+        check_name("a node", node)
+        self.node = node
+        self._clock = clock or SystemClock()
+        self._folder = SessionFolder(Path(session_dir))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth: zmq.auth.thread.ThreadAuthenticator | None = None
+        self._opened: list[Publisher | Subscriber] = []
+
+    def publisher(
+        self,
+        endpoint: str,
+        streams: Iterable[str] = (),
+        ring: RingSpec | None = None,
+        *,
+        lossless: bool = False,
+        stop: threading.Event | None = None,
+        tcp: str | None = None,
+        curve: CurveServer | None = None,
+    ) -> Publisher:
+        """Opens the one publisher of ``<session>/<endpoint>.sock`` and, if asked, of a ``tcp://`` endpoint beside it.
+
+        ConfigError if it has a living publisher already, if there is too little shared memory, if the address cannot
+        be bound, or if it could be reached from beyond this host without keys.
+        """
+        address = endpoint_path(self._folder.path, endpoint)
+        for stream in (streams := tuple(streams)):
+            check_name("a stream", stream)
+        if tcp is not None:
+            check_remote(tcp, keys=curve is not None)
+            if ring is not None:
+                raise ConfigError(f"endpoint {endpoint} cannot have both a ring in shared memory and the address {tcp}")
+        lock = self._lock(endpoint)
+        memory, socket = None, None
+        try:
+            memory = self._ring(lock, ring, lossless) if ring is not None else None
+            socket = self._xpub(address, lossless)
+            if tcp is not None:
+                self._bind_tcp(socket, tcp, curve)
+        except BaseException:
+            if socket is not None:
+                socket.close(0)
+            self._forget(lock)
+            raise
+        outlet = _ZmqOutlet(socket, _LOSSLESS_LINGER_MS if lossless else _LINGER_MS, stop)
+        publisher = Publisher(
+            outlet, endpoint, streams, memory, lossless=lossless, stop=stop, on_close=lambda: self._forget(lock)
+        )
+        self._opened.append(publisher)
+        return publisher
+
+    def subscriber(
+        self,
+        reader: str,
+        streams: Mapping[str, Mapping[str, Delivery]],
+        payloads: Mapping[str, bool] | bool = True,
+        topics: Mapping[str, Mapping[str, Delivery]] | None = None,
+    ) -> Subscriber:
+        """Joins endpoints of this session; their publishers may come later, go, and come back."""
+        topics = topics or {}
+        join = new_join(reader, streams, payloads)
+        addresses = [endpoint_path(self._folder.path, endpoint) for endpoint in dict.fromkeys((*streams, *topics))]
+        socket = _sub(self._context)
+        # First the connections: what is subscribed to before them would arrive in another order, the joining first.
+        for address in addresses:
+            socket.connect(address)
+        for topic in subscriptions(join, streams, topics):
+            socket.subscribe(topic)
+        subscriber = Subscriber(_ZmqInlet(socket), join, merged(streams), merged(topics), Segment.attach)
+        self._opened.append(subscriber)
+        return subscriber
+
+    def close(self) -> None:
+        """Closes whatever was opened here, and delivers what was sent: within a second, or for lossless publishers as
+        long as living readers need, at most half a minute."""
+        for end in reversed(self._opened):
+            end.close()
+        self._opened.clear()
+        if self._auth is not None:
+            self._auth.stop()
+            self._auth = None
+        self._context.term()
+        self._folder.close()
+
+    def __enter__(self) -> ZmqBus:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _lock(self, endpoint: str) -> FileLock:
+        """Makes sure that the endpoint is ours alone; without this a second socket would silently take its place."""
+        try:
+            lock = FileLock(self._folder.path / f"{endpoint}.lock")
+        except BlockingIOError:
+            raise ConfigError(
+                f"endpoint {endpoint!r} of session {self._folder.path} has a living publisher already; each endpoint "
+                "has exactly one: stop the other, or give this one another name"
+            ) from None
+        remove_segment(lock.read())  # a publisher that was killed left it
+        lock.write("")
+        return lock
+
+    def _ring(self, lock: FileLock, spec: RingSpec, lossless: bool) -> Ring:
+        name = new_name()
+        lock.write(name)
+        return Ring(Segment.create(name, spec), spec, self._clock, expire=not lossless)
+
+    def _forget(self, lock: FileLock) -> None:
+        name = lock.read()
+        if name:
+            unlink(name)
+            lock.write("")
+        lock.close()
+
+    def _xpub(self, address: str, lossless: bool) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.XPUB)
+        socket.linger = 0
+        socket.sndhwm = HIGH_WATER
+        socket.setsockopt(zmq.XPUB_NODROP, int(lossless))
+        _bind(socket, address)
+        return socket
+
+    def _bind_tcp(self, socket: zmq.Socket[bytes], address: str, curve: CurveServer | None) -> None:
+        """A socket's listeners keep the options that it had when they were bound: the keys are for this one only."""
+        if curve is not None:
+            if self._auth is None:
+                self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
+                self._auth.start()
+            domain = address
+            self._auth.configure_curve_callback(domain, _Allowed(frozenset(key.encode() for key in curve.allow)))
+            socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+        _bind(socket, address)
+
+
+class _Allowed:
+    """Who may listen, as pyzmq's authenticator asks it."""
+
+    def __init__(self, keys: frozenset[bytes]) -> None:
+        self._keys = keys
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._keys
+
+
+def _bind(socket: zmq.Socket[bytes], address: str) -> None:
+    try:
+        socket.bind(address)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"cannot listen at {address}: {error}; is another program using it?") from None
+
+
+def _sub(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.SUB)
+    socket.linger = 0
+    socket.rcvhwm = HIGH_WATER
+    socket.reconnect_ivl, socket.reconnect_ivl_max = 20, 500
+    return socket
+
+
+class _ZmqOutlet:
+    def __init__(self, socket: zmq.Socket[bytes], linger_ms: int, stop: threading.Event | None) -> None:
+        self._socket, self._linger_ms, self._stop = socket, linger_ms, stop
+
+    def send(self, parts: Sequence[Any]) -> bool:
+        socket, flags = self._socket, zmq.SNDMORE | zmq.NOBLOCK
+        try:
+            for part in parts[:-1]:
+                socket.send(part, flags)
+                flags = zmq.SNDMORE  # only the first part of a message can find no room
+            socket.send(parts[-1])
+        except zmq.Again:
+            return False
+        return True
+
+    def events(self) -> list[bytes]:
+        events = []
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[arg-type, operator]
+            events.append(self._socket.recv(zmq.NOBLOCK))
+        return events
+
+    def wait(self, timeout_ms: int) -> None:
+        self._socket.poll(timeout_ms)
+
+    def close(self) -> None:
+        stopped = self._stop is not None and self._stop.is_set()
+        self._socket.close(min(self._linger_ms, _LINGER_MS) if stopped else self._linger_ms)
+
+
+class _ZmqInlet:
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+
+    def recv(self) -> Sequence[Any] | None:
+        try:
+            return self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    def wait(self, timeout_ms: int) -> bool:
+        return bool(self._poller.poll(timeout_ms))
+
+    def fileno(self) -> int:
+        return int(self._socket.get(zmq.FD))
+
+    def close(self) -> None:
+        self._socket.close(0)
+
+
+class ControlServer:
+    """The launcher's end: JSON objects from and to the nodes of its session, by name."""
+
+    def __init__(self, session_dir: Path) -> None:
+        """ConfigError if the folder is open to others or its path too long."""
+        self._folder = SessionFolder(Path(session_dir))
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that was restarted takes over its name
+        _bind(self._socket, endpoint_path(self._folder.path, "control"))
+        self.malformed = 0
+
+    def receive(self, timeout_ms: int = 0) -> list[tuple[str, dict[str, Any]]]:
+        """What nodes have said, in order, each with the node's name; waits for the first of it."""
+        said: list[tuple[str, dict[str, Any]]] = []
+        while self._socket.poll(0 if said else timeout_ms):
+            parts = self._socket.recv_multipart()
+            found = _json_object(parts[-1])
+            if found is None or len(parts) != 2:
+                self.malformed += 1
+            else:
+                said.append((parts[0].decode("utf-8", "replace"), found))
+        return said
+
+    def send(self, node: str, message: Mapping[str, Any]) -> bool:
+        """Tells a node something; False if no node of this name is connected."""
+        try:
+            self._socket.send_multipart([node.encode(), msgspec.json.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Idempotent. Gives nodes a second to hear what was said last."""
+        self._socket.close(_LINGER_MS)
+        self._context.term()
+        self._folder.close()
+
+    def __enter__(self) -> ControlServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class ControlClient:
+    """A node's end."""
+
+    def __init__(self, session_dir: Path, node: str) -> None:
+        """The launcher may start later. ConfigError if the path is too long."""
+        check_name("a node", node)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 500
+        self._socket.setsockopt(zmq.ROUTING_ID, node.encode())
+        self._socket.connect(endpoint_path(Path(session_dir), "control"))
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """Tells the launcher something; False if a thousand messages are waiting for it already."""
+        try:
+            self._socket.send(msgspec.json.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_ms: int = 0) -> list[dict[str, Any]]:
+        """What the launcher has said, in order; waits for the first of it."""
+        said: list[dict[str, Any]] = []
+        while self._socket.poll(0 if said else timeout_ms):
+            found = _json_object(self._socket.recv())
+            if found is not None:
+                said.append(found)
+        return said
+
+    def fileno(self) -> int:
+        """For select; see ``Subscriber.fileno``."""
+        return int(self._socket.get(zmq.FD))
+
+    def close(self) -> None:
+        """Idempotent. Gives the launcher a second to hear what was said last."""
+        self._socket.close(_LINGER_MS)
+        self._context.term()
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _json_object(data: bytes) -> dict[str, Any] | None:
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError:
+        return None
+
+
+class JsonSubscription:
+    """A topic of JSON objects from outside or inside a session; iterate over it, in a ``with`` block."""
+
+    def __init__(
+        self, endpoint: str, topic: str, curve: CurveClient | None = None, stop: threading.Event | None = None
+    ) -> None:
+        check_remote(endpoint, keys=curve is not None)
+        self._topic, self._stop = topic.encode(), stop or threading.Event()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = _sub(self._context)
+        if curve is not None:
+            socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+            socket.curve_serverkey = curve.server.encode()
+        socket.connect(endpoint)
+        socket.subscribe(self._topic)
+        self._inlet = _ZmqInlet(socket)
+        self.malformed = 0
+
+    def receive(self, timeout_ms: int) -> dict[str, Any] | None:
+        """The next object; None if none came in time."""
+        clock = SystemClock()
+        while True:
+            parts = self._inlet.recv()
+            if parts is None:
+                remaining_ms = timeout_ms - clock.now_ns() // 1_000_000
+                if remaining_ms <= 0 or not self._inlet.wait(remaining_ms):
+                    return None
+            elif parts[0] == self._topic:
+                found = _json_object(parts[1]) if len(parts) == 2 else None
+                if found is not None:
+                    return found
+                self.malformed += 1
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Objects as they come, until ``stop`` is set or the subscription is closed."""
+        while not self._stop.is_set():
+            found = self.receive(100)
+            if found is not None:
+                yield found
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._stop.set()
+        self._inlet.close()
+        self._context.term()
+
+    def __enter__(self) -> JsonSubscription:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def subscribe_json(
+    endpoint: str, topic: str, curve: CurveClient | None = None, stop: threading.Event | None = None
+) -> JsonSubscription:
+    """Subscribes to a topic of JSON objects at ``ipc:///path`` or ``tcp://host:port``.
+
+    What was sent before is not seen. ConfigError for a host beyond this one without keys.
+    """
+    return JsonSubscription(endpoint, topic, curve, stop)
