@@ -102,7 +102,7 @@ class GridEncoder:
         self._session, self._stream = session, stream
         names = {t.name: t for t in session.get_inputs()}
         self._takes_valid = "valid" in names
-        self._zero_state = np.zeros(names["state"].shape, np.float32) if "state" in names else None
+        self._zero_state: Array | None = np.zeros(names["state"].shape, np.float32) if "state" in names else None
         self._outputs = ["token", "state_out"] if self._zero_state is not None else ["token"]
         self._samples = np.empty((stream.context + stream.samples, stream.channels), np.float32)
         self.reset()
@@ -127,7 +127,7 @@ class GridEncoder:
 
     def reset(self) -> None:
         self._samples[:] = np.nan
-        self._state = self._zero_state
+        self._state: Array | None = self._zero_state
 
     def _push(self, step: Any) -> None:
         """Moves the past on by one step."""
@@ -136,8 +136,8 @@ class GridEncoder:
         self._samples[context:] = step
 
     def _run(self) -> Array:
-        hole = np.isnan(self._samples)
-        feed = {"x": np.where(hole, np.float32(0), self._samples)}
+        hole: Array = np.isnan(self._samples)
+        feed: dict[str, Array] = {"x": np.where(hole, np.zeros((), np.float32), self._samples)}
         if self._takes_valid:
             feed["valid"] = (~hole.all(axis=1)).astype(np.float32)
         if self._state is not None:

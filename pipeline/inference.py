@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pipeline.align import Manifest, StreamManifest
+from pipeline.align import Manifest, Step, StreamManifest
 from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock, SystemClock
@@ -124,6 +124,11 @@ class Fuser:
     def notes(self) -> dict[str, str]:
         """Why a stream's newest content was unusable, in words, by the bundle's names; empty if all is well."""
         return {name: lane.note for name, lane in self._lanes.items() if lane.note}
+
+    def window(self) -> dict[str, tuple[Array, Array]]:
+        """Each stream's part of the window by the bundle's names, copied: tokens f4 [steps, token] and mask f4 [steps],
+        oldest step first. What a fusion model is trained on."""
+        return {name: (lane.tokens.copy(), lane.mask.copy()) for name, lane in self._lanes.items()}
 
     def fingerprint(self) -> dict[str, str]:
         """What the floats of the predictions depend on beside bundle and messages."""
@@ -320,6 +325,11 @@ class Fuser:
             age_ms=None if stated.newest_ns is None else (manifest.end_ns - stated.newest_ns) / 1e6,
             masked=fault,
         )
+
+
+def content_of(step: Step) -> dict[str, Any]:
+    """What ``Fuser.step`` takes as content, from a step as the aligner gives it (its messages with payloads)."""
+    return {**step.messages, **step.grids}
 
 
 def _finite(value: float) -> float | None:
