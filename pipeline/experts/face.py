@@ -30,6 +30,9 @@ from pipeline.wire import decode_frame
 
 Array = np.ndarray[Any, Any]
 CASCADE = "haarcascade_frontalface_alt2.xml"
+SCALES_ANYWHERE, SCALES_NEAR, NEIGHBOURS = 1.2, 1.1, 3
+"""Steps between sizes: a whole frame at 1.2 costs half of 1.1 and lost no face; the fewer sizes near a known face
+afford the finer steps, which place its box better."""
 NO_FACE = 0.02
 """p_face where nothing is held: about one frame in fifty with a frontal face gets no hit at its first sight."""
 
@@ -109,7 +112,7 @@ class Face:
         held = [track for track in self._tracks.all if track.seen]
         if len(held) < len(self._tracks.all) or not held or self._until_search <= 0:
             self._until_search = self._settings.search_every_steps
-            found = self._search(small, (0, 0), self._settings.min_face_px, min(small.shape))
+            found = self._search(small, (0, 0), SCALES_ANYWHERE, self._settings.min_face_px, min(small.shape))
         else:
             found = [box for track in held for box in self._search_near(small, track.box, scale)]
         self._until_search -= 1
@@ -119,13 +122,13 @@ class Face:
         x, y, w, h = (v / scale for v in box)
         left, top = max(0, int(x - 0.4 * w)), max(0, int(y - 0.4 * h))
         part = small[top : int(y + 1.4 * h) + 1, left : int(x + 1.4 * w) + 1]
-        return self._search(part, (left, top), int(0.75 * w), int(1.35 * w))[:1]
+        return self._search(part, (left, top), SCALES_NEAR, int(0.75 * w), int(1.35 * w))[:1]
 
-    def _search(self, image: Array, origin: tuple[int, int], smallest: int, largest: int) -> list[Box]:
+    def _search(self, image: Array, at: tuple[int, int], scales: float, smallest: int, largest: int) -> list[Box]:
         found = self._cascade.detectMultiScale(
-            np.ascontiguousarray(image), 1.1, 4, minSize=(smallest, smallest), maxSize=(largest, largest)
+            np.ascontiguousarray(image), scales, NEIGHBOURS, minSize=(smallest, smallest), maxSize=(largest, largest)
         )
-        boxes = [(float(x + origin[0]), float(y + origin[1]), float(w), float(h)) for x, y, w, h in found]
+        boxes = [(float(x + at[0]), float(y + at[1]), float(w), float(h)) for x, y, w, h in found]
         return sorted(boxes, key=lambda box: (-box[2], box))
 
     def _motion(self, gray: Array, captured_ns: int) -> tuple[float, float]:
