@@ -66,19 +66,22 @@ import msgspec
 
 from pipeline.errors import ConfigError
 from pipeline.messages import Message
+from pipeline.resampling import ResampleTrack
 from pipeline.rules import (
     FOREVER,
     All,
+    AllTrack,
     Content,
     Counters,
     Latest,
+    LatestTrack,
     Nearest,
+    NearestTrack,
     Range,
     Resample,
     Rule,
     StreamSpec,
     Track,
-    make_track,
     ranges,
 )
 
@@ -419,6 +422,19 @@ def digest(step: int, streams: dict[str, StreamManifest], grids: dict[str, Any])
     for name in sorted(grids):
         state.update(grids[name].tobytes())
     return state.hexdigest()
+
+
+_TRACKS: dict[type, type[Track]] = {Nearest: NearestTrack, Latest: LatestTrack, Resample: ResampleTrack, All: AllTrack}
+
+
+def make_track(spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> Track:
+    """The track for a stream's rule. ConfigError if the rule does not fit the hop or the payload."""
+    if isinstance(spec.rule, Resample) and spec.payload not in ("audio", "imu", "signal"):
+        raise ConfigError(
+            f"stream {spec.name!r} carries {spec.payload}, which cannot be resampled; resample takes audio, imu and "
+            f"signal streams. Use nearest, latest or all"
+        )
+    return _TRACKS[type(spec.rule)](spec, hop_ns, max_future_ns, step)
 
 
 def _check(spec: AlignSpec) -> None:

@@ -77,24 +77,25 @@ def linear(times: Array, values: Array, left: Array, right: Array, points: Array
 
 
 ZERO_CROSSINGS = 16
-PHASES = 512
+PHASES = 4096
 KAISER_BETA = 9.0
 ROLL_OFF = 0.92
 
 
 @lru_cache(maxsize=16)
 def kernel(source_hz: int, target_hz: int) -> Array:
-    """The windowed-sinc kernel as f8 [PHASES + 2, taps]: row p weighs the taps for a point p / PHASES of a sample
-    period right of its left neighbour. It is low-pass at the lower of the two Nyquist rates.
+    """The windowed-sinc kernel as f8 [taps, PHASES + 1]: column p weighs the taps for a point p / PHASES of a sample
+    period right of its left neighbour. It is low-pass at the lower of the two Nyquist rates. Taking the nearest of
+    4096 phases errs by 1/8192 of a sample period at most: -78 dB at 8 kHz from 48 kHz.
 
     Source: J. O. Smith, "Digital Audio Resampling Home Page" (bandlimited interpolation with a tabulated kernel).
     """
     scale = min(1.0, target_hz / source_hz) * ROLL_OFF
     half = half_taps(source_hz, target_hz)
-    offset = np.arange(-half + 1, half + 1) - (np.arange(PHASES + 2) / PHASES)[:, None]
+    offset = np.arange(-half + 1, half + 1)[:, None] - np.arange(PHASES + 1) / PHASES
     window = np.i0(KAISER_BETA * np.sqrt(np.maximum(0.0, 1.0 - (offset / half) ** 2))) / np.i0(KAISER_BETA)
     table = np.sinc(offset * scale) * window * scale
-    table /= table.sum(axis=1, keepdims=True)
+    table /= table.sum(axis=0)
     table.setflags(write=False)
     result: Array = table
     return result
@@ -120,18 +121,20 @@ def band_limited(
     """
     table, half = kernel(source_hz, target_hz), half_taps(source_hz, target_hz)
     span = np.maximum(times[right] - times[left], 1)
-    position = (points - times[left]) / span * PHASES
-    phase = position.astype(np.int64)
-    weights = table[phase] + (position - phase)[:, None] * (table[phase + 1] - table[phase])
-    taps = left[:, None] + np.arange(-half + 1, half + 1)
-    inside = (taps >= 0) & (taps < len(times))
-    np.clip(taps, 0, len(times) - 1, out=taps)
-    if len(breaks):
-        run = breaks.searchsorted(np.arange(len(times)), side="right")
-        inside &= run[taps] == run[left][:, None]
-    if not inside.all():
-        weights = np.where(inside, weights, 0.0)
-    out = np.empty((len(points), values.shape[1]), np.float32)
-    for channel in range(values.shape[1]):
-        out[:, channel] = (weights * values[:, channel][taps]).sum(axis=1)
-    return out
+    phase = ((points - times[left]) / span * PHASES + 0.5).astype(np.int64)
+    run = breaks.searchsorted(np.arange(len(times)), side="right") if len(breaks) else None
+    near_edge = left[0] < half - 1 or left[-1] + half >= len(times)
+    out = np.zeros((len(points), values.shape[1]))
+    # Tap by tap in a fixed order, elementwise: a sum whose order is left to a library differs between processors.
+    for tap in range(2 * half):
+        at = left + (tap - half + 1)
+        weight = table[tap][phase]
+        if near_edge or run is not None:
+            inside = (at >= 0) & (at < len(times))
+            np.clip(at, 0, len(times) - 1, out=at)
+            if run is not None:
+                inside &= run[at] == run[left]
+            weight = np.where(inside, weight, 0.0)
+        for channel in range(values.shape[1]):
+            out[:, channel] += weight * values[:, channel][at]
+    return out.astype(np.float32)

@@ -21,14 +21,12 @@ rule           a step k holds                               proven when
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import insort
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
-from pipeline import resample
-from pipeline.errors import ConfigError
 from pipeline.messages import (
     AudioLayout,
     FrameLayout,
@@ -40,8 +38,6 @@ from pipeline.messages import (
     SignalLayout,
     SweepLayout,
     TextLayout,
-    nbytes_of,
-    signal_dtype,
 )
 
 Array = np.ndarray[Any, Any]
@@ -338,8 +334,8 @@ class Track:
     def _keep(self, message: Message) -> None:
         self._reopen()
         self.fresh.append(message)
-        if self.buffer and _order(message) < _order(self.buffer[-1]):
-            insort(self.buffer, message, key=_order)
+        if self.buffer and by_time(message) < by_time(self.buffer[-1]):
+            insort(self.buffer, message, key=by_time)
             self.reordered()
         else:
             self.buffer.append(message)
@@ -574,342 +570,6 @@ class AllTrack(Track):
         return _before(self.buffer, self.late_below_ns)
 
 
-class ResampleTrack(Track):
-    """See ``Resample``. Samples stand in one contiguous array; messages only say which of them are whose."""
-
-    hole_is_gap = True
-    looks_inside = True
-
-    def __init__(self, spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> None:
-        rule = spec.rule
-        assert isinstance(rule, Resample)
-        self.rule = rule
-        self.max_gap_ns = rule.max_gap_ns
-        count = resample.samples_per_hop(rule.rate_hz, hop_ns)
-        if count is None:
-            hop_ms = resample.nearest_hop_ns(rule.rate_hz, hop_ns) / 1e6
-            raise ConfigError(
-                f"stream {spec.name!r} is resampled at {rule.rate_hz} Hz, which gives {rule.rate_hz * hop_ns / 1e9:g} "
-                f"samples in a hop of {hop_ns / 1e6:g} ms; it must be a whole number. The nearest hop is {hop_ms:g} ms"
-            )
-        self.count_per_hop = count
-        exact = resample.SECOND % rule.rate_hz == 0  # then every hop's points lie alike
-        self.offsets = resample.grid(rule.rate_hz, 0, count) if exact else None
-        self.channels = spec.channels
-        self.dtype = signal_dtype(spec.channels)
-        self.rate = (-FOREVER, 0)  # (epoch, Hz) of the newest audio block
-        self.reach_ns = 0  # how far beyond the last point samples are needed (band-limited), for the slowest source yet
-        self.samples = _Samples(spec.channels)
-        self.parsed = 0  # how many messages of the buffer already stand in ``samples``
-        super().__init__(spec, hop_ns, max_future_ns, step)
-
-    def limits(self) -> tuple[int, int]:
-        first = (self.step - 1) * self.count_per_hop
-        rate = self.rule.rate_hz
-        self.first_point_ns = first * resample.SECOND // rate
-        self.last_point_ns = (first + self.count_per_hop - 1) * resample.SECOND // rate
-        return self.last_point_ns + 1, self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
-
-    # Payloads: one layout in memory for imu and signal (time offset, values), PCM for audio.
-
-    def well_formed(self, message: Message) -> bool:
-        header, data = message.header, message.data
-        layout = header.layout
-        if layout is None:
-            return True
-        if data is None or layout.samples < 1:  # type: ignore[union-attr]
-            return False
-        nbytes = data.nbytes if hasattr(data, "nbytes") else len(data)
-        if type(layout) is AudioLayout:
-            return self._well_formed_audio(header, layout, nbytes)
-        if type(layout) is SignalLayout and len(layout.channels) != self.channels:
-            return False
-        if nbytes != nbytes_of(layout):
-            return False
-        if layout.samples == 1:  # type: ignore[union-attr]
-            offset = int.from_bytes(memoryview(data).cast("B")[:8], "little", signed=True)
-            sample_ns = header.t_capture_ns + offset
-            return header.t_capture_ns <= sample_ns <= header.t_end_ns and header.bound_ns > sample_ns
-        offsets = np.frombuffer(data, self.dtype)["offset_ns"]
-        last = int(offsets[-1])
-        return bool(
-            offsets[0] >= 0
-            and last <= header.t_end_ns - header.t_capture_ns
-            and header.bound_ns > header.t_capture_ns + last
-            and (offsets[1:] >= offsets[:-1]).all()
-        )
-
-    def _well_formed_audio(self, header: Header, layout: AudioLayout, nbytes: int) -> bool:
-        if layout.channels != self.channels or nbytes != nbytes_of(layout) or layout.rate_hz < 1:
-            return False
-        duration_ns = header.t_end_ns - header.t_capture_ns
-        last_ns = header.t_capture_ns + (layout.samples - 1) * duration_ns // layout.samples
-        if duration_ns <= 0 or header.bound_ns <= last_ns:
-            return False
-        return self.rate[0] != header.epoch or self.rate[1] == layout.rate_hz
-
-    def _place(self, message: Message) -> None:
-        if self.sequence is not None and self._overlaps(message):
-            self._reject(message.header, "malformed")
-        else:
-            super()._place(message)
-
-    @property
-    def never_started(self) -> bool:
-        return self.first_ns > self.last_point_ns
-
-    def _overlaps(self, message: Message) -> bool:
-        """Whether the samples of an unordered stream's message lie among those of another that came before it."""
-        index = bisect_left(self.buffer, _order(message), key=_order)
-        before = self.buffer[index - 1] if index else None
-        after = self.buffer[index] if index < len(self.buffer) else None
-        return bool(
-            (before and _last_sample_ns(before, self.dtype) >= message.header.t_capture_ns)
-            or (after and _last_sample_ns(message, self.dtype) >= after.header.t_capture_ns)
-        )
-
-    def _keep(self, message: Message) -> None:
-        header = message.header
-        if type(header.layout) is AudioLayout and self.rule.method == "band_limited":
-            # The source's rate sets how far the band-limiting filter reaches.
-            self.rate = (header.epoch, header.layout.rate_hz)
-            self.reach_ns = max(self.reach_ns, resample.reach_ns(header.layout.rate_hz, self.rule.rate_hz))
-        super()._keep(message)
-
-    def _parse(self) -> None:
-        """Brings the samples of messages that have come since into the contiguous array."""
-        new = self.buffer[self.parsed :]
-        if not new:
-            return
-        times, values, owners = self._unpack(new)
-        self.samples.append(times, values, owners + self.parsed, [m.header.epoch for m in new], self.max_gap_ns)
-        self.parsed = len(self.buffer)
-
-    def _unpack(self, new: list[Message]) -> tuple[Array, Array, Array]:
-        counts = [m.header.layout.samples for m in new]  # type: ignore[union-attr]
-        single = len(counts) == sum(counts)
-        owners = np.arange(len(new)) if single else np.repeat(np.arange(len(new)), counts)
-        starts = np.array([m.header.t_capture_ns for m in new])
-        if self.spec.payload == "audio":
-            times = np.concatenate([_audio_times(m.header) for m in new])
-            pcm = np.frombuffer(b"".join(m.data for m in new), "<i2").reshape(-1, self.channels)
-            return times, pcm.astype(np.float32) * np.float32(1 / 32768), owners
-        packed = np.frombuffer(b"".join(m.data for m in new), self.dtype)
-        return (starts if single else starts[owners]) + packed["offset_ns"], packed["value"], owners
-
-    def reordered(self) -> None:
-        self.parsed = 0
-        self.samples = _Samples(self.channels)
-
-    def _settled(self) -> tuple[int | None, int | None]:
-        """(time of the first sample at or after the last point and its filter, newest sample of the current epoch),
-        of those below the bound, which nothing can come before any more; None where there is none."""
-        if self.sequence is None:
-            if not self.buffer:
-                return None, None
-            newest = _last_sample_ns(self.buffer[-1], self.dtype)
-            beyond = newest if newest >= self.last_point_ns + self.reach_ns else None
-            return beyond, newest if self.buffer[-1].header.epoch == self.epoch else None
-        self._parse()
-        times = self.samples.times
-        below = int(times.searchsorted(self.bound_ns))
-        first = int(times.searchsorted(self.last_point_ns + self.reach_ns))
-        newest_owner = self.buffer[int(self.samples.owners[below - 1])] if below else None
-        current = newest_owner is not None and newest_owner.header.epoch == self.epoch
-        return int(times[first]) if first < below else None, int(times[below - 1]) if current else None
-
-    def prove(self) -> bool:
-        beyond, newest = self._settled()
-        if beyond is not None:
-            return True
-        self.interesting_ns = self.bound_ns + 1  # the sample that proves it may come before the bound gets far
-        # The bound lies beyond the last point: a point without right neighbour gets one only from a sample of this
-        # epoch that is still to come, and near enough to the left neighbour.
-        return newest is None or self.bound_ns > newest + self.max_gap_ns
-
-    def span(self) -> tuple[int, int]:
-        return self.start_ns, self.end_ns
-
-    def content(self) -> Content | None:
-        self._parse()
-        times = self.samples.times
-        if not len(times):
-            return None
-        points = self._points()
-        after = times.searchsorted(points, side="right")  # the first sample after each point
-        left = after - 1
-        first, last = int(left[0]), int(after[-1])
-        if first >= 0 and last < len(times) and not self.samples.broken(first, last):
-            # As nearly always: every point has two neighbours, and all of them belong together.
-            complete = not self.overflowed_within(*self.span())
-            grid = self._interpolate(points, left, after)
-            return Content(self._claim(points, left, after), 1.0, complete, self.last_point_ns, grid)
-        return self._with_holes(points, left, np.minimum(after, len(times) - 1))
-
-    def _with_holes(self, points: Array, left: Array, right: Array) -> Content | None:
-        valid = resample.joined(self.samples.times, self.samples.breaks, left, right, points)
-        count = int(valid.sum())
-        if not count:
-            return None
-        points, left, right = points[valid], left[valid], right[valid]
-        grid = np.full((self.count_per_hop, self.channels), np.nan, np.float32)
-        grid[valid] = self._interpolate(points, left, right)
-        complete = count == self.count_per_hop and not self.overflowed_within(*self.span())
-        coverage = count / self.count_per_hop
-        return Content(self._claim(points, left, right), coverage, complete, int(points[-1]), grid)
-
-    def _points(self) -> Array:
-        if self.offsets is not None:
-            points: Array = self.offsets + self.first_point_ns
-            return points
-        return resample.grid(self.rule.rate_hz, (self.step - 1) * self.count_per_hop, self.count_per_hop)
-
-    def _interpolate(self, points: Array, left: Array, right: Array) -> Array:
-        times, values = self.samples.times, self.samples.values
-        if not self.reach_ns:
-            return resample.linear(times, values, left, right, points)
-        grid = np.empty((len(points), self.channels), np.float32)
-        breaks = self.samples.breaks
-        for rate, at in self._by_rate(left):
-            grid[at] = resample.band_limited(
-                times, values, breaks, left[at], right[at], points[at], rate, self.rule.rate_hz
-            )
-        return grid
-
-    def _by_rate(self, left: Array) -> list[tuple[int, Any]]:
-        """The points by their source's rate, which only another epoch can change: (Hz, index of its points)."""
-        rates = [m.header.layout.rate_hz for m in self.buffer[: self.parsed]]  # type: ignore[union-attr]
-        if len(set(rates)) == 1:
-            return [(rates[0], slice(None))]
-        each = np.array(rates)[self.samples.owners[left]]
-        return [(int(rate), each == rate) for rate in np.unique(each)]
-
-    def _claim(self, points: Array, left: Array, right: Array) -> tuple[Message, ...]:
-        """The messages that these points were made of; they count as used."""
-        times, owners = self.samples.times, self.samples.owners
-        if self.reach_ns:
-            indices: set[int] = set()
-            for rate, at in self._by_rate(left):
-                half, some = resample.half_taps(rate, self.rule.rate_hz), left[at]
-                first, last = max(0, int(some[0]) - half + 1), min(len(times) - 1, int(some[-1]) + half)
-                indices.update(owners[self.samples.within_runs(first, last, some)].tolist())
-        else:
-            # An exact sample is used alone, whatever stands to its right.
-            indices = set(owners[left].tolist())
-            indices.update(owners[np.where(times[left] == points, left, right)].tolist())
-        messages = tuple([self.buffer[i] for i in sorted(indices)])
-        self.used.update(map(id, messages))
-        return messages
-
-    def is_late(self, message: Message) -> bool:
-        reach = max(self.max_gap_ns, self.reach_ns)
-        return _last_sample_ns(message, self.dtype) + reach < self.first_point_ns
-
-    def obsolete(self) -> int:
-        """Samples stay as long as they can be a left neighbour (or lie under the filter) of a point to come."""
-        limit_ns = self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
-        count = 0
-        for message in self.buffer:
-            if message.header.t_end_ns >= limit_ns and _last_sample_ns(message, self.dtype) >= limit_ns:
-                break
-            count += 1
-        if count:
-            self.samples.drop(count)
-            self.parsed = max(0, self.parsed - count)
-        return count
-
-
-class _Samples:
-    """Samples of consecutive messages in contiguous arrays that grow at the end and are trimmed at the front.
-
-    ``times`` i8 [n] not decreasing, ``values`` f8 [n, channels], ``owners`` i8 [n]: index of the message in the
-    buffer, ``breaks``: indices i where sample i does not belong together with sample i - 1.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self._times = np.empty(64, np.int64)
-        self._values = np.empty((64, channels), np.float64)
-        self._owners = np.empty(64, np.int64)
-        self._first = self._end = 0
-        self._dropped = 0  # messages dropped so far: owners are kept absolute
-        self._breaks: list[int] = []  # absolute positions in the arrays
-        self._last_epoch: int | None = None
-
-    @property
-    def times(self) -> Array:
-        return self._times[self._first : self._end]
-
-    @property
-    def values(self) -> Array:
-        return self._values[self._first : self._end]
-
-    @property
-    def owners(self) -> Array:
-        return self._owners[self._first : self._end] - self._dropped
-
-    @property
-    def breaks(self) -> Array:
-        return np.array(self._breaks, np.int64) - self._first if self._breaks else _NONE
-
-    def broken(self, left: int, right: int) -> bool:
-        """Whether a break lies between sample ``left`` and sample ``right``."""
-        return bool(self._breaks) and any(left < b - self._first <= right for b in self._breaks)
-
-    def within_runs(self, first: int, last: int, left: Array) -> Array:
-        """The indices in [first, last] that share a run with one of ``left``."""
-        indices = np.arange(first, last + 1)
-        breaks = self.breaks
-        if not len(breaks):
-            return indices
-        run = breaks.searchsorted(indices, side="right")
-        return indices[np.isin(run, breaks.searchsorted(left, side="right"))]
-
-    def append(self, times: Array, values: Array, owners: Array, epochs: list[int], max_gap_ns: int) -> None:
-        """Adds samples; ``owners`` count from the front of the buffer, ``epochs`` is the epoch of each message."""
-        start, count = self._end, len(times)
-        if start + count > len(self._times):
-            self._make_room(count)
-            start = self._end
-        end = start + count
-        self._times[start:end] = times
-        self._values[start:end] = values
-        self._owners[start:end] = owners + self._dropped
-        self._end = end
-        begin = max(start, self._first + 1)
-        gaps = np.diff(self._times[begin - 1 : end]) > max_gap_ns if end > begin else _NO_GAPS
-        if gaps.any():
-            self._breaks.extend((np.flatnonzero(gaps) + begin).tolist())
-        if epochs[0] != epochs[-1] or (self._last_epoch is not None and epochs[0] != self._last_epoch):
-            self._break_epochs(start, owners, epochs)
-        self._last_epoch = epochs[-1]
-
-    def _break_epochs(self, start: int, owners: Array, epochs: list[int]) -> None:
-        each = np.array(epochs)[owners - owners[0]]
-        before = each[0] if self._last_epoch is None else self._last_epoch
-        changes = np.flatnonzero(np.diff(each, prepend=before)) + start
-        self._breaks = sorted(set(self._breaks).union(changes.tolist()))
-
-    def _make_room(self, count: int) -> None:
-        held = self._end - self._first
-        capacity = len(self._times)
-        while capacity < 2 * (held + count):
-            capacity *= 2
-        for name in ("_times", "_values", "_owners"):
-            old = getattr(self, name)
-            new = np.empty((capacity, *old.shape[1:]), old.dtype)
-            new[:held] = old[self._first : self._end]
-            setattr(self, name, new)
-        self._breaks = [b - self._first for b in self._breaks]
-        self._first, self._end = 0, held
-
-    def drop(self, messages: int) -> None:
-        """Forgets the samples of the first ``messages`` messages."""
-        self._dropped += messages
-        self._first += int(self._owners[self._first : self._end].searchsorted(self._dropped))
-        if self._breaks and self._breaks[0] <= self._first:
-            self._breaks = [b for b in self._breaks if b > self._first]
-
-
 class _Unordered:
     """Numbers of a stream whose messages may overtake each other: what has come, and which bounds hold already."""
 
@@ -957,11 +617,8 @@ class _Unordered:
         return best
 
 
-_NONE = np.empty(0, np.int64)
-_NO_GAPS = np.zeros(0, bool)
-
-
-def _order(message: Message) -> tuple[int, int, int]:
+def by_time(message: Message) -> tuple[int, int, int]:
+    """The order of a buffer: capture time, then epoch, then number."""
     header = message.header
     return header.t_capture_ns, header.epoch, header.seq
 
@@ -974,30 +631,3 @@ def _before(buffer: list[Message], limit_ns: int) -> int:
             break
         count += 1
     return count
-
-
-def _audio_times(header: Header) -> Array:
-    samples = header.layout.samples  # type: ignore[union-attr]
-    return header.t_capture_ns + np.arange(samples) * (header.t_end_ns - header.t_capture_ns) // samples
-
-
-def _last_sample_ns(message: Message, dtype: np.dtype[Any]) -> int:
-    header = message.header
-    layout = header.layout
-    if type(layout) is AudioLayout:
-        return header.t_capture_ns + (layout.samples - 1) * (header.t_end_ns - header.t_capture_ns) // layout.samples
-    tail = memoryview(message.data).cast("B")[-dtype.itemsize :]
-    return header.t_capture_ns + int.from_bytes(tail[:8], "little", signed=True)
-
-
-_TRACKS: dict[type, type[Track]] = {Nearest: NearestTrack, Latest: LatestTrack, Resample: ResampleTrack, All: AllTrack}
-
-
-def make_track(spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: int) -> Track:
-    """The track for a stream's rule. ConfigError if the rule does not fit the hop or the payload."""
-    if isinstance(spec.rule, Resample) and spec.payload not in ("audio", "imu", "signal"):
-        raise ConfigError(
-            f"stream {spec.name!r} carries {spec.payload}, which cannot be resampled; resample takes audio, imu and "
-            f"signal streams. Use nearest, latest or all"
-        )
-    return _TRACKS[type(spec.rule)](spec, hop_ns, max_future_ns, step)
