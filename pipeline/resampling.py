@@ -42,12 +42,13 @@ class ResampleTrack(Track):
         self.parsed = 0  # how many messages of the buffer already stand in ``samples``
         super().__init__(spec, hop_ns, max_future_ns, step)
 
-    def limits(self) -> tuple[int, int]:
+    def limit(self) -> None:
         first, rate_hz = (self.step - 1) * self.count_per_hop, self.rule.rate_hz
         self.first_point = first
         self.first_point_ns = first * resample.SECOND // rate_hz
         self.last_point_ns = (first + self.count_per_hop - 1) * resample.SECOND // rate_hz
-        return self.last_point_ns + 1, self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
+        self.interesting_ns = self.last_point_ns + 1
+        self.late_below_ns = self.first_point_ns - max(self.max_gap_ns, self.reach_ns)
 
     def span(self) -> tuple[int, int]:
         return self.start_ns, self.end_ns
@@ -145,7 +146,9 @@ class ResampleTrack(Track):
             newest = self.buffer[owner]
             below = [n for n in self.sample_times(newest) if n < self.bound_ns]
             return False, below[-1] if newest.header.epoch == self.epoch else None
-        newest_ns = last_sample_ns(newest, self.channels)
+        newest_ns = newest.header.t_capture_ns
+        if newest_ns < beyond_ns:
+            newest_ns = last_sample_ns(newest, self.channels)
         return newest_ns >= beyond_ns, newest_ns if newest.header.epoch == self.epoch else None
 
     def sample_times(self, message: Message) -> list[int]:
@@ -181,7 +184,7 @@ class ResampleTrack(Track):
         limit_ns = self.late_below_ns
         count = 0
         for message in self.buffer:
-            if message.header.t_end_ns >= limit_ns and last_sample_ns(message, self.channels) >= limit_ns:
+            if message.header.t_capture_ns >= limit_ns or last_sample_ns(message, self.channels) >= limit_ns:
                 break
             count += 1
         if count:

@@ -370,8 +370,8 @@ class Track:
         self.step = step
         self.start_ns = (step - 1) * self.hop_ns
         self.end_ns = step * self.hop_ns
-        self.interesting_ns, self.late_below_ns = self.limits()
         self.proven = False
+        self.limit()
 
 
     def idle_at(self, now_ns: int) -> bool:
@@ -404,17 +404,16 @@ class Track:
 
     def advance(self) -> None:
         """The step is history: what no later step can hold leaves the buffer, and is counted."""
-        self.fresh = []
+        self.fresh.clear()
         self.aim(self.step + 1)
-        keep = self.obsolete()
-        if keep:
-            for message in self.buffer[:keep]:
-                if id(message) in self.used:
-                    self.used.discard(id(message))
-                    self.counters.used += 1
-                else:
-                    self.counters.superseded += 1
-            del self.buffer[:keep]
+        gone = self.obsolete()
+        if gone:
+            before = len(self.used)
+            self.used.difference_update(map(id, self.buffer[:gone]))
+            used = before - len(self.used)
+            self.counters.used += used
+            self.counters.superseded += gone - used
+            del self.buffer[:gone]
         if self.losses or self.overflows:
             first_ns = self.span()[0]
             self.losses = [loss for loss in self.losses if loss[1] > first_ns]
@@ -442,8 +441,9 @@ class Track:
     hole_is_gap = False
     """Whether proven emptiness is a gap in the stream, rather than content that lies too far away."""
 
-    def limits(self) -> tuple[int, int]:
-        """(least bound at which the step can be proven, capture time below which a message may be late)."""
+    def limit(self) -> None:
+        """Sets ``interesting_ns``, the least bound at which the step can be proven, and ``late_below_ns``, the capture
+        time below which a message may be late."""
         raise NotImplementedError
 
     def prove(self) -> bool:
@@ -477,11 +477,10 @@ class Track:
 class NearestTrack(Track):
     """See ``Nearest``."""
 
-    def limits(self) -> tuple[int, int]:
-        rule = self.spec.rule
-        assert isinstance(rule, Nearest)
-        self.tolerance_ns = rule.tolerance_ns
-        return self.end_ns, self.end_ns - self.tolerance_ns + 1
+    def limit(self) -> None:
+        self.tolerance_ns: int = self.spec.rule.tolerance_ns  # type: ignore[union-attr]
+        self.interesting_ns = self.end_ns
+        self.late_below_ns = self.end_ns - self.tolerance_ns + 1
 
     def _best(self) -> Message | None:
         best, least, signed, end_ns = None, self.tolerance_ns, 0, self.end_ns
@@ -518,21 +517,19 @@ class NearestTrack(Track):
 class LatestTrack(Track):
     """See ``Latest``."""
 
-    def limits(self) -> tuple[int, int]:
-        rule = self.spec.rule
-        assert isinstance(rule, Latest)
-        self.oldest_ns = self.end_ns - rule.max_age_ns
-        return self.end_ns, self.oldest_ns
+    def limit(self) -> None:
+        self.interesting_ns = self.end_ns
+        self.late_below_ns = self.end_ns - self.spec.rule.max_age_ns  # type: ignore[union-attr]
 
     def prove(self) -> bool:
         return True
 
     def span(self) -> tuple[int, int]:
-        return self.oldest_ns, self.end_ns
+        return self.late_below_ns, self.end_ns
 
     def content(self) -> Content | None:
         index = _before(self.buffer, self.end_ns) - 1
-        if index < 0 or self.buffer[index].header.t_capture_ns < self.oldest_ns:
+        if index < 0 or self.buffer[index].header.t_capture_ns < self.late_below_ns:
             return None
         last = self.buffer[index]
         self.used.add(id(last))
@@ -547,8 +544,8 @@ class AllTrack(Track):
 
     hole_is_gap = True
 
-    def limits(self) -> tuple[int, int]:
-        return self.end_ns, self.start_ns
+    def limit(self) -> None:
+        self.interesting_ns, self.late_below_ns = self.end_ns, self.start_ns
 
     def prove(self) -> bool:
         return True

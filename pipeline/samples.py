@@ -71,11 +71,12 @@ class FewSamples:
         for message in messages:
             header = message.header
             same_epoch = header.epoch == self._epoch
-            for offset_ns, *value in self._sample.iter_unpack(message.data):
-                t_ns = header.t_capture_ns + offset_ns
+            for sample in self._sample.iter_unpack(message.data):
+                t_ns = header.t_capture_ns + sample[0]
+                value = sample[1:]
                 joined.append(same_epoch and bool(times) and t_ns - times[-1] <= self._max_gap_ns)
                 times.append(t_ns)
-                values.append(tuple(value) if isfinite(sum(value)) else tuple(v if v == v else nan for v in value))
+                values.append(value if isfinite(sum(value)) else tuple([v if v == v else nan for v in value]))
                 owners.append(self._taken)
                 same_epoch = True
             self._epoch = header.epoch
