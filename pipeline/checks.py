@@ -25,8 +25,8 @@ from pipeline.messages import (
     payload_of,
     view,
 )
-from pipeline.node import Stamper
 from pipeline.source import Reading, Source, default_bound_ns
+from pipeline.stamper import Stamper
 from pipeline.strict import Document
 
 FUTURE_NS = 50_000_000

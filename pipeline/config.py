@@ -41,8 +41,8 @@ class SourceEntry(_Strict, frozen=True):
 
 
 class BundleEntry(_Strict, frozen=True):
-    """Which model. ``streams`` maps the bundle's streams to the rig's where the names differ (null: left out, and always
-    masked); ``allow_code`` lets the bundle bring Python code, which runs with your rights."""
+    """Which model. ``streams`` maps the bundle's streams to the rig's where the names differ (null: left out, and then
+    always masked); ``allow_code`` lets the bundle bring Python code, which runs with your rights."""
 
     path: str
     streams: dict[str, str | None] = msgspec.field(default_factory=dict)
@@ -87,23 +87,41 @@ class RecordEntry(_Strict, frozen=True):
     queue_mib: Positive = 128
 
 
+class CurveEntry(_Strict, frozen=True):
+    """Keys for an endpoint that other hosts can reach: its own secret key file, and the public key files of those who
+    may listen. `sensorium keys` makes them."""
+
+    secret: Path
+    allow: tuple[Path, ...]
+
+
 class TransportEntry(_Strict, frozen=True):
-    """``predictions``: ``ipc`` (in the session's own folder), or a loopback endpoint like tcp://127.0.0.1:5599.
-    ``ring_mib`` bounds the shared memory of one source; ``lease_ms`` how long a reader may hold a slot."""
+    """``predictions``: ``ipc`` (in the session's own folder alone), or also at an endpoint like tcp://127.0.0.1:5599;
+    beyond loopback it needs ``curve``. ``ring_mib`` bounds the shared memory of one source; ``lease_ms`` is how long a
+    reader may hold a slot."""
 
     lease_ms: Positive = 1000
     ring_mib: Positive = 64
     predictions: str = "ipc"
+    curve: CurveEntry | None = None
 
     def __post_init__(self) -> None:
         if self.predictions != "ipc" and not re.fullmatch(
-            r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+", self.predictions
+            r"tcp://(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):\d+", self.predictions
         ):
             raise ValueError(
-                f"`predictions: {self.predictions}` is neither `ipc` nor a loopback endpoint like "
-                "tcp://127.0.0.1:5599; an endpoint that other hosts can reach needs keys, so publish on loopback and "
-                "forward it from there"
+                f"`predictions: {self.predictions}` is no endpoint; allowed are `ipc` and one like tcp://127.0.0.1:5599."
             )
+        if self.predictions.startswith("tcp:") and self.curve is None and not _is_loopback(self.predictions):
+            raise ValueError(
+                f"`predictions: {self.predictions}` can be reached by other hosts, so it needs `curve`, with keys "
+                "and a list of those who may listen (`sensorium keys` makes them); or use a loopback endpoint like "
+                "tcp://127.0.0.1:5599."
+            )
+
+
+def _is_loopback(endpoint: str) -> bool:
+    return re.fullmatch(r"tcp://(127(\.\d+){3}|localhost|\[::1\]):\d+", endpoint) is not None
 
 
 class RestartEntry(_Strict, frozen=True):

@@ -9,13 +9,14 @@ and a recording is finished. No node outlives its launcher.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import queue
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -45,6 +46,10 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     readers: tuple[str, ...] = ()
     """Nodes that must have joined before the first message is sent."""
     import_paths: tuple[str, ...] = ()
+    life: int = 0
+    """How often this node has been restarted."""
+    readers_s: float = 10.0
+    """How long to wait for ``readers`` before sending without them."""
     lease_ms: int = 1000
     ring_mib: int = 64
     supervised: bool = True
@@ -108,26 +113,28 @@ _order = msgspec.json.Decoder(Order)
 class Life:
     """What a running node is given: its spec, the clock, the wish that it stops, its orders, and its voice."""
 
-    def __init__(self, spec: NodeSpec, clock: Clock | None = None, voice: IO[bytes] | None = None) -> None:
-        """``voice`` is where reports go; None: nowhere (a node that runs without a launcher)."""
+    def __init__(self, spec: NodeSpec, clock: Clock | None = None, voice: int | None = None) -> None:
+        """``voice`` is the file descriptor that reports go to; None: nowhere (a node that runs without a launcher)."""
         self.spec = spec
         self.clock: Clock = clock or SystemClock(spec.origin)
         self.stop = threading.Event()
         self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._voice = voice
-        self._last: Report | None = None
+        self._unsaid = b""
         self._next_report_ns = 0
 
     def report(self, report: Report) -> None:
-        """Says ``report``; an unchanged one only as often as the launcher needs to know that the node lives."""
-        self._last, self._next_report_ns = report, self.clock.now_ns() + REPORT_EVERY_NS
+        """Says ``report``. Never waits: while the launcher does not listen, reports are left out."""
+        self._next_report_ns = self.clock.now_ns() + REPORT_EVERY_NS
         if self._voice is None:
             return
+        line = self._unsaid or _encode(report) + b"\n"
         try:
-            self._voice.write(_encode(report) + b"\n")
-            self._voice.flush()
-        except (BrokenPipeError, ValueError):
-            self.stop.set()  # nobody listens any more
+            self._unsaid = line[os.write(self._voice, line) :]
+        except BlockingIOError:
+            self._unsaid = line if line is self._unsaid else b""
+        except BrokenPipeError:
+            self.stop.set()  # the launcher is gone
 
     @property
     def due(self) -> bool:
@@ -135,13 +142,37 @@ class Life:
         return self.clock.now_ns() >= self._next_report_ns
 
     def take_orders(self) -> list[Order]:
-        """The orders since the last call, but ``stop``, which sets ``stop``."""
+        """The orders since the last call (``stop`` is none of them: it sets ``stop``)."""
         taken = []
         while True:
             try:
                 taken.append(self.orders.get_nowait())
             except queue.Empty:
                 return taken
+
+
+class Mark:
+    """A number that outlives its process, however that ends: the last step that was sent. -1 before the first."""
+
+    def __init__(self, life: Life) -> None:
+        path = Path(life.spec.session_dir) / f"{life.spec.node}.mark"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fresh = os.fstat(fd).st_size < 8
+            os.ftruncate(fd, 8)
+            self._word = memoryview(mmap.mmap(fd, 8)).cast("q")
+        finally:
+            os.close(fd)
+        if fresh:
+            self._word[0] = -1
+
+    @property
+    def value(self) -> int:
+        return self._word[0]
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._word[0] = value
 
 
 def read_spec(path: Path | str) -> NodeSpec:
@@ -164,23 +195,27 @@ def begin(spec: NodeSpec) -> Life:
         signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
         signal.signal(signal.SIGINT, lambda *_: life.stop.set())
         return life
-    voice = os.fdopen(os.dup(1), "wb")
+    voice = os.dup(1)
+    os.set_blocking(voice, False)
     os.dup2(2, 1)  # what a driver prints belongs in the log, not between the reports
     life = Life(spec, voice=voice)
     signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
     _die_with_parent()
-    threading.Thread(target=_listen, args=(life, sys.stdin.buffer), daemon=True, name="orders").start()
+    threading.Thread(target=_listen, args=(life,), daemon=True, name="orders").start()
     return life
 
 
-def _listen(life: Life, orders: IO[bytes]) -> None:
-    """Passes orders on until the launcher is gone."""
-    for line in orders:
-        order = _order.decode(line)
-        if order.do == "stop":
-            life.stop.set()
-        else:
-            life.orders.put(order)
+def _listen(life: Life) -> None:
+    """Passes orders on until the launcher is gone. Reads the descriptor itself: a thread that waits inside a buffered
+    file aborts the interpreter when that ends."""
+    rest = b""
+    while said := os.read(0, 65_536):
+        *lines, rest = (rest + said).split(b"\n")
+        for order in map(_order.decode, lines):
+            if order.do == "stop":
+                life.stop.set()
+            else:
+                life.orders.put(order)
     life.stop.set()
     # The pipe closes only when the launcher has died: a node that cannot finish must not stay behind as an orphan.
     threading.Event().wait(LAST_RESORT_S)

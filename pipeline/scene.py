@@ -112,7 +112,7 @@ class Scene:
         return np.repeat(np.clip(sound, -32768, 32767).astype("<i2")[:, None], channels, axis=1)
 
     def imu(self, t_ns: np.ndarray[Any, Any], index: int) -> np.ndarray[Any, Any]:
-        """Samples at the session times ``t_ns`` (i8, rising), ``IMU_DTYPE``: accelerometer z up, so gravity reads +g."""
+        """Samples at the session times ``t_ns`` (i8, rising), ``IMU_DTYPE``: z is up, so gravity reads +g."""
         n = len(t_ns)
         rng = self._rng(index, 3)
         batch = np.zeros(n, IMU_DTYPE)

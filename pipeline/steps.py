@@ -34,22 +34,31 @@ class Gap(msgspec.Struct, frozen=True):
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     manifest: Manifest
     grids: dict[str, tuple[int, int]]
+    sent_ns: int
+
+
+class SentStep(msgspec.Struct, frozen=True):
+    """A step as it came: grids f4 [samples, channels], read-only, and when it was sent (session time)."""
+
+    manifest: Manifest
+    grids: dict[str, np.ndarray[Any, Any]]
+    sent_ns: int
 
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Envelope).decode
 
 
-def encode_step(step: Step) -> list[bytes]:
-    """The parts of ``step`` as they are sent, the topic first."""
+def encode_step(step: Step, sent_ns: int) -> list[bytes]:
+    """The parts of ``step`` as they are sent at ``sent_ns``, the topic first."""
     names = sorted(step.grids)
     shapes = {name: (step.grids[name].shape[0], step.grids[name].shape[1]) for name in names}
     grids = [np.ascontiguousarray(step.grids[name], "<f4").tobytes() for name in names]
-    return [STEP.encode(), _encode(_Envelope(step.manifest, shapes)), *grids]
+    return [STEP.encode(), _encode(_Envelope(step.manifest, shapes, sent_ns)), *grids]
 
 
-def decode_step(parts: Sequence[Any]) -> tuple[Manifest, dict[str, np.ndarray[Any, Any]]]:
-    """The manifest and the grids f4 [samples, channels] (read-only views of the parts). Raises WireError."""
+def decode_step(parts: Sequence[Any]) -> SentStep:
+    """The step in ``parts``, the topic first. Its grids are views of the parts. Raises WireError."""
     try:
         envelope = _decode(parts[1])
     except (IndexError, msgspec.MsgspecError) as error:
@@ -62,7 +71,7 @@ def decode_step(parts: Sequence[Any]) -> tuple[Manifest, dict[str, np.ndarray[An
         name: np.frombuffer(part, "<f4").reshape(shape)
         for (name, shape), part in zip(shapes.items(), parts[2:], strict=True)
     }
-    return envelope.manifest, grids
+    return SentStep(envelope.manifest, grids, envelope.sent_ns)
 
 
 class Account:

@@ -1,0 +1,213 @@
+"""The recorder: everything that is published, into one file, without ever making a source wait.
+
+Payloads are copied on receipt, which gives shared memory back at once, into a queue that is bounded in bytes; a thread
+of its own compresses and writes. What does not fit, or did not even arrive, is named in a gap record, and the recording
+says that it is incomplete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pipeline.errors import RecordingError, WireError
+from pipeline.life import Life, Report
+from pipeline.messages import Message
+from pipeline.node import decode_settings
+from pipeline.recording import GAP_TOPIC, LABEL_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingWriter, SessionInfo
+from pipeline.steps import GAP, STEP, Account, Gap, decode_step
+from pipeline.transport import Lossless, Parts, Received, Subscriber, ZmqBus
+
+PATIENCE_MS = 50
+_JSON_TOPICS = {"prediction": PREDICTION_TOPIC, "label": LABEL_TOPIC}
+
+
+class LostMessages(msgspec.Struct, frozen=True):
+    """Messages of one stream that are not in the recording, both ends included."""
+
+    stream: str
+    epoch: int
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+    cause: str = ""
+
+
+class Record:
+    """Writes a session to an MCAP file."""
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``wiring``: the streams to record by publishing node; ``topics``: what else they publish."""
+
+        path: Path
+        wiring: dict[str, list[str]]
+        topics: dict[str, list[str]]
+        queue_bytes: int
+        compression: Literal["zstd", "lz4", "none"] = "zstd"
+        rig: str | None = None
+        bundle: str | None = None
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.clock = life, life.clock
+        self.settings: Record.Settings = decode_settings(Record, life.spec.settings)
+        # A later life of this node cannot have seen the first steps, and its predecessor's file has them.
+        self.account = Account(first=1 if life.spec.life == 0 else None)
+        self.expected: dict[str, tuple[int, int]] = {}
+        self.lost = 0
+
+    def run(self) -> None:
+        """Until stopped; then the rest is written and the file closed. Raises RecordingError."""
+        spec = self.life.spec
+        session = SessionInfo(
+            session=spec.session, unix_ns=spec.origin.unix_ns, rig=self.settings.rig, bundle=self.settings.bundle
+        )
+        path = free_path(self.settings.path)
+        self.writer = RecordingWriter(path, session, self.settings.compression)
+        self.queue = BoundedWriter(self.settings.queue_bytes)
+        with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
+            subscriber = bus.subscriber(
+                spec.node,
+                {node: {s: Lossless() for s in streams} for node, streams in self.settings.wiring.items() if streams},
+                topics={node: {t: Lossless() for t in topics} for node, topics in self.settings.topics.items()},
+            )
+            try:
+                while not self.life.stop.is_set():
+                    self._turn(subscriber, PATIENCE_MS)
+                self._turn(subscriber, 0)
+            finally:
+                self.queue.close()
+        note = f"{self.lost} messages could not be recorded" if self.lost else ""
+        note = f"{note}; this is part {spec.life + 1} of its session" if spec.life else note
+        self.writer.close(complete=not note, note=note.removeprefix("; "))
+
+    def _turn(self, subscriber: Subscriber, patience_ms: int) -> None:
+        for received in subscriber.receive(patience_ms):
+            self._message(received)
+        for parts in subscriber.parts():
+            self._parts(parts)
+        self.queue.check()
+        if self.life.due:
+            self.life.report(
+                Report(
+                    state="ready",
+                    note=str(self.writer.path),
+                    counters={
+                        "messages": float(self.writer.messages),
+                        "bytes": float(self.writer.bytes_written),
+                        "queue_bytes": float(self.queue.held),
+                        "lost": float(self.lost),
+                    },
+                )
+            )
+
+    def _message(self, received: Received) -> None:
+        """Copies one message or beat into the queue; what is missing before it, or does not fit, becomes a gap."""
+        arrival = self.clock.now_ns()
+        header = received.message.header
+        epoch, number = self.expected.get(header.stream, (header.epoch, 0 if self.life.spec.life == 0 else header.seq))
+        if epoch != header.epoch:
+            number = 0
+        self.expected[header.stream] = (header.epoch, header.seq + (not header.is_beat))
+        if header.seq > number:
+            self._gap(header.stream, header.epoch, number, header.seq - 1, "lost on the way to the recorder", arrival)
+        with received:
+            size = 0 if received.message.data is None else len(received.message.data)
+            if not self.queue.fits(size):
+                cause = "the disk was too slow, and the recorder's queue full"
+                if not header.is_beat:
+                    self._gap(header.stream, header.epoch, header.seq, header.seq, cause, arrival)
+                return
+            try:
+                message = received.message if header.is_beat else received.copy()
+            except WireError:
+                cause = "overwritten in shared memory before the recorder had copied it"
+                self._gap(header.stream, header.epoch, header.seq, header.seq, cause, arrival)
+                return
+        if message.data is None and not header.is_beat:
+            self._gap(header.stream, header.epoch, header.seq, header.seq, "its shared memory is gone", arrival)
+            return
+        self.queue.put(size, lambda: self._write(message, arrival))
+
+    def _write(self, message: Message, arrival_ns: int) -> None:
+        self.writer.write(message, arrival_ns)
+
+    def _gap(self, stream: str, epoch: int, first: int, last: int, cause: str, now_ns: int) -> None:
+        self.lost += last - first + 1
+        self._json(GAP_TOPIC, msgspec.json.encode(LostMessages(stream, epoch, first, last, cause)), now_ns)
+
+    def _parts(self, parts: Parts) -> None:
+        """Records what is no message: manifests, predictions, labels; and gaps between steps, from its own account."""
+        now = self.clock.now_ns()
+        if parts.topic == STEP:
+            with contextlib.suppress(WireError):
+                manifest = decode_step([STEP, *parts.parts]).manifest
+                gap = self.account.take(manifest.step)
+                if gap is not None:
+                    self._json(GAP_TOPIC, msgspec.json.encode(gap), now)
+                self._json(MANIFEST_TOPIC, msgspec.json.encode(manifest), now, manifest.end_ns)
+        elif parts.topic == GAP:
+            with contextlib.suppress(msgspec.MsgspecError):
+                self.account.announce(msgspec.json.decode(parts.parts[0], type=Gap))
+        else:
+            self._json(_JSON_TOPICS[parts.topic], bytes(parts.parts[0]), now)
+
+    def _json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
+        """These are few and small, and what explains a gap must not itself be lost: they always fit."""
+        self.queue.put(len(data), lambda: self.writer.write_json(topic, data, log_ns, publish_ns))
+
+
+class BoundedWriter:
+    """A thread that carries out writes in order, and the bytes that wait for it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit, self.held = limit_bytes, 0
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._error: RecordingError | None = None
+        self._thread = threading.Thread(target=self._work, name="writer")
+        self._thread.start()
+
+    def fits(self, size: int) -> bool:
+        """Whether ``size`` more bytes may wait. Something always fits into an empty queue."""
+        return self.held == 0 or self.held + size <= self._limit
+
+    def put(self, size: int, job: Callable[[], None]) -> None:
+        """Queues ``job``, which holds ``size`` bytes."""
+        with self._lock:
+            self.held += size
+        self._jobs.put((size, job))
+
+    def check(self) -> None:
+        """Raises the RecordingError that a write has failed with, if one has."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Waits until everything is written. Idempotent; does not raise."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            size, job = item
+            try:
+                if self._error is None:
+                    job()
+            except RecordingError as error:
+                self._error = error
+            with self._lock:
+                self.held -= size
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, … that does not exist."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return candidate

@@ -1,0 +1,262 @@
+"""The shell around a source, and the start of any node.
+
+A source reads a device; everything else that a stream promises is kept here once, for all of them: numbers without
+gaps, epochs that open when the clock of the device does, captures that strictly increase, a bound with every message,
+a beat every 100 ms of silence, retries with backoff while a device is away, and a report of what was dropped and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from pipeline.clock import Clock
+from pipeline.errors import ConfigError, SensorError, SensoriumError
+from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
+from pipeline.messages import Header, Layout, Message, nbytes_of
+from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
+from pipeline.stamper import Stamper
+from pipeline.transport import INLINE_MAX, Publisher, RingSpec, ZmqBus
+
+__all__ = [
+    "BEAT_NS",
+    "CORE_KINDS",
+    "KINDS",
+    "Reading",
+    "Source",
+    "SourceContext",
+    "SourceShell",
+    "Stamper",
+    "load_kind",
+    "run_node",
+]
+
+BEAT_NS = 100_000_000
+"""A beat is sent after this much silence."""
+
+RETRY_NS = (200_000_000, 1_000_000_000)
+"""The first and the longest pause before a device that failed is opened again: it is back within 2 s of its return."""
+
+FAILURES = 30
+"""So many failures in a row without a reading end the process; a fresh one may help where a driver is wedged."""
+
+EXIT_SENSOR = 4
+"""Exit status of a node whose device failed for so long; the launcher restarts it without counting that as a crash."""
+
+
+class Sender(Protocol):
+    """The part of a publisher that the shell needs."""
+
+    def publish(self, message: Message) -> bool: ...
+    def beat(self, header: Header) -> bool: ...
+    def loan(self, nbytes: int) -> np.ndarray[Any, Any] | None: ...
+
+
+class _Context:
+    """What the shell gives its source."""
+
+    def __init__(self, name: str, clock: Clock, sender: Sender | None) -> None:
+        self.name, self.clock = name, clock
+        self._sender = sender
+        self.dropped: dict[str, int] = {}
+        self.health = ""
+
+    def loan(self, layout: Layout, nbytes: int | None = None) -> np.ndarray[Any, Any]:
+        size = nbytes if nbytes is not None else nbytes_of(layout)
+        if size is None:
+            raise ValueError(f"{self.name}: the size of {layout} varies; say how many bytes to lend")
+        slot = self._sender.loan(size) if self._sender is not None else None
+        return np.empty(size, np.uint8) if slot is None else slot
+
+    def count(self, what: str, n: int = 1) -> None:
+        self.dropped[what] = self.dropped.get(what, 0) + n
+
+    def note(self, text: str) -> None:
+        self.health = text
+
+
+class SourceShell:
+    """Runs one source: ``turn`` does one round and returns; ``run`` turns until stopped or at the data's end."""
+
+    def __init__(self, source_class: type[Source], settings: Any, life: Life, sender: Sender, stream: str) -> None:
+        self.life, self.sender = life, sender
+        self.context = _Context(stream, life.clock, sender)
+        self.source = source_class(settings, self.context)
+        self.stamper = Stamper(stream, source_class.payload_of(settings))
+        self.published = 0
+        self.newest_ns: int | None = None
+        self.ended = False
+        self._open = False
+        self._failures = 0
+        self._retry_ns = 0
+        self._last_sent_ns = life.clock.now_ns()
+        self._trouble = ""
+
+    def run(self) -> None:
+        """Turns until the life says stop; after the data's end only reports. Raises SensorError after ``FAILURES``."""
+        try:
+            self.stamper.open(self.life.clock.now_ns())
+            self._report(force=True)
+            while not self.life.stop.is_set():
+                self.turn()
+        finally:
+            self.source.close()
+
+    def turn(self) -> None:
+        """Opens the device if need be, reads once, publishes, beats in silence, reports."""
+        clock = self.life.clock
+        if self.ended:
+            clock.wait_until(clock.now_ns() + BEAT_NS, self.life.stop)
+        elif not self._open:
+            self._try_open()
+        else:
+            self._read()
+        if clock.now_ns() - self._last_sent_ns >= BEAT_NS:
+            self._beat()
+        self._report()
+
+    def _try_open(self) -> None:
+        clock = self.life.clock
+        if clock.now_ns() < self._retry_ns:
+            clock.wait_until(min(self._retry_ns, self._last_sent_ns + BEAT_NS), self.life.stop)
+            return
+        try:
+            self.source.open()
+        except SensorError as error:
+            self._failed(error)
+            return
+        self._open, self._trouble = True, ""
+        self.stamper.open(clock.now_ns())
+        self._beat()
+        self._report(force=True)
+
+    def _read(self) -> None:
+        try:
+            readings = self.source.read()
+            if readings is None:
+                return
+            for reading in readings if isinstance(readings, list) else [readings]:
+                self._publish(reading)
+        except SensorError as error:
+            self._failed(error)
+        except EOFError:
+            self.ended = True
+            self._beat()
+            self._report(force=True)
+
+    def _publish(self, reading: Reading) -> None:
+        now = self.life.clock.now_ns()
+        header = self.stamper.stamp(reading, now)
+        if header is None:
+            self.context.count("order")
+            return
+        self._failures = 0
+        if not self.sender.publish(Message(header, reading.data)):
+            self.context.count("no_slot")
+        self.published += 1
+        self.newest_ns = header.t_end_ns
+        self._last_sent_ns = now
+
+    def _failed(self, error: SensorError) -> None:
+        self.source.close()
+        self._open = False
+        self._failures += 1
+        if self._failures >= FAILURES:
+            raise error
+        pause = min(RETRY_NS[0] << min(self._failures - 1, 8), RETRY_NS[1])
+        self._retry_ns = self.life.clock.now_ns() + pause
+        self._trouble = str(error)
+        self.context.count("failures")
+        self._beat()
+        self._report(force=True)
+
+    def _beat(self) -> None:
+        now = self.life.clock.now_ns()
+        promise = self.source.bound_ns() if self._open and not self.ended else None
+        self.sender.beat(self.stamper.beat(now, promise, self._trouble or self.context.health))
+        self._last_sent_ns = now
+
+    def _report(self, force: bool = False) -> None:
+        if not (force or self.life.due):
+            return
+        state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
+        report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
+                              dropped=dict(self.context.dropped))  # fmt: skip
+        self.life.report(
+            Report(
+                state=state,
+                note=self._trouble or self.context.health,
+                sources={self.stamper.stream: report},
+                ended={self.stamper.stream: (self.stamper.epoch, self.stamper.seq)} if self.ended else {},
+            )
+        )
+
+
+SLOTS = (4, 16)
+"""The least and the most slots of a ring."""
+
+
+class Node(Protocol):
+    """What a node's class is, if it is no Source: made with its life, and run until the life says stop."""
+
+    def __init__(self, life: Life) -> None: ...
+    def run(self) -> None: ...
+
+
+def decode_settings(node_class: type[Any], settings: dict[str, Any]) -> Any:
+    """Settings from a node's spec, which were checked when it was written."""
+    return msgspec.convert(settings, node_class.Settings, dec_hook=lambda type_, value: type_(value))
+
+
+def ring_spec(spec: NodeSpec) -> RingSpec | None:
+    """The ring that a node's largest payloads need; None where all of them go through the socket."""
+    largest = max(spec.slots.values(), default=0)
+    if largest <= INLINE_MAX:
+        return None
+    slots = min(max((spec.ring_mib << 20) // largest, SLOTS[0]), SLOTS[1])
+    return RingSpec(slots, largest, spec.lease_ms)
+
+
+def wait_for_readers(publisher: Publisher, life: Life) -> None:
+    """Waits until those who must not miss anything have joined, for ``readers_s`` at most, and reports meanwhile."""
+    clock = life.clock
+    deadline = clock.now_ns() + round(life.spec.readers_s * 1e9)
+    missing = set(life.spec.readers)
+    while missing and not life.stop.is_set() and clock.now_ns() < deadline:
+        life.report(Report(state="starting", note=f"waiting for {', '.join(sorted(missing))}"))
+        missing = publisher.wait_for_readers(life.spec.readers, 0.2, life.stop)
+
+
+def run_source(source_class: type[Source], life: Life) -> None:
+    """Runs a source on the session's bus until the life says stop. Raises SensoriumError."""
+    spec = life.spec
+    with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
+        publisher = bus.publisher(spec.node, [spec.node], ring_spec(spec), stop=life.stop)
+        settings = decode_settings(source_class, spec.settings)
+        shell = SourceShell(source_class, settings, life, publisher, spec.node)
+        wait_for_readers(publisher, life)
+        shell.run()
+
+
+def run_node(path: Path | str) -> int:
+    """Runs the node whose spec is in the file ``path`` until it is told to stop. Returns the exit status; what went
+    wrong is on standard error."""
+    try:
+        spec = read_spec(path)
+        life = begin(spec)
+        node_class = load_kind(spec.kind, spec.import_paths)
+        if issubclass(node_class, Source):
+            run_source(node_class, life)
+        elif hasattr(node_class, "run"):
+            node_class(life).run()
+        else:
+            raise ConfigError(f"{spec.kind} is no kind of node: the class has neither Source as its base nor `run`.")
+    except SensoriumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_SENSOR if isinstance(error, SensorError) else error.exit_code
+    return 0

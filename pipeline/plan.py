@@ -1,0 +1,257 @@
+"""From a rig to the nodes that carry it out: everything that can be checked before anything is started.
+
+No hardware is touched: sources' classes are imported, their settings decoded, the bundle loaded and its streams
+matched, a replay's file opened. What passes here fails later only for what the world does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.align import AlignSpec, Resample
+from pipeline.bundle import Bundle, load_bundle
+from pipeline.clock import Origin
+from pipeline.config import RecordEntry, RigFile, SourceEntry
+from pipeline.errors import ConfigError, SensoriumError
+from pipeline.life import NodeSpec
+from pipeline.messages import Payload
+from pipeline.source import CORE_KINDS, KINDS, Source, load_kind
+from pipeline.steps import GAP, STEP
+from pipeline.strict import Where, listed, nearest
+
+
+class SourcePlan(msgspec.Struct, frozen=True):
+    """One source of a rig: its class's settings as plain values, and what it will publish."""
+
+    name: str
+    kind: str
+    required: bool
+    settings: dict[str, Any]
+    streams: dict[str, Payload]
+    slots: dict[str, int]
+    labels: bool
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A rig that has passed every check."""
+
+    rig_file: RigFile
+    sources: tuple[SourcePlan, ...]
+    streams: dict[str, Payload]
+    bundle: Bundle | None
+    mapping: dict[str, str]
+    align: AlignSpec | None
+    record: RecordEntry | None
+    allow_code: bool
+
+    def node_of(self, stream: str) -> str:
+        """The node that publishes a stream."""
+        return next(source.name for source in self.sources if stream in source.streams)
+
+
+def make_plan(rig_file: RigFile, allow_code: bool = False, record: RecordEntry | None = None) -> Plan:
+    """The plan of a rig; ``record`` replaces the rig's own recording. Raises ConfigError, BundleError,
+    RecordingError."""
+    rig = rig_file.rig
+    sources = tuple(_source(rig_file, name, entry) for name, entry in rig.sources.items())
+    streams = _streams(rig_file, sources)
+    _known(rig_file, ("align", "streams"), rig.align.streams, streams)
+    record = record or rig.record
+    if record is not None and record.streams is not None:
+        _known(rig_file, ("record", "streams"), record.streams, streams)
+    allowed = allow_code or (rig.bundle is not None and rig.bundle.allow_code)
+    bundle, mapping, spec = _model(rig_file, streams, allowed)
+    return Plan(rig_file, sources, streams, bundle, mapping, spec, record, allowed)
+
+
+def _source(rig_file: RigFile, name: str, entry: SourceEntry) -> SourcePlan:
+    document, at = rig_file.document, ("sources", name)
+    if entry.kind in CORE_KINDS:
+        raise document.error((*at, "kind"), f"`{entry.kind}` is no kind of source. Shipped are {listed(KINDS)}.")
+    with placed(rig_file, (*at, "kind")):
+        node_class = load_kind(entry.kind, import_paths(rig_file))
+    is_source = issubclass(node_class, Source)
+    if not is_source and not hasattr(node_class, "streams_of"):
+        raise document.error((*at, "kind"), f"the class of `{entry.kind}` is no Source: let it inherit from "
+                             "pipeline.node.Source.")  # fmt: skip
+    settings = document.decode(node_class.Settings, at, entry.settings, extra=("kind", "required"))
+    with placed(rig_file, at):
+        streams: dict[str, Payload] = (
+            {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
+        )
+        slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
+    plain = msgspec.to_builtins(settings, enc_hook=str)
+    return SourcePlan(name, entry.kind, entry.required, plain, streams, slots, labels=not is_source)
+
+
+@contextmanager
+def placed(rig_file: RigFile, at: Where) -> Iterator[None]:
+    """Puts the place in the rig before what is said of it."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error)
+        raise (error if said.startswith(str(rig_file.document.path)) else rig_file.document.error(at, said)) from error
+    except ValueError as error:
+        raise rig_file.document.error(at, str(error)) from None
+    except SensoriumError as error:
+        raise type(error)(f"{rig_file.document.place(at)}: {error}") from error
+
+
+def import_paths(rig_file: RigFile) -> tuple[str, ...]:
+    """Where a user's own kinds may lie, beside what is installed: the rig's folder, and the current one."""
+    return str(rig_file.document.path.resolve().parent), str(Path.cwd())
+
+
+def _streams(rig_file: RigFile, sources: tuple[SourcePlan, ...]) -> dict[str, Payload]:
+    streams: dict[str, Payload] = {}
+    for source in sources:
+        for stream, payload in source.streams.items():
+            if stream in streams:
+                raise rig_file.document.error(
+                    ("sources", source.name), f"the stream `{stream}` is published by another source already; rename "
+                    "that source, or choose streams of the recording with `streams`.")  # fmt: skip
+            streams[stream] = payload
+    return streams
+
+
+def _known(rig_file: RigFile, at: Where, names: Any, streams: dict[str, Payload]) -> None:
+    for name in names:
+        if name not in streams:
+            raise rig_file.document.error(
+                at, f"the rig has no stream `{name}`; it has {listed(streams)}.{nearest(name, streams)}"
+            )
+
+
+def _model(
+    rig_file: RigFile, streams: dict[str, Payload], allow_code: bool
+) -> tuple[Bundle | None, dict[str, str], AlignSpec | None]:
+    rig = rig_file.rig
+    if rig.bundle is None:
+        return None, {}, None
+    with placed(rig_file, ("bundle", "path")):
+        bundle = load_bundle(rig_file.resolve(rig.bundle.path), allow_code)
+    align = rig.align
+    limits = align.streams
+    with placed(rig_file, ("bundle",)):
+        mapping = bundle.rig_streams(rig.bundle.streams, streams)
+        spec = bundle.align_spec(
+            rig.bundle.streams,
+            align.max_delay_ms * 1_000_000,
+            available=streams,
+            idle_ns={name: (_idle_ms(limits.get(name)) or align.idle_ms) * 1_000_000 for name in streams},
+            max_buffer={name: entry.max_buffer for name, entry in limits.items() if entry.max_buffer is not None},
+            max_future_ns=align.max_future_ms * 1_000_000,
+            max_open=align.max_open,
+        )
+    return bundle, mapping, spec
+
+
+def _idle_ms(entry: Any) -> int | None:
+    return None if entry is None else entry.idle_ms
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where and when a session runs."""
+
+    session: str
+    folder: Path
+    origin: Origin
+
+    def path(self, text: str, resolve: Callable[[str], Path]) -> Path:
+        """A recording's path with {session} and {time} filled in."""
+        began = datetime.fromtimestamp(self.origin.unix_ns / 1e9, tz=UTC).strftime("%Y%m%dT%H%M%SZ")
+        return resolve(text.replace("{session}", self.session).replace("{time}", began))
+
+
+def core_specs(plan: Plan, place: Place) -> list[NodeSpec]:
+    """The specs of the recorder, the fusion node and the align node, as far as the rig has them, in that order."""
+    specs = []
+    if plan.record is not None:
+        specs.append(_spec(plan, place, "record", _record_settings(plan, plan.record, place), ()))
+    recorder = ("record",) if plan.record is not None else ()
+    if plan.bundle is not None and plan.align is not None:
+        specs.append(_spec(plan, place, "fusion", _fusion_settings(plan, plan.align), recorder))
+        align = {"spec": msgspec.to_builtins(plan.align), "wiring": _wiring(plan, [s.name for s in plan.align.streams])}
+        specs.append(_spec(plan, place, "align", align, (*recorder, "fusion")))
+    return specs
+
+
+def source_specs(plan: Plan, place: Place) -> list[NodeSpec]:
+    """The specs of the sources."""
+    return [
+        msgspec.structs.replace(
+            _spec(plan, place, source.name, source.settings, _readers(plan, source)),
+            kind=source.kind, streams=dict(source.streams), slots=source.slots,
+        )
+        for source in plan.sources
+    ]  # fmt: skip
+
+
+def _spec(plan: Plan, place: Place, name: str, settings: dict[str, Any], readers: tuple[str, ...]) -> NodeSpec:
+    rig = plan.rig_file.rig
+    return NodeSpec(
+        session=place.session, origin=place.origin, session_dir=str(place.folder), node=name, kind=name,
+        settings=settings, readers=readers, import_paths=import_paths(plan.rig_file),
+        lease_ms=rig.transport.lease_ms, ring_mib=rig.transport.ring_mib, readers_s=rig.restart.start_s,
+    )  # fmt: skip
+
+
+def _payload_streams(align: AlignSpec) -> list[str]:
+    """Streams whose messages fusion needs itself: all but the resampled ones, whose grids are in the steps."""
+    return [stream.name for stream in align.streams if not isinstance(stream.rule, Resample)]
+
+
+def _recorded(plan: Plan) -> list[str]:
+    if plan.record is None:
+        return []
+    return list(plan.streams if plan.record.streams is None else plan.record.streams)
+
+
+def _readers(plan: Plan, source: SourcePlan) -> tuple[str, ...]:
+    """The nodes that must not miss anything of a source."""
+    aligned = [] if plan.align is None else [s.name for s in plan.align.streams]
+    wanted = {"align": aligned, "fusion": [] if plan.align is None else _payload_streams(plan.align)}
+    wanted["record"] = _recorded(plan)
+    return tuple(node for node, streams in wanted.items() if any(stream in source.streams for stream in streams))
+
+
+def _wiring(plan: Plan, streams: list[str]) -> dict[str, list[str]]:
+    """Streams by the node that publishes them."""
+    wiring: dict[str, list[str]] = {}
+    for stream in streams:
+        wiring.setdefault(plan.node_of(stream), []).append(stream)
+    return wiring
+
+
+def _fusion_settings(plan: Plan, align: AlignSpec) -> dict[str, Any]:
+    rig = plan.rig_file.rig
+    assert plan.bundle is not None
+    transport = rig.transport
+    curve = transport.curve
+    return {
+        "bundle": str(plan.bundle.path), "allow_code": plan.allow_code, "streams": plan.mapping,
+        "wiring": _wiring(plan, _payload_streams(align)), "labels": [s.name for s in plan.sources if s.labels],
+        "threads": rig.fusion.threads, "providers": rig.fusion.providers, "contributions": rig.fusion.contributions,
+        "payload_wait_ms": rig.fusion.payload_wait_ms, "cache_bytes": rig.fusion.cache_mib << 20,
+        "tcp": None if transport.predictions == "ipc" else transport.predictions,
+        "curve_secret": None if curve is None else str(curve.secret),
+        "curve_allow": [] if curve is None else [str(path) for path in curve.allow],
+    }  # fmt: skip
+
+
+def _record_settings(plan: Plan, record: RecordEntry, place: Place) -> dict[str, Any]:
+    topics = {source.name: ["label"] for source in plan.sources if source.labels}
+    if plan.bundle is not None:
+        topics |= {"align": [STEP, GAP], "fusion": ["prediction"]}
+    return {
+        "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": _wiring(plan, _recorded(plan)),
+        "topics": topics, "queue_bytes": record.queue_mib << 20, "compression": record.compression,
+        "rig": plan.rig_file.document.text, "bundle": None if plan.bundle is None else plan.bundle.sha256,
+    }  # fmt: skip

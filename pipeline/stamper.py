@@ -1,0 +1,83 @@
+"""Numbers, epochs and bounds for the readings of one stream."""
+
+from __future__ import annotations
+
+from pipeline.errors import SensorError
+from pipeline.messages import Header, payload_of
+from pipeline.source import Reading, default_bound_ns
+
+STRAGGLERS = 3
+"""So many readings in a row from before the bound are no stragglers: the clock jumped back."""
+
+
+class Stamper:
+    """Numbers the readings of one stream. Pure: times come in as arguments."""
+
+    def __init__(self, stream: str, payload: str) -> None:
+        self.stream, self.payload = stream, payload
+        self.epoch, self.seq, self.bound_ns = -1, 0, 0
+        self._unbound = True  # nothing was promised in this epoch yet
+        self._stragglers = 0
+
+    def open(self, now_ns: int) -> None:
+        """Opens an epoch at session time ``now_ns``."""
+        self.epoch, self.seq = max(now_ns, self.epoch + 1), 0
+        self._unbound, self._stragglers = True, 0
+
+    def stamp(self, reading: Reading, now_ns: int) -> Header | None:
+        """The header of ``reading``; None if it begins before the bound, which its epoch's clock cannot have meant:
+        such stragglers are dropped, and after ``STRAGGLERS`` in a row the clock is taken to have jumped back, which
+        opens an epoch. Raises SensorError if the reading contradicts itself."""
+        self._check(reading)
+        if reading.new_epoch and not self._unbound:
+            self.open(now_ns)
+        if not self._unbound and reading.t_capture_ns < self.bound_ns:
+            self._stragglers += 1
+            if self._stragglers < STRAGGLERS:
+                return None
+            self.open(now_ns)
+        if self._unbound:
+            self.bound_ns = min(self.bound_ns, reading.t_capture_ns)
+        self._unbound, self._stragglers = False, 0
+        natural = default_bound_ns(reading.layout, reading.t_capture_ns, reading.t_end_ns)
+        self.bound_ns = max(self.bound_ns, natural if reading.bound_ns is None else reading.bound_ns)
+        header = Header(
+            stream=self.stream,
+            seq=self.seq,
+            epoch=self.epoch,
+            t_capture_ns=reading.t_capture_ns,
+            t_end_ns=reading.t_end_ns,
+            bound_ns=self.bound_ns,
+            t_receipt_ns=reading.t_receipt_ns,
+            t_device_ns=reading.t_device_ns,
+            uncertainty_ns=reading.uncertainty_ns,
+            layout=reading.layout,
+        )
+        self.seq += 1
+        return header
+
+    def beat(self, now_ns: int, promise_ns: int | None, health: str) -> Header:
+        """A beat: the next number, and ``promise_ns`` where it says more than the bound so far."""
+        if promise_ns is not None:
+            self.bound_ns, self._unbound = max(self.bound_ns, promise_ns), False
+        return Header(
+            stream=self.stream,
+            seq=self.seq,
+            epoch=self.epoch,
+            t_capture_ns=self.bound_ns,
+            t_end_ns=self.bound_ns,
+            bound_ns=self.bound_ns,
+            t_receipt_ns=now_ns,
+            health=health,
+        )
+
+    def _check(self, reading: Reading) -> None:
+        wrong = None
+        if payload_of(reading.layout) != self.payload:
+            wrong = f"a payload of type {payload_of(reading.layout)} on a stream of type {self.payload}"
+        elif reading.t_end_ns < reading.t_capture_ns:
+            wrong = f"an end ({reading.t_end_ns} ns) before its beginning ({reading.t_capture_ns} ns)"
+        elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
+            wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
+        if wrong:
+            raise SensorError(f"{self.stream}: the source gave a reading with {wrong}; this is a fault of the source.")
