@@ -1,1 +1,86 @@
-"""Sensorium."""
+"""Sensorium: sensors into one stream of live predictions, with time you can trust.
+
+The names below are the public ones, and all of them:
+
+    for prediction in pipeline.subscribe("tcp://127.0.0.1:5599"):
+        print(prediction.label, prediction.confidence)
+
+A name's module is imported when the name is first used, so that ``import pipeline`` costs nothing and a subscriber
+needs none of what a model needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.align import Aligner as Aligner
+    from pipeline.align import AlignSpec as AlignSpec
+    from pipeline.align import StreamSpec as StreamSpec
+    from pipeline.bundle import load_bundle as load_bundle
+    from pipeline.checks import check_source as check_source
+    from pipeline.errors import SensoriumError as SensoriumError
+    from pipeline.inference import Fuser as Fuser
+    from pipeline.messages import Header as Header
+    from pipeline.messages import Message as Message
+    from pipeline.messages import array as array
+    from pipeline.prediction import Prediction as Prediction
+    from pipeline.recording import RecordingReader as RecordingReader
+    from pipeline.recording import RecordingWriter as RecordingWriter
+    from pipeline.replay import replay_predictions as replay_predictions
+    from pipeline.source import Reading as Reading
+    from pipeline.source import Source as Source
+    from pipeline.subscriber import subscribe as subscribe
+
+_MODULES = {
+    "AlignSpec": "align",
+    "Aligner": "align",
+    "Fuser": "inference",
+    "Header": "messages",
+    "Message": "messages",
+    "Prediction": "prediction",
+    "Reading": "source",
+    "RecordingReader": "recording",
+    "RecordingWriter": "recording",
+    "SensoriumError": "errors",
+    "Source": "source",
+    "StreamSpec": "align",
+    "array": "messages",
+    "check_source": "checks",
+    "load_bundle": "bundle",
+    "replay_predictions": "replay",
+    "subscribe": "subscriber",
+}
+
+__all__ = [
+    "AlignSpec",
+    "Aligner",
+    "Fuser",
+    "Header",
+    "Message",
+    "Prediction",
+    "Reading",
+    "RecordingReader",
+    "RecordingWriter",
+    "SensoriumError",
+    "Source",
+    "StreamSpec",
+    "array",
+    "check_source",
+    "load_bundle",
+    "replay_predictions",
+    "subscribe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'pipeline' has no public name {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"pipeline.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__doc__", "__file__", "__name__", "__path__"]

@@ -75,7 +75,7 @@ def _config() -> dict[str, Any]:
 
 
 def _bundle() -> dict[str, Any]:
-    from pipeline.bundle import ModelFile
+    from pipeline.modelfile import ModelFile
 
     return msgspec.json.schema(ModelFile)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -23,6 +23,7 @@ from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Status, StreamStatus
+    from pipeline.plan import Plan
 
 BAR = 20
 VERDICT_STYLE = {"ok": "green", "partial": "yellow", "late": "magenta", "missing": "red"}
@@ -31,8 +32,13 @@ TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed")
 """Events worth a line of their own; the others are seen in the table."""
 
 
+def console(file: TextIO) -> Console:
+    """A console on ``file``; where that is no terminal, wide enough that tables keep their rows."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else 160)
+
+
 class Output(Protocol):
-    """Where a run shows itself."""
+    """Where predictions are shown. One thread shows predictions, another may do the rest."""
 
     def prediction(self, prediction: Prediction) -> None:
         """One prediction has come. Raises BrokenPipeError when nobody reads any more."""
@@ -40,29 +46,30 @@ class Output(Protocol):
     def event(self, event: Event) -> None:
         """Something happened to a node."""
 
-    def status(self, status: Status) -> None:
-        """How everything is, a few times a second."""
+    def refresh(self, status: Status | None = None) -> None:
+        """Shows how things are; called a few times a second."""
 
     def close(self) -> None:
         """The last of it. May be called twice."""
 
 
 class Lines:
-    """One JSON line a prediction on standard output; events on standard error."""
+    """One JSON line a prediction, to ``file`` or to standard output; events on standard error."""
 
-    def __init__(self) -> None:
-        self._encoder = msgspec.json.Encoder()
+    def __init__(self, file: BinaryIO | None = None) -> None:
+        self._file = sys.stdout.buffer if file is None else file
+        self._encode = msgspec.json.Encoder().encode
 
     def prediction(self, prediction: Prediction) -> None:
-        sys.stdout.buffer.write(self._encoder.encode(prediction) + b"\n")
-        sys.stdout.buffer.flush()
+        self._file.write(self._encode(prediction) + b"\n")
+        self._file.flush()
 
     def event(self, event: Event) -> None:
         if event.kind in TELLING:
             print(event_line(event), file=sys.stderr, flush=True)
 
-    def status(self, status: Status) -> None:
-        """Programs read predictions; how the nodes are is the table's."""
+    def refresh(self, status: Status | None = None) -> None:
+        """A program that reads predictions is not told how the nodes are; that is the table's."""
 
     def close(self) -> None:
         """Nothing is held back, so nothing is left to do."""
@@ -71,10 +78,10 @@ class Lines:
 class Screen:
     """The live table."""
 
-    def __init__(self, title: str, summary: Summary, console: Console | None = None) -> None:
-        self._title, self._summary = title, summary
+    def __init__(self, title: str, summary: Summary, on: Console | None = None) -> None:
+        self.title, self._summary = title, summary
         self._prediction: Prediction | None = None
-        self._live = Live(console=console or Console(highlight=False), auto_refresh=False, vertical_overflow="crop")
+        self._live = Live(console=on or console(sys.stdout), auto_refresh=False, vertical_overflow="crop")
         self._live.start()
 
     def prediction(self, prediction: Prediction) -> None:
@@ -84,8 +91,8 @@ class Screen:
         if event.kind in TELLING:
             self._live.console.print(Text(event_line(event), style="dim"))
 
-    def status(self, status: Status) -> None:
-        self._live.update(screen(self._title, status, self._prediction, self._summary), refresh=True)
+    def refresh(self, status: Status | None = None) -> None:
+        self._live.update(screen(self.title, status, self._prediction, self._summary), refresh=True)
 
     def close(self) -> None:
         self._live.stop()
@@ -96,24 +103,28 @@ def event_line(event: Event) -> str:
     return f"{event.t_ns / 1e9:8.1f} s  {event.node}: {event.text}"
 
 
-def screen(title: str, status: Status, prediction: Prediction | None, summary: Summary) -> RenderableType:
-    """Everything that the terminal shows at one moment."""
-    head = Text.assemble((title, "bold"), f"   session {status.session}   {duration(status.now_ns)}   Ctrl-C stops")
-    parts: list[RenderableType] = [head, Text(), answer(prediction), Text(), streams(status, prediction)]
+def screen(title: str, status: Status | None, prediction: Prediction | None, summary: Summary) -> RenderableType:
+    """Everything that the terminal shows at one moment. Without ``status`` (a replay, a session that somebody else
+    runs) only what predictions say of themselves."""
+    now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
+    parts: list[RenderableType] = [Text.assemble((title, "bold"), f"   {duration(now_ns)}"), Text(), answer(prediction)]
+    if status is not None or prediction is not None:
+        parts += [Text(), streams(status, prediction)]
     if prediction is not None:
         parts += [Text(), latency(prediction, summary)]
-    parts += [nodes(status.nodes.values())]
-    return Group(*parts, *notes(status))
+    if status is not None:
+        parts += [Text(), nodes(status.nodes.values()), *notes(status)]
+    return Group(*parts)
 
 
 def answer(prediction: Prediction | None) -> RenderableType:
     """The label, how sure the model is, every label's score, and the truth where it is known."""
     if prediction is None:
         return Text("no prediction yet: the first comes when a whole window has passed", style="dim")
-    said = prediction.label or "nothing: no stream can be used"
-    line = Text.assemble(("  " + said, "bold"), f"  {number(prediction.confidence, 2)}")
-    if prediction.abstained:
-        line.append("  not sure enough to say so", style="yellow")
+    line = Text("  no stream can be used", style="yellow")
+    if prediction.label is not None:
+        line = Text.assemble(("  " + prediction.label, "bold"), f"  {number(prediction.confidence, 2)}")
+        line.append("  not sure enough to say so" if prediction.abstained else "", style="yellow")
     if prediction.truth is not None:
         right = prediction.truth == prediction.label
         line.append(f"  truth {prediction.truth}", style="green" if right else "red")
@@ -123,44 +134,41 @@ def answer(prediction: Prediction | None) -> RenderableType:
     return Group(line, table)
 
 
-def streams(status: Status, prediction: Prediction | None) -> Table:
+def streams(status: Status | None, prediction: Prediction | None) -> Table:
     """One row a stream: what its source sends, what the aligner says of it, what it did for the prediction."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("stream", "rate", "age", "drops", "verdict", "contribution"):
-        table.add_column(heading, justify="right" if heading in ("rate", "age", "drops") else "left", no_wrap=True)
+    sources = status.streams if status is not None else {}
     reports = prediction.streams if prediction is not None else {}
-    for name, stream in status.streams.items():
-        report = next((reports[key] for key in (name,) if key in reports), None)
-        table.add_row(
-            name,
-            f"{stream.rate_hz:.1f}/s",
-            f"{stream.age_ms:.0f} ms" if stream.age_ms is not None else "–",
-            str(drops(stream)),
-            verdict(stream, report),
-            contribution(report),
-        )
+    for heading in ("stream", *(("rate", "drops") if sources else ()), "age", "verdict", "contribution"):
+        right = heading in ("rate", "drops", "age")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for name in {**sources, **reports}:
+        report, source = reports.get(name), sources.get(name)
+        flow = (f"{source.rate_hz:.1f}/s", str(drops(source))) if source is not None else ()
+        table.add_row(name, *flow, *word(source, report), contribution(report))
     return table
 
 
 def drops(stream: StreamStatus) -> int:
-    """Everything of a stream that no window will ever see: dropped by the source, lost on the way, too late, refused."""
+    """Everything of a stream that no window will ever see: dropped at its source, lost, too late, or refused."""
     return sum(stream.dropped.values()) + stream.lost + stream.late + sum(stream.rejected.values())
 
 
-def verdict(stream: StreamStatus, report: StreamReport | None) -> Text:
-    """The aligner's word on the newest step, and what fusion could not use of it."""
-    if stream.verdict is None:
-        return Text("–", style="dim")
-    words = f"{stream.verdict}: {stream.reason.replace('_', ' ')}" if stream.reason else stream.verdict
-    text = Text(words, style=VERDICT_STYLE.get(stream.verdict, ""))
+def word(source: StreamStatus | None, report: StreamReport | None) -> tuple[str, Text]:
+    """Age and verdict in the newest step, and what fusion could not use of it."""
+    said = source if source is not None and source.verdict is not None else report
+    if said is None or said.verdict is None:
+        return "–", Text("–", style="dim")
+    words = f"{said.verdict}: {said.reason.replace('_', ' ')}" if said.reason else said.verdict
+    text = Text(words, style=VERDICT_STYLE.get(said.verdict, ""))
     if report is not None and report.masked:
         text.append(f" (not used: {report.masked.replace('_', ' ')})", style="yellow")
-    return text
+    return f"{said.age_ms:.0f} ms" if said.age_ms is not None else "–", text
 
 
 def contribution(report: StreamReport | None) -> Text:
     """A stream's share in the confidence: a bar, green where it spoke for the label and red where against it."""
-    if report is None or not math.isfinite(report.contribution):
+    if report is None or report.contribution is None:
         return Text("–", style="dim")
     value = report.contribution
     shown = Text(f"{value:+.2f} " if abs(value) >= 0.005 else " 0.00 ")
@@ -180,7 +188,7 @@ def latency(prediction: Prediction, summary: Summary) -> Text:
 
 def nodes(all_nodes: Iterable[NodeStatus]) -> Text:
     """Every node's state in one line."""
-    line = Text("nodes  ")
+    line = Text("nodes   ")
     for node in all_nodes:
         again = f" ({node.restarts} restarts)" if node.restarts > 1 else " (1 restart)" if node.restarts else ""
         line.append(f"{node.node} ").append(node.state, style=STATE_STYLE.get(node.state, "dim")).append(f"{again}  ")
@@ -200,7 +208,7 @@ def closing(summary: Summary) -> RenderableType:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
         return Group(Text(head), messages(summary)) if summary.counters else Text(head)
     parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
-    return Group(*parts, *([Text(), messages(summary)] if summary.counters else []))
+    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()))
 
 
 def headline(summary: Summary) -> str:
@@ -244,11 +252,45 @@ def messages(summary: Summary) -> Table:
     return table
 
 
+def recording_table(info: dict[str, Any]) -> RenderableType:
+    """What ``sensorium info`` says to a person."""
+    state = "" if info["complete"] else "   incomplete: it holds gaps, or its end is missing"
+    head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
+    columns = ("messages", "samples", "rate", "lost", "gaps", "max gap", "delay", "max delay")
+    table = _numbers("stream", ("payload", *columns))
+    for name, stream in info["streams"].items():
+        gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
+        row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
+        row += [str(stream["lost"]), str(stream["gaps"]), *(f"{number(v, 1)} ms" for v in (gap, *delay.values()))]
+        table.add_row(name, stream["payload"], *row)
+    return Group(head, Text(), table)
+
+
+def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
+    """What ``sensorium check`` says to a person: sources and what the model takes of them."""
+    rig, bundle = plan.rig_file.rig, plan.bundle
+    table = _numbers("stream", ())
+    for heading in ("payload", "source", "kind", "in the model as"):
+        table.add_column(heading)
+    of_model = {stream: name for name, stream in plan.mapping.items()}
+    for source in plan.sources:
+        for stream, payload in source.streams.items():
+            table.add_row(stream, payload, source.name, source.kind, of_model.get(stream, "–"))
+    head = f"{rig.name}: {len(plan.sources)} sources"
+    if bundle is not None:
+        window, left_out = bundle.window, [name for name in bundle.streams if name not in plan.mapping]
+        head += f"; model {bundle.name} looks at {window.steps} steps of {window.hop_ns / 1e6:g} ms"
+        head += f"; always masked: {', '.join(left_out)}" if left_out else ""
+    said = [Text(f"warning: {warning}", style="yellow") for warning in warnings]
+    said = said or [Text("all is well", style="green")]
+    return Group(Text(head), Text(), table, Text(), *said)
+
+
 def _numbers(first: str, rest: Iterable[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column(first, no_wrap=True)
     for heading in rest:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

@@ -1,0 +1,233 @@
+"""``sensorium``: parses the command line and hands over to ``pipeline.commands``; nothing else.
+
+Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different. What a command needs is imported
+when it runs, so that ``--help`` and a typing error answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import SensoriumError
+
+app = typer.Typer(
+    name="sensorium",
+    help="Sensors into one stream of live predictions, with time you can trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: quick to print, and the same in a pipe
+)
+
+RigArgument = Annotated[str | None, typer.Argument(metavar="[RIG]", help="a YAML file, or the name of one in configs/")]
+Recording = Annotated[Path, typer.Argument(metavar="RECORDING", help="an MCAP file")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle run Python code of its own")]
+Duration = Annotated[float | None, typer.Option("--duration", metavar="S", min=0.0, help="stop after S seconds")]
+
+
+class Speed(StrEnum):
+    """How fast a recording is replayed; the predictions are the same."""
+
+    half = "0.5"
+    real = "1"
+    max = "max"
+
+
+@app.command()
+def run(
+    rig: RigArgument = None,
+    record: Annotated[Path | None, typer.Option(metavar="OUT", help="record the session to this MCAP file")] = None,
+    json: Json = False,
+    duration: Duration = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a rig and show its predictions.
+
+    On a terminal a live table; elsewhere, or with --json, one JSON line a prediction. Without a rig: says which exist.
+
+    \b
+    Example:
+      sensorium run configs/demo.yaml
+      sensorium run configs/demo.yaml --duration 10 --json
+    """
+    from pipeline import commands
+
+    commands.run(rig, record=record, json=json, duration_s=duration, allow_code=allow_code)
+
+
+@app.command()
+def record(
+    rig: RigArgument = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")] = None,
+    json: Json = False,
+    duration: Duration = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a rig and record its session.
+
+    A rig without a bundle is only recorded; with one, windows and predictions are recorded too.
+
+    \b
+    Example:
+      sensorium record configs/demo.yaml -o session.mcap --duration 10
+    """
+    from pipeline import commands
+
+    commands.record(rig, out, json=json, duration_s=duration, allow_code=allow_code)
+
+
+@app.command()
+def replay(
+    recording: Recording,
+    bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
+    speed: Annotated[Speed, typer.Option(help="pace; changes nothing else")] = Speed.max,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="write the JSON lines here")] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Predict a recorded session again.
+
+    In event time: the windows and predictions are the same at any speed and under any load.
+
+    \b
+    Example:
+      sensorium replay recordings/demo.mcap
+      sensorium replay recordings/demo.mcap --speed 1 --json
+    """
+    from pipeline import commands
+
+    pace = None if speed is Speed.max else float(speed.value)
+    commands.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
+
+
+@app.command()
+def subscribe(
+    endpoint: Annotated[str | None, typer.Argument(metavar="[ENDPOINT]", help="like tcp://127.0.0.1:5599")] = None,
+    session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
+    json: Json = False,
+    count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="stop after N predictions")] = None,
+) -> None:
+    """Show the predictions of a running session.
+
+    The only session of this machine, or the one named, or whatever publishes at an endpoint.
+
+    \b
+    Example:
+      sensorium subscribe
+      sensorium subscribe tcp://127.0.0.1:5599 --json
+    """
+    from pipeline import commands
+
+    commands.subscribe(endpoint, session, json=json, count=count)
+
+
+@app.command()
+def check(rig: RigArgument = None, json: Json = False, allow_code: AllowCode = False) -> None:
+    """Check a rig without starting it.
+
+    Settings, model, streams, installed packages: everything but the devices themselves.
+
+    \b
+    Example:
+      sensorium check configs/demo.yaml
+    """
+    from pipeline import commands
+
+    commands.check(rig, json=json, allow_code=allow_code)
+
+
+@app.command()
+def info(recording: Recording, json: Json = False) -> None:
+    """Show what a recording holds.
+
+    Streams, rates, gaps, delays; with --json also statistics of what was measured.
+
+    \b
+    Example:
+      sensorium info recordings/demo.mcap
+      sensorium info recordings/demo.mcap --json
+    """
+    from pipeline import commands
+
+    commands.info(recording, json=json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")],
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="what is true when: CSV or JSON")] = None,
+) -> None:
+    """Turn a foreign recording into one of ours.
+
+    \b
+    Example:
+      sensorium import holiday.mp4 -o holiday.mcap
+    """
+    from pipeline import commands
+
+    commands.import_file(file, out, labels)
+
+
+@app.command()
+def schema(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="prediction, config, bundle or info")],
+) -> None:
+    """Print the JSON Schema of a text format.
+
+    prediction and info are what programs get, config and bundle what people write.
+
+    \b
+    Example:
+      sensorium schema prediction
+    """
+    from pipeline import commands
+
+    commands.print_schema(name)
+
+
+@app.command(hidden=True)
+def node(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="what the node is")],
+    spec: Annotated[Path, typer.Option(metavar="FILE", help="the launcher's JSON file about this node")],
+) -> None:
+    """Run one node of a session; the launcher's own command.
+
+    \b
+    Example:
+      sensorium node camera --spec /run/user/1000/sensorium/SESSION/camera.json
+    """
+    from pipeline import commands
+
+    commands.node(kind, spec)
+
+
+def main() -> None:
+    """The command ``sensorium``."""
+    try:
+        app()
+    except SensoriumError as error:
+        fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # Whoever read us has seen enough. What Python still holds back for them is thrown away, not flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="sensorium-", suffix=".txt", delete=False) as file:
+            traceback.print_exc(file=file)
+        fail(f"this is a mistake in Sensorium: {type(error).__name__}: {error}. The full trace is in {file.name}", 1)
+
+
+def fail(message: str, exit_code: int) -> None:
+    """Says in one paragraph what is wrong, and exits."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)

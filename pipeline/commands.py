@@ -1,0 +1,286 @@
+"""What the commands do, once ``pipeline.cli`` has understood what was asked.
+
+A command returns when it is done and raises otherwise: a SensoriumError says by its ``exit_code`` whether the user
+asked wrongly or it failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from pipeline.errors import ConfigError
+from pipeline.strict import listed, nearest
+
+if TYPE_CHECKING:
+    from pipeline.bundle import Bundle
+    from pipeline.config import RecordEntry, RigFile
+    from pipeline.recording import SessionInfo
+
+HOUSE = Path(__file__).resolve().parent.parent
+"""The checkout: the shipped rigs are in its ``configs``, the shipped bundles in its ``models``."""
+
+
+def find_rig(name: str | None) -> Path:
+    """The rig file that ``name`` means: a path, or the name of a file in ``configs`` here or in the checkout. Raises
+    ConfigError, which says which rigs there are."""
+    rigs = _rigs()
+    if name is None:
+        raise ConfigError(f"name a rig, which is one YAML file. {_known(rigs)}")
+    stem = Path(name).name.removesuffix(".yaml")
+    if Path(name).is_file():
+        return Path(name)
+    if name in (stem, f"configs/{stem}.yaml") and stem in rigs:
+        return rigs[stem]
+    raise ConfigError(f"{name}: there is no such file.{nearest(stem, rigs)} {_known(rigs)}")
+
+
+def _rigs() -> dict[str, Path]:
+    folders = (HOUSE / "configs", Path("configs"))  # those here come last, and so hide shipped ones of the same name
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def _known(rigs: dict[str, Path]) -> str:
+    return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
+
+
+def run(rig: str | None, *, record: Path | None, json: bool, duration_s: float | None, allow_code: bool) -> None:
+    """``sensorium run``."""
+    from pipeline.config import load_rig
+
+    rig_file = load_rig(find_rig(rig))
+    entry = _record_entry(rig_file, record) if record is not None else None
+    _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
+
+
+def record(rig: str | None, out: Path | None, *, json: bool, duration_s: float | None, allow_code: bool) -> None:
+    """``sensorium record``."""
+    from pipeline.config import load_rig
+
+    rig_file = load_rig(find_rig(rig))
+    if out is None and rig_file.rig.record is None:
+        raise ConfigError(f"{rig_file.document.path} has no key `record`, so say where to: add -o session.mcap.")
+    entry = _record_entry(rig_file, out) if out is not None else rig_file.rig.record
+    _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
+
+
+def _record_entry(rig_file: RigFile, out: Path) -> RecordEntry:
+    """The rig's wishes about a recording, with another place for it."""
+    from pipeline.config import RecordEntry
+
+    path = new_file(out)
+    return msgspec.structs.replace(rig_file.rig.record or RecordEntry(path=""), path=str(path))
+
+
+def new_file(path: Path) -> Path:
+    """``path``, absolute, if something can be written there that destroys nothing. Raises ConfigError."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and is not overwritten; name another file, or remove it.")
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
+    return path.resolve()
+
+
+def existing(path: Path) -> Path:
+    """``path``, if there is such a file. Raises ConfigError."""
+    if not path.is_file():
+        names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
+    return path
+
+
+def _run(
+    rig_file: RigFile, entry: RecordEntry | None, *, json: bool, duration_s: float | None, allow_code: bool
+) -> None:
+    from pipeline.launch import Session
+    from pipeline.show import Show, print_summary
+    from pipeline.terminal import console
+
+    shows: list[Show] = []  # the session tells what happens to whoever shows it, who needs the session first
+    with console(sys.stderr).status(f"checking {rig_file.document.path}"):
+        session = Session(rig_file, lambda event: shows[0].event(event), allow_code, entry)
+    shows.append(Show(session, json))
+    try:
+        with shows[0] as show:
+            session.run(duration_s, on_tick=show.tick)
+    finally:
+        print_summary(shows[0].summary, json, session.status())
+
+
+def replay(
+    recording: Path, bundle: Path | None, *, speed: float | None, json: bool, out: Path | None, allow_code: bool
+) -> None:
+    """``sensorium replay``."""
+    from pipeline.bundle import load_bundle
+    from pipeline.clock import SystemClock
+    from pipeline.recording import RecordingReader
+    from pipeline.replay import paced, replay_predictions
+    from pipeline.show import POLL_MS, output_for, print_summary
+    from pipeline.summary import Summary
+    from pipeline.terminal import Lines
+
+    summary = Summary()
+    with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
+        model = load_bundle(bundle or _own_bundle(recording, reader.info), allow_code)
+        to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
+        output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
+        predictions = replay_predictions(reader, model, streams=_mapping(reader.info, recording, model), note=_say)
+        shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
+        refreshed = SystemClock()
+        with suppress(KeyboardInterrupt):
+            for prediction, _ in shown:
+                summary.add(prediction)
+                output.prediction(prediction)
+                if to_file is not None:
+                    to_file.prediction(prediction)
+                if refreshed.now_ns() > POLL_MS * 1_000_000:
+                    output.refresh()
+                    refreshed = SystemClock()
+        output.refresh()
+    print_summary(summary, json)
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _own_bundle(recording: Path, info: SessionInfo) -> Path:
+    """The bundle that ran when the session was recorded, if it is a shipped one. Raises ConfigError."""
+    shipped = sorted(file.parent for file in (HOUSE / "models").glob("*/model.yaml"))
+    for folder in shipped:
+        if hashlib.sha256((folder / "model.yaml").read_bytes()).hexdigest() == info.bundle:
+            return folder
+    ran = f"ran a bundle that is not among the shipped ones (SHA-256 {info.bundle})" if info.bundle else "ran no bundle"
+    raise ConfigError(
+        f"{recording}: its session {ran}, so name one: --bundle PATH. Shipped are {listed(map(str, shipped))}."
+    )
+
+
+def _mapping(info: SessionInfo, recording: Path, model: Bundle) -> dict[str, str | None]:
+    """Which stream served which when the session ran, from the rig in the recording, as far as the model has them."""
+    from pipeline.config import check_rig
+    from pipeline.strict import Document
+
+    if info.rig is None:
+        return {}
+    with suppress(ConfigError):  # a rig of another version tells nothing, and nothing is instantiated from it
+        entry = check_rig(Document(info.rig, recording)).rig.bundle
+        return {name: rig for name, rig in (entry.streams if entry else {}).items() if name in model.streams}
+    return {}
+
+
+def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: int | None) -> None:
+    """``sensorium subscribe``."""
+    from pipeline.show import POLL_MS, output_for, print_summary
+    from pipeline.subscriber import Subscription
+    from pipeline.summary import Summary
+
+    title, endpoint = _session(endpoint, session)
+    summary = Summary()
+    with Subscription(endpoint) as subscription:
+        output = output_for(json, f"{title}   Ctrl-C stops", summary)
+        try:
+            while count is None or summary.predictions < count:
+                left = None if count is None else count - summary.predictions
+                for prediction in subscription.receive(POLL_MS)[:left]:
+                    summary.add(prediction)
+                    output.prediction(prediction)
+                output.refresh()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            output.close()
+    print_summary(summary, json)
+
+
+def _session(endpoint: str | None, session: str | None) -> tuple[str, str]:
+    """A title and an endpoint: the one given, or that of the session meant. Raises ConfigError."""
+    from pipeline.launch import live_sessions
+
+    if endpoint is not None:
+        return endpoint, endpoint
+    live = {found.id: found for found in live_sessions()}
+    if session is not None and session not in live:
+        raise ConfigError(f"no session `{session}` runs here.{nearest(session, live)} {_running(live)}")
+    if session is None and len(live) != 1:
+        raise ConfigError(f"{_running(live)} Name one with --session, or start one: sensorium run RIG.")
+    found = live[session] if session is not None else next(iter(live.values()))
+    return f"{found.rig}   session {found.id}", found.predictions
+
+
+def _running(live: dict[str, Any]) -> str:
+    said = ", ".join(f"`{key}` ({found.rig})" for key, found in live.items())
+    return f"Running now: {said}." if live else "No session runs on this machine now."
+
+
+def print_schema(name: str) -> None:
+    """``sensorium schema``."""
+    from pipeline.schemas import schema
+
+    _print_json(schema(name))
+
+
+def info(recording: Path, *, json: bool) -> None:
+    """``sensorium info``."""
+    from pipeline.recording import summarise
+
+    found = summarise(existing(recording))
+    if json:
+        _print_json(found)
+        return
+    from pipeline.terminal import console, recording_table
+
+    console(sys.stdout).print(recording_table(found))
+
+
+def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
+    """``sensorium check``."""
+    from pipeline.config import load_rig
+    from pipeline.launch import check_rig_file
+    from pipeline.plan import make_plan
+
+    rig_file = load_rig(find_rig(rig))
+    warnings = check_rig_file(rig_file, allow_code)
+    plan = make_plan(rig_file, allow_code)
+    if json:
+        _print_json({"rig": rig_file.rig.name, "streams": plan.streams, "mapping": plan.mapping, "warnings": warnings})
+        return
+    from pipeline.terminal import console, plan_table
+
+    console(sys.stdout).print(plan_table(plan, warnings))
+
+
+def import_file(file: Path, out: Path, labels: Path | None) -> None:
+    """``sensorium import``."""
+    from pipeline import importing
+    from pipeline.terminal import console
+
+    screen = console(sys.stderr)
+    with screen.status(f"reading {file.name}") as status:
+        importing.import_file(
+            file,
+            new_file(out),
+            labels=labels,
+            progress=lambda t_ns: status.update(f"reading {file.name}: {t_ns / 1e9:.0f} s taken over"),
+        )
+    screen.print(f"{out}: done; see it with: sensorium info {out}")
+
+
+def node(kind: str, spec: Path) -> None:
+    """``sensorium node``."""
+    from pipeline.life import read_spec
+    from pipeline.node import run_node
+
+    found = read_spec(spec).kind
+    if found != kind:
+        raise ConfigError(f"{spec} is the spec of a node of kind `{found}`, not `{kind}`.")
+    run_node(spec)
+
+
+def _print_json(value: Any) -> None:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())

@@ -1,0 +1,91 @@
+"""A session or a replay on its way to the terminal: who writes when, and from which thread."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pipeline.align import Counters
+from pipeline.subscriber import Subscription
+from pipeline.summary import Summary
+from pipeline.terminal import Lines, Output, Screen, closing, console
+
+if TYPE_CHECKING:  # a replay shows itself without a launcher
+    from pipeline.launch import Event, Session, Status, StreamStatus
+
+POLL_MS = 100
+"""How often what is shown is brought up to date, and how long is waited for a prediction before looking around."""
+
+
+class Show:
+    """Shows a session: its predictions at once, from a thread of its own, for the main thread waits for nodes and
+    signals; everything else a few times a second."""
+
+    def __init__(self, session: Session, json: bool) -> None:
+        self.summary = Summary()
+        self._session = session
+        self._output = output_for(json, f"{session.rig.name}   session {session.id}   Ctrl-C stops", self.summary)
+        self._lock = threading.Lock()
+        self._last_round = threading.Event()
+        self._error: BaseException | None = None
+        self._reader = threading.Thread(target=self._read, name="predictions", daemon=True)
+
+    def event(self, event: Event) -> None:
+        """Something happened to a node."""
+        with self._lock:
+            self._output.event(event)
+            self._output.refresh(self._session.status())
+
+    def tick(self, session: Session) -> None:
+        """Shows how things are. Raises what went wrong with the predictions: nobody reads them any more."""
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            self._output.refresh(session.status())
+
+    def __enter__(self) -> Show:
+        if self._session.rig.bundle is not None:
+            self._reader.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._last_round.set()
+        if self._reader.ident is not None:
+            self._reader.join()
+        if error is None:
+            self.tick(self._session)
+        self._output.close()
+
+    def _read(self) -> None:
+        """Until the session is over, and then what was sent before its end."""
+        last = False
+        try:
+            with Subscription(self._session.predictions) as subscription:
+                while not last:
+                    last = self._last_round.is_set()
+                    for prediction in subscription.receive(POLL_MS):
+                        with self._lock:
+                            self.summary.add(prediction)
+                            self._output.prediction(prediction)
+        except Exception as error:  # handed to the main thread, which stops the session
+            self._error = error
+
+
+def output_for(json: bool, title: str, summary: Summary) -> Output:
+    """A live table where standard output is a terminal, lines elsewhere."""
+    return Lines() if json or not sys.stdout.isatty() else Screen(title, summary)
+
+
+def print_summary(summary: Summary, json: bool, status: Status | None = None) -> None:
+    """The summary, where it does not get between predictions."""
+    if status is not None:
+        summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
+    console(sys.stderr if json or not sys.stdout.isatty() else sys.stdout).print(closing(summary))
+
+
+def _counters(stream: StreamStatus) -> Counters:
+    return msgspec.convert(stream, Counters, from_attributes=True)

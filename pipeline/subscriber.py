@@ -1,0 +1,72 @@
+"""Predictions of a running session, from outside of it: ``for prediction in pipeline.subscribe(): ...``
+
+(The module is not called ``subscribe``, because importing it would then replace the function of that name in the
+package.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+
+import msgspec
+
+from pipeline.clock import SystemClock
+from pipeline.prediction import Prediction
+from pipeline.transport import subscribe_json
+
+TOPIC = "prediction"
+_POLL_MS = 100
+
+
+class Subscription:
+    """Predictions as they come; iterate over it. Used by one thread; close it, or use it in a ``with`` block.
+
+    Nothing is seen of what was published before, and a session that ends says nothing: the iteration then waits for
+    the next session at the same endpoint, or ends after ``timeout_s`` without a prediction. ``malformed`` counts what
+    came and was no prediction.
+    """
+
+    def __init__(self, endpoint: str, timeout_s: float | None = None) -> None:
+        """ConfigError if ``endpoint`` is none, or lies beyond this host."""
+        self.endpoint, self._timeout_s = endpoint, timeout_s
+        self._objects = subscribe_json(endpoint, TOPIC)
+        self._foreign = 0
+
+    @property
+    def malformed(self) -> int:
+        return self._objects.malformed + self._foreign
+
+    def receive(self, timeout_ms: int = 0) -> list[Prediction]:
+        """Everything that has come, in order; waits this long for the first of it."""
+        found: list[Prediction] = []
+        while (value := self._objects.receive(0 if found else timeout_ms)) is not None:
+            try:
+                found.append(msgspec.convert(value, Prediction))
+            except msgspec.ValidationError:
+                self._foreign += 1
+        return found
+
+    def __iter__(self) -> Iterator[Prediction]:
+        silent = SystemClock()
+        while self._timeout_s is None or silent.now_ns() < self._timeout_s * 1e9:
+            found = self.receive(_POLL_MS)
+            yield from found
+            if found:
+                silent = SystemClock()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._objects.close()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def subscribe(endpoint: str, timeout_s: float | None = None) -> Subscription:
+    """The predictions published at ``endpoint``, such as ``tcp://127.0.0.1:5599`` or ``ipc:///path``; see
+    ``Subscription``. What endpoint a session has says ``sensorium run`` when it starts. Raises ConfigError."""
+    return Subscription(endpoint, timeout_s)

@@ -1,0 +1,48 @@
+"""The public surface: few names, each of them there, and nothing imported before it is asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import pipeline
+
+PUBLIC = """
+    AlignSpec Aligner Fuser Header Message Prediction Reading RecordingReader RecordingWriter SensoriumError Source
+    StreamSpec array check_source load_bundle replay_predictions subscribe
+""".split()
+
+
+def test_the_public_names_are_these_and_no_others() -> None:
+    assert pipeline.__all__ == PUBLIC
+    assert [name for name in dir(pipeline) if not name.startswith("_")] == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+    value = getattr(pipeline, name)
+    assert value.__name__ == name
+    assert value.__doc__
+
+
+def test_an_unknown_name_says_which_there_are() -> None:
+    with pytest.raises(AttributeError, match=r"no public name 'subscribers'; it has .*subscribe"):
+        _ = pipeline.subscribers
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    assert run("import sys, pipeline; print(*(m for m in ('numpy', 'zmq', 'cv2', 'rich') if m in sys.modules))") == ""
+
+
+def test_subscribing_stays_a_function_whatever_was_imported_before() -> None:
+    assert run("import pipeline.subscriber, pipeline; print(callable(pipeline.subscribe))") == "True"
+
+
+def test_a_subscriber_needs_no_model_runtime() -> None:
+    assert run("import sys, pipeline; pipeline.subscribe; print('onnxruntime' in sys.modules)") == "False"
