@@ -14,7 +14,7 @@ Coalitions are rows of a boolean matrix [coalitions, n]; the first row is the em
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +50,7 @@ def exact_plan(n: int) -> Plan:
     return Plan((rows[:, None] >> np.arange(n)[None, :] & 1).astype(bool), None, None)
 
 
+@lru_cache(maxsize=64)
 def sampled_plan(n: int, orders: int, seed: int) -> Plan:
     """The prefixes of ``orders`` random orders (an even number: each order is followed by its reverse, which cancels
     much of the error). The same seed gives the same plan everywhere."""

@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from pipeline.bundle import Bundle, BundleStream
+from pipeline.bundle import Bundle
 from pipeline.errors import BundleError, WireError
 from pipeline.messages import FrameLayout, Message, array
+from pipeline.modelfile import BundleStream
 from pipeline.onnxfile import open_session
 from pipeline.wire import decode_frame
 
@@ -137,9 +138,9 @@ class GridEncoder:
 
     def _run(self) -> Array:
         hole: Array = np.isnan(self._samples)
-        feed: dict[str, Array] = {"x": np.where(hole, np.zeros((), np.float32), self._samples)}
+        feed: dict[str, Array] = {"x": np.where(hole, np.float32(0), self._samples)}
         if self._takes_valid:
-            feed["valid"] = (~hole.all(axis=1)).astype(np.float32)
+            feed["valid"] = np.asarray(~hole.all(axis=1), np.float32)
         if self._state is not None:
             feed["state"] = self._state
         token, *state = _run(self._session, self._outputs, feed)

@@ -16,7 +16,6 @@ still contribute by its older steps.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,45 +26,25 @@ from pipeline.align import Manifest, Step, StreamManifest
 from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock, SystemClock
-from pipeline.encoding import Encoder, Unusable, make_encoder
+from pipeline.encoding import make_encoder
 from pipeline.errors import BundleError
+from pipeline.lanes import Lane
 from pipeline.onnxfile import fingerprint, open_session, provider_in_use
 from pipeline.prediction import BundleRef, Prediction, StreamReport, Timing, WindowSpan
 
 Array = np.ndarray[Any, Any]
-KEPT_TOKENS = 4
-"""Tokens kept per stream: a slow sensor's message serves a few steps, one after another."""
 
 
 class FuseOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a model runs. ``orders`` and ``seed`` are for bundles of more than eight streams, whose contributions are
-    sampled. With ``contributions`` off only the prediction itself is computed, and contributions are null."""
+    sampled. With ``contributions`` off only the prediction itself is computed and contributions are null; its scores
+    may then differ in the last bits, since the batch is another."""
 
     threads: int = 1
     providers: tuple[str, ...] = ("cpu",)
     contributions: bool = True
     orders: int = 32
     seed: int = 0
-
-
-class _Lane:
-    """One stream's encoder, its part of the window, and what is remembered to encode nothing twice."""
-
-    def __init__(self, rig: str | None, encoder: Encoder, steps: int, token: int) -> None:
-        self.rig, self.encoder = rig, encoder
-        self.tokens = np.zeros((steps, token), np.float32)
-        self.mask = np.zeros(steps, np.float32)
-        self.kept: OrderedDict[Any, Array] = OrderedDict()
-        self.epoch: int | None = None
-        self.encoded = 0
-        self.note = ""
-
-    def push(self, token: Array | None) -> None:
-        """Moves the window on by one step, which holds ``token`` or is masked."""
-        self.tokens[:-1] = self.tokens[1:]
-        self.mask[:-1] = self.mask[1:]
-        self.tokens[-1] = 0 if token is None else token
-        self.mask[-1] = token is not None
 
 
 class _Outcome(msgspec.Struct):
@@ -95,7 +74,7 @@ class Fuser:
         self._clock = clock or SystemClock()
         names = {name: name for name in bundle.streams} if streams is None else dict(streams)
         self._lanes = {
-            name: _Lane(names.get(name), make_encoder(bundle, name, self.options.threads, self.options.providers),
+            name: Lane(names.get(name), make_encoder(bundle, name, self.options.threads, self.options.providers),
                         bundle.window.steps, stream.token)
             for name, stream in bundle.streams.items()
         }  # fmt: skip
@@ -106,14 +85,7 @@ class Fuser:
         self.provider = provider_in_use(self._fusion, self.options.providers)
         self._buffers: dict[str, Array] = {}
         self._last: int | None = None
-        self._warm_up(where)
-
-    def _warm_up(self, where: str) -> None:
-        """The first run allocates and chooses kernels; it must not fall on a live step."""
-        try:
-            self._logits(self._plan(self._order))
-        except Exception as error:  # onnxruntime's exception classes share no public base but Exception
-            raise BundleError(f"{where}: the model fails on an empty window: {str(error).splitlines()[0]}.") from None
+        self._logits(self._plan(self._order))  # the first run allocates and chooses kernels; no live step shall wait
 
     @property
     def encoded(self) -> dict[str, int]:
@@ -145,7 +117,11 @@ class Fuser:
         """
         started = self._clock.now_ns()
         self._cross_gap(manifest.step)
-        faults = {name: self._advance(name, manifest, content, masked or {}) for name in self._order}
+        lost = masked or {}
+        faults = {
+            name: lane.advance(manifest, content.get(lane.rig or ""), lost.get(lane.rig or ""))
+            for name, lane in self._lanes.items()
+        }
         encoded = self._clock.now_ns()
         outcome = self._fuse()
         fused = self._clock.now_ns()
@@ -165,58 +141,10 @@ class Fuser:
         self._last = step
         for lane in self._lanes.values():
             if missing >= self.bundle.window.steps:
-                lane.encoder.reset()
-                lane.tokens[:], lane.mask[:], lane.epoch = 0, 0, None
+                lane.clear()
                 continue
             for _ in range(missing):
-                self._skip(lane)
-
-    # -- encoding ----------------------------------------------------------------------------------------------------
-
-    def _advance(
-        self, name: str, manifest: Manifest, content: Mapping[str, Any], masked: Mapping[str, str]
-    ) -> str | None:
-        """Puts this step of one stream into the window; why it is masked although the aligner had content, if it is."""
-        lane = self._lanes[name]
-        stated = manifest.streams.get(lane.rig) if lane.rig is not None else None
-        lane.note = ""
-        if stated is None or lane.rig is None or stated.verdict in ("late", "missing"):
-            self._skip(lane)
-            return None
-        given = content.get(lane.rig)
-        reason = masked.get(lane.rig) or ("absent" if given is None else None)
-        if reason is not None:
-            self._skip(lane)
-            return reason
-        try:
-            lane.push(self._token(lane, stated, given, manifest))
-        except Unusable as error:
-            lane.note = str(error)
-            lane.push(None)
-            return error.reason
-        return None
-
-    def _skip(self, lane: _Lane) -> None:
-        if lane.epoch is not None:  # before the first content there is no state to move on
-            lane.encoder.skip()
-        lane.push(None)
-
-    def _token(self, lane: _Lane, stated: StreamManifest, given: Any, manifest: Manifest) -> Array:
-        key = stated.used if lane.encoder.repeatable else ()
-        if key and key in lane.kept:
-            lane.kept.move_to_end(key)
-            return lane.kept[key]
-        epoch = max((used[0] for used in stated.used), default=stated.epoch)
-        if epoch != lane.epoch:
-            lane.epoch = epoch
-            lane.encoder.reset()
-        lane.encoded += 1
-        token = lane.encoder.encode(given, manifest.start_ns, manifest.end_ns)
-        if key:
-            lane.kept[key] = token
-            if len(lane.kept) > KEPT_TOKENS:
-                lane.kept.popitem(last=False)
-        return token
+                lane.skip()
 
     # -- fusing ------------------------------------------------------------------------------------------------------
 
@@ -228,7 +156,7 @@ class Fuser:
         return exact_plan(n) if n <= EXACT else sampled_plan(n, self.options.orders, self.options.seed)
 
     def _fuse(self) -> _Outcome:
-        present = [name for name in self._order if self._lanes[name].mask.any()]
+        present = [name for name in self._order if self._lanes[name].present]
         plan = self._plan(present)
         scores = self._probabilities(self._logits(plan, present))
         label = int(np.argmax(scores[-1])) if np.isfinite(scores[-1]).all() else -1
@@ -255,10 +183,14 @@ class Fuser:
                 np.multiply(lane.tokens, member[:, None, None], out=tokens)
                 np.multiply(lane.mask, member[:, None], out=mask)
             feed[name], feed[f"mask.{name}"] = tokens, mask
-        logits: Array = self._fusion.run(["logits"], feed)[0]
+        where = str(self.bundle.path / self.bundle.fusion)
+        try:
+            logits: Array = self._fusion.run(["logits"], feed)[0]
+        except Exception as error:  # onnxruntime's exception classes share no public base but Exception
+            raise BundleError(f"{where}: the model fails on {rows} windows: {str(error).splitlines()[0]}.") from None
         if logits.shape != (rows, len(self.bundle.labels)):
             raise BundleError(
-                f"{self.bundle.path / self.bundle.fusion}: for {rows} windows the logits have the shape "
+                f"{where}: for {rows} windows the logits have the shape "
                 f"{list(logits.shape)} instead of {[rows, len(self.bundle.labels)]}. Export it with a batch dimension."
             )
         return logits
@@ -284,7 +216,7 @@ class Fuser:
     ) -> Prediction:
         bundle = self.bundle
         scores = {label: _finite(p) for label, p in zip(bundle.labels, outcome.scores.tolist(), strict=True)}
-        anything = any(lane.mask.any() for lane in self._lanes.values()) and outcome.label >= 0
+        anything = any(lane.present for lane in self._lanes.values()) and outcome.label >= 0
         confidence = float(outcome.scores[outcome.label]) if anything else None
         return Prediction(
             session=self._session_id,
