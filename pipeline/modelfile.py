@@ -1,0 +1,216 @@
+"""model.yaml: what its author may write, read strictly, and the same in the pipeline's own terms."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from pipeline import align
+from pipeline.errors import BundleError, ConfigError
+from pipeline.messages import Payload
+from pipeline.strict import Document, listed
+
+PYTHON = "python:"
+MODEL_FILE = "model.yaml"
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of model.yaml."""
+
+
+class WindowEntry(_Strict, frozen=True):
+    """Time is cut into hops of ``hop_ms``; the model sees the last ``steps`` of them."""
+
+    hop_ms: PositiveFloat
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+
+
+class NearestEntry(_Strict, frozen=True, tag_field="kind", tag="nearest"):
+    """``align.Nearest``."""
+
+    tolerance_ms: PositiveFloat
+
+
+class LatestEntry(_Strict, frozen=True, tag_field="kind", tag="latest"):
+    """``align.Latest``."""
+
+    max_age_ms: PositiveFloat
+
+
+class ResampleEntry(_Strict, frozen=True, tag_field="kind", tag="resample"):
+    """``align.Resample``."""
+
+    rate_hz: Positive
+    max_gap_ms: PositiveFloat
+    method: Literal["linear", "band_limited"] = "linear"
+
+
+class AllEntry(_Strict, frozen=True, tag_field="kind", tag="all"):
+    """``align.All``."""
+
+
+class StreamEntry(_Strict, frozen=True):
+    """One stream: what it carries, what a step of it holds, and what turns that into a token of ``token`` numbers.
+    ``context_ms`` of past samples are put before a step's own (resampled streams only)."""
+
+    payload: Payload
+    rule: NearestEntry | LatestEntry | ResampleEntry | AllEntry
+    encoder: str
+    token: Positive
+    channels: Positive | None = None
+    context_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    settings: dict[str, Any] = {}
+
+
+class Calibration(_Strict, frozen=True):
+    """From held-out data: logits are divided by ``temperature``; below a confidence of ``abstain_below`` the model
+    abstains; labels of at least ``set_threshold`` form the prediction set, which then holds the truth in a share
+    ``set_coverage`` of cases."""
+
+    temperature: PositiveFloat = 1.0
+    abstain_below: Share = 0.0
+    set_threshold: Share = 1.0
+    set_coverage: Share | None = None
+
+
+class Lineage(_Strict, frozen=True):
+    """Where the model comes from: SHA-256 of its files and of the recordings it was trained on, by name; ``card`` is
+    the file that describes it in words."""
+
+    files: dict[str, Sha256]
+    recordings: dict[str, Sha256] = {}
+    card: str = ""
+
+
+class ModelFile(_Strict, frozen=True):
+    """model.yaml."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    window: WindowEntry
+    streams: dict[str, StreamEntry]
+    fusion: str
+    labels: tuple[str, ...]
+    lineage: Lineage
+    strategy: Literal["early", "late", "hybrid"] = "late"
+    calibration: Calibration = Calibration()
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Hop in ns, and how many of them a window has."""
+
+    hop_ns: int
+    steps: int
+
+
+class BundleStream(msgspec.Struct, frozen=True, kw_only=True):
+    """One stream of a bundle, in the pipeline's own terms. For a resampled stream a step is a grid
+    [samples, channels], and an encoder sees ``context`` samples before it."""
+
+    payload: Payload
+    rule: align.Rule
+    channels: int
+    encoder: str
+    settings: dict[str, Any]
+    context_ms: float
+    token: int
+    samples: int = 0
+    context: int = 0
+
+    @property
+    def is_python(self) -> bool:
+        return self.encoder.startswith(PYTHON)
+
+
+def read_model(file: Path) -> tuple[ModelFile, dict[str, BundleStream], str]:
+    """What ``file`` says, its streams in the pipeline's terms, and its text. Raises BundleError."""
+    try:
+        document = Document.load(file)
+        model = document.decode(ModelFile)
+        streams = {name: _stream(document, name, entry, model.window) for name, entry in model.streams.items()}
+        _check_model(document, model)
+    except ConfigError as error:
+        raise BundleError(str(error)) from None
+    return model, streams, document.text
+
+
+def to_ns(ms: float) -> int:
+    return round(ms * 1_000_000)
+
+
+def _rule(entry: NearestEntry | LatestEntry | ResampleEntry | AllEntry) -> align.Rule:
+    match entry:
+        case NearestEntry():
+            return align.Nearest(to_ns(entry.tolerance_ms))
+        case LatestEntry():
+            return align.Latest(to_ns(entry.max_age_ms))
+        case ResampleEntry():
+            return align.Resample(entry.rate_hz, to_ns(entry.max_gap_ms), entry.method)
+    return align.All()
+
+
+def _stream(document: Document, name: str, entry: StreamEntry, window: WindowEntry) -> BundleStream:
+    at, hop_ns = ("streams", name), to_ns(window.hop_ms)
+    samples = context = 0
+    if isinstance(entry.rule, ResampleEntry):
+        if entry.payload not in ("audio", "imu", "signal"):
+            raise document.error((*at, "rule"), f"a {entry.payload} cannot be resampled; use `nearest` or `latest`.")
+        if entry.rule.method == "band_limited" and entry.payload != "audio":
+            raise document.error((*at, "rule"), "`method: band_limited` is for audio; use `linear`.")
+        rate = entry.rule.rate_hz
+        if rate * hop_ns % 1_000_000_000:
+            fitting = max(1, round(rate * hop_ns / 1e9)) * 1000 / rate
+            raise document.error(
+                ("window", "hop_ms"),
+                f"{window.hop_ms:g} ms of `{name}` at {rate} Hz are no whole number of samples; the nearest hop that "
+                f"fits is {fitting:.9g} ms.",
+            )
+        samples = rate * hop_ns // 1_000_000_000
+        context = round(entry.context_ms * rate / 1000)
+    elif entry.context_ms:
+        raise document.error((*at, "context_ms"), "only a resampled stream can have context; remove it.")
+    if entry.settings and not entry.encoder.startswith(PYTHON):
+        raise document.error((*at, "settings"), "only a `python:` encoder takes settings; remove them.")
+    return BundleStream(
+        payload=entry.payload, rule=_rule(entry.rule), channels=_channels(document, name, entry), encoder=entry.encoder,
+        settings=entry.settings, context_ms=entry.context_ms, token=entry.token, samples=samples, context=context,
+    )  # fmt: skip
+
+
+def _channels(document: Document, name: str, entry: StreamEntry) -> int:
+    """Columns of a sample: 6 for an IMU, 1 for audio unless stated, for a signal as stated; 0 for the rest."""
+    at, stated = ("streams", name), entry.channels
+    fixed = {"audio": None, "signal": None, "imu": 6}.get(entry.payload, 0)
+    if fixed is not None:
+        if stated is not None and stated != fixed:
+            raise document.error(
+                (*at, "channels"), f"found {stated}, but {entry.payload} has {fixed or 'none'}; remove the key."
+            )
+        return fixed
+    if entry.payload == "signal" and stated is None:
+        raise document.error(at, "the key `channels` is missing; a signal needs its number of channels.")
+    return stated or 1
+
+
+def _check_model(document: Document, model: ModelFile) -> None:
+    """What the types alone do not say."""
+    if not model.streams:
+        raise document.error(("streams",), "a bundle needs at least one stream.")
+    for name in model.streams:
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
+            raise document.error(
+                ("streams", name), f"`{name}` cannot name a stream: use up to 32 lower-case letters, digits and _."
+            )
+    if len(model.labels) < 2 or len(set(model.labels)) < len(model.labels):
+        raise document.error(("labels",), f"found {listed(model.labels)}; a model needs two or more different labels.")
+    if model.calibration.set_coverage is not None and model.calibration.set_threshold == 1.0:
+        raise document.error(
+            ("calibration", "set_coverage"), "a coverage needs the `set_threshold` that it was measured with."
+        )
