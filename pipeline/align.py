@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -136,6 +137,14 @@ class StreamManifest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     uncertainty_ns: int = 0
     idle: bool = False
     closed: str | None = None
+    first_ns: int | None = None
+    """Least capture time that has come so far; before it the stream had never started."""
+    losses: tuple[tuple[int, int, int], ...] = ()
+    """Losses learnt of since the last manifest: (first ns, end ns, count)."""
+    overflows: tuple[tuple[int, int], ...] = ()
+    """Capture times of what was turned away since then because the buffer was full: (first ns, last ns)."""
+    gap: tuple[int, int] | None = None
+    """A loss whose end is not known yet: (first ns, count)."""
 
 
 class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -244,6 +253,19 @@ class Aligner:
             return self._time_ns
         return None if self._wake_ns >= FOREVER else self._wake_ns
 
+    def obey(self, manifest: Manifest, messages: Mapping[str, list[Message]]) -> Step:
+        """Makes a step again as its manifest says that it was made: ``messages`` holds, for each stream, those that
+        the manifest lists as received (with payloads where the rule needs them). The manifests of a session are obeyed
+        in order, by an aligner that is given nothing else; the caller compares digests. What depends on arrival (who
+        was idle or closed, which bound and which losses were known) is taken from the manifest; content, proof,
+        verdict and samples are worked out anew."""
+        while self._next < manifest.step:  # a gap record says why
+            self._advance()
+        for name, track in self._order:
+            track.restore(manifest.streams[name], messages.get(name, []))
+        self._time_ns = self._emitted_ns = manifest.emitted_ns
+        return self._emit(manifest.cause, {name: stated.idle for name, stated in manifest.streams.items()})
+
     # --- the order of events ---------------------------------------------------------------------------------------
 
     def _hold(self, track: Track, message: Message, arrival_ns: int) -> None:
@@ -334,15 +356,16 @@ class Aligner:
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
-    def _emit(self, cause: Cause) -> Step:
-        """Makes the head step of what has come, and turns to the next."""
+    def _emit(self, cause: Cause, idle: Mapping[str, bool] | None = None) -> Step:
+        """Makes the head step of what has come, and turns to the next. ``idle``: who was, if that is known."""
         self._emitted_ns = max(self._emitted_ns, self._time_ns)
         messages: dict[str, tuple[Message, ...]] = {}
         grids: dict[str, Any] = {}
         streams: dict[str, StreamManifest] = {}
         for name, track in self._order:
             content = track.content()
-            streams[name] = self._judge(track, content)
+            silent = track.closed is None and track.idle_at(self._time_ns) if idle is None else idle[name]
+            streams[name] = self._judge(track, content, silent)
             if content is not None:
                 messages[name] = content.messages
                 if content.grid is not None:
@@ -359,9 +382,8 @@ class Aligner:
         self._advance()
         return Step(manifest, messages, grids)
 
-    def _judge(self, track: Track, content: Content | None) -> StreamManifest:
+    def _judge(self, track: Track, content: Content | None, idle: bool) -> StreamManifest:
         """The verdict on one stream; see the table at the top."""
-        idle = track.closed is None and track.idle_at(self._time_ns)
         verdict: Verdict
         reason: Reason | None = None
         used: tuple[Range, ...] = ()
@@ -398,6 +420,10 @@ class Aligner:
             uncertainty_ns,
             idle,
             track.closed,
+            track.first_ns if track.first_ns < FOREVER else None,
+            tuple(track.losses[-track.fresh_losses :]) if track.fresh_losses else (),
+            tuple(track.overflows[-track.fresh_overflows :]) if track.fresh_overflows else (),
+            track.gap,
         )
 
     def _advance(self) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -117,6 +117,25 @@ class Content(NamedTuple):
 Range = tuple[int, int, int]
 """(epoch, first seq, last seq)"""
 
+class Stated(Protocol):
+    """What a manifest says of a track's state, as far as its content and verdict depend on it."""
+
+    @property
+    def epoch(self) -> int | None: ...
+    @property
+    def closed(self) -> str | None: ...
+    @property
+    def bound_ns(self) -> int | None: ...
+    @property
+    def first_ns(self) -> int | None: ...
+    @property
+    def losses(self) -> tuple[tuple[int, int, int], ...]: ...
+    @property
+    def overflows(self) -> tuple[tuple[int, int], ...]: ...
+    @property
+    def gap(self) -> tuple[int, int] | None: ...
+
+
 LAYOUTS: dict[str, type[Layout]] = {
     "frame": FrameLayout,
     "audio": AudioLayout,
@@ -166,6 +185,7 @@ class Track:
         self.buffer: list[Message] = []  # by capture time
         self.used: set[int] = set()  # ids of the messages in the buffer that some step has used
         self.fresh: list[Message] = []  # taken since the last manifest
+        self.fresh_losses = 0  # how many of ``losses`` are newer than the last manifest
         self.next_seq = 0
         self.gap: tuple[int, int] | None = None  # (first ns, count) of a loss whose end is not known yet
         self.last_capture_ns = -FOREVER
@@ -173,6 +193,7 @@ class Track:
         self.ordinary = spec.ordered  # nothing out of the ordinary is going on: no gap open, not closed
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
         self.overflows: list[tuple[int, int]] = []
+        self.fresh_overflows = 0
         self.aim(step)
 
     # --- taking messages -------------------------------------------------------------------------------------------
@@ -298,6 +319,7 @@ class Track:
             before = self.losses.pop()
             first_ns, count = before[0], before[2] + count
         self.losses.append((first_ns, end_ns, count))
+        self.fresh_losses += 1
 
     def _place(self, message: Message) -> None:
         header = message.header
@@ -324,10 +346,9 @@ class Track:
             self.counters.late += 1
         elif len(self.buffer) >= self.max_buffer:
             self._reject(header, "overflow")
-            if len(self.overflows) < self.max_buffer:
-                self.overflows.append((header.t_capture_ns, header.t_end_ns))
-            else:
-                self.overflows[-1] = (self.overflows[-1][0], header.t_end_ns)
+            first_ns = self.overflows.pop()[0] if len(self.overflows) >= self.max_buffer else header.t_capture_ns
+            self.overflows.append((first_ns, header.t_end_ns))
+            self.fresh_overflows += 1
         else:
             self._keep(message)
 
@@ -405,6 +426,7 @@ class Track:
     def advance(self) -> None:
         """The step is history: what no later step can hold leaves the buffer, and is counted."""
         self.fresh.clear()
+        self.fresh_losses = self.fresh_overflows = 0
         self.aim(self.step + 1)
         gone = self.obsolete()
         if gone:
@@ -418,6 +440,23 @@ class Track:
             first_ns = self.span()[0]
             self.losses = [loss for loss in self.losses if loss[1] > first_ns]
             self.overflows = [span for span in self.overflows if span[1] >= first_ns]
+
+    def restore(self, stated: Stated, messages: list[Message]) -> None:
+        """Puts the track where it was when a step was made: see ``Aligner.obey``."""
+        for message in messages:
+            self._keep(message)
+        self.epoch = -FOREVER if stated.epoch is None else stated.epoch
+        self.closed = stated.closed
+        self.promised_ns = -FOREVER if stated.bound_ns is None else stated.bound_ns
+        self.bound_ns = FOREVER if stated.closed == "ended" else self.promised_ns
+        self.first_ns = FOREVER if stated.first_ns is None else stated.first_ns
+        self.losses.extend(stated.losses)
+        self.fresh_losses = len(stated.losses)
+        self.overflows.extend(stated.overflows)
+        self.fresh_overflows = len(stated.overflows)
+        self.gap = stated.gap
+        self.limit()
+        self.proven = self.bound_ns >= self.interesting_ns and (self.closed == "ended" or self.prove())
 
     def count(self) -> Counters:
         """The counters as of now."""
