@@ -48,7 +48,8 @@ class Synthetic(Source):
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """``rate_hz`` counts frames, sweeps and lines, or samples (audio, imu, signal), of which ``block`` come in a
         message. ``jitter_ms`` moves the moment of a frame, sweep or line, and says so in its time. ``silence_s`` are
-        spans of session time in which nothing is seen, ``restarts_s`` moments at which the clock restarts."""
+        spans of session time in which nothing is seen, ``restarts_s`` moments at which the clock restarts. The data
+        end ``duration_s`` after the source was opened."""
 
         payload: Payload
         seed: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -87,6 +88,7 @@ class Synthetic(Source):
         self._span_ns = self._block / self._rate_hz * _NS
         self._index = 0
         self._last_due_ns = 0
+        self._end_ns: int | None = None
         self._restarts = sorted(round(t * _NS) for t in settings.restarts_s)
         self._makers = {"frame": self._frame, "audio": self._audio, "imu": self._imu, "signal": self._signal,
                         "sweep": self._sweep, "text": self._text}  # fmt: skip
@@ -103,6 +105,8 @@ class Synthetic(Source):
     def open(self) -> None:
         now = self.context.clock.now_ns()
         self._index = int(np.ceil(now / self._span_ns))
+        if self._end_ns is None and self.settings.duration_s is not None:
+            self._end_ns = now + round(self.settings.duration_s * _NS)
         self._restarts = [t for t in self._restarts if t > now]
 
     def read(self) -> Reading | None:
@@ -114,7 +118,7 @@ class Synthetic(Source):
             self._index += skipped
             self.context.count("stale", skipped)
             capture, due = self._times(self._index)
-        if self.settings.duration_s is not None and capture >= self.settings.duration_s * _NS:
+        if self._end_ns is not None and capture >= self._end_ns:
             raise EOFError
         if not clock.wait_until(min(due, now + _PATIENCE_NS)) or clock.now_ns() < due:
             return None

@@ -1,0 +1,448 @@
+"""Whole sessions with real processes: what happens when one of them dies, and what is left when they are over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from pipeline.clock import SystemClock
+from pipeline.config import RecordEntry, load_rig
+from pipeline.errors import ConfigError, SensoriumError
+from pipeline.launch import Event, Session, check_rig_file, live_sessions
+from pipeline.prediction import Prediction
+from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
+from pipeline.transport import subscribe_json
+from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc"),
+]
+LIMIT_S = 60.0
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def until(condition: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
+    """The condition's first true value; fails when it does not become true."""
+    clock, pause = SystemClock(), threading.Event()
+    while not (value := condition()):
+        assert clock.now_ns() < limit_s * 1e9, f"not within {limit_s} s: {what}"
+        pause.wait(0.02)
+    return value
+
+
+class Watched:
+    """A running session with everything that it says."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.events: list[Event] = []
+        self.predictions: list[Prediction] = []
+        self.gaps: list[dict[str, Any]] = []
+
+    def note(self, event: Event) -> None:
+        self.events.append(event)
+
+    def saw(self, node: str, kind: str, times: int = 1) -> bool:
+        return sum((e.node, e.kind) == (node, kind) for e in self.events) >= times
+
+    def pid(self, node: str) -> int:
+        return until(lambda: self.session.status().nodes[node].pid, f"{node} has a process")
+
+    def next_prediction(self) -> Prediction:
+        while (found := self.subscription.receive(int(LIMIT_S * 1000))) is not None:
+            self.predictions.append(msgspec.convert(found, Prediction))
+            return self.predictions[-1]
+        raise AssertionError("no more predictions come")
+
+    def predict_until(self, condition: Callable[[Prediction], bool], what: str) -> Prediction:
+        clock = SystemClock()
+        while True:
+            prediction = self.next_prediction()
+            if condition(prediction):
+                return prediction
+            assert clock.now_ns() < LIMIT_S * 1e9, f"no prediction in {LIMIT_S} s: {what}; the last: {prediction}"
+
+
+@contextlib.contextmanager
+def running(folder: Path, **rig: Any) -> Iterator[Watched]:
+    """A session of the four-stream rig, subscribed to, and nothing of it left afterwards."""
+    segments: set[str] = set()
+    with short_folder() as root:
+        watched: list[Watched] = []
+        session = Session(make_rig(folder, **rig), lambda event: watched[0].note(event), root=root)
+        watched.append(Watched(session))
+        session.start()
+        try:
+            with subscribe_json(session.predictions, "prediction") as watched[0].subscription:
+                yield watched[0]
+                segments = segments_of(session.dir)
+        finally:
+            session.stop()
+        assert not session.dir.exists()
+        assert not nodes_of(session.dir)
+        assert not any(map(segment_exists, segments))
+
+
+def all_ok(prediction: Prediction) -> bool:
+    return {report.verdict for report in prediction.streams.values()} == {"ok"}
+
+
+def indices(predictions: list[Prediction]) -> list[int]:
+    return [prediction.window.index for prediction in predictions]
+
+
+def test_four_streams_are_predicted_from_and_stopped(tmp_path: Path) -> None:
+    with running(tmp_path) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        first = watched.predictions[-1]
+        for _ in range(5):
+            watched.next_prediction()
+        got = indices(watched.predictions)
+        assert got == list(range(got[0], got[0] + len(got)))
+        assert first.session == watched.session.id
+        stages = first.timing.latency_ms
+        assert set(stages) == {"wait", "align", "transport", "encode", "fuse", "total"}
+        assert sum(v for k, v in stages.items() if k != "total") == pytest.approx(stages["total"])
+        status = until(lambda: (s := watched.session.status()).streams["camera"].used and s, "the aligner has reported")
+        assert set(status.streams) == set(STREAMS)
+        assert status.streams["camera"].rate_hz > 0
+        assert status.streams["microphone"].payload == "audio"
+        assert {node.state for node in status.nodes.values()} == {"ready"}
+        assert {ref.id for ref in live_sessions(watched.session.dir.parent)} == {watched.session.id}
+    assert {event.node for event in watched.events if event.kind == "stopped"} == {*SOURCES, "align", "fusion"}
+    stopped = [event.node for event in watched.events if event.kind == "stopped"]
+    assert stopped[-2:] == ["align", "fusion"]
+    assert not any(event.kind in ("died", "hung") for event in watched.events)
+
+
+def test_a_killed_microphone_is_missed_within_a_window_and_comes_back_in_a_new_epoch(tmp_path: Path) -> None:
+    with running(tmp_path) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        epoch = until(lambda: watched.session.status().streams["microphone"].epoch, "the epoch is known")
+        os.kill(watched.pid("microphone"), signal.SIGKILL)
+
+        def heard(prediction: Prediction) -> str:
+            report = prediction.streams["microphone"]
+            return report.reason or report.verdict
+
+        watched.predict_until(lambda p: heard(p) == "dead", "the microphone is missing(dead)")
+        fell_silent = next(p for p in watched.predictions[::-1] if heard(p) == "ok").window.index
+        others = watched.predictions[-1].streams
+        assert {others[name].verdict for name in ("camera", "imu", "lidar")} == {"ok"}
+        assert others["microphone"].contribution is not None
+        back = watched.predict_until(lambda p: heard(p) == "ok", "the microphone is back")
+        between = [heard(p) for p in watched.predictions if fell_silent < p.window.index < back.window.index]
+        assert "dead" in between
+        # Neither its silence nor its death was waited for: the verdict says dead as soon as the step is nobody's any
+        # more. A step it had begun may hold what it sent, and so may the one in which it came back.
+        assert set(between[:2] + between[-2:]) <= {"dead", "partial", "gap"}
+        assert set(between[2:-2]) <= {"dead"}
+        got = indices(watched.predictions)
+        assert got == list(range(got[0], got[0] + len(got)))
+        returned = until(
+            lambda: (e := watched.session.status().streams["microphone"].epoch) != epoch and e, "the epoch is known"
+        )
+        assert returned > epoch
+        assert watched.saw("microphone", "died")
+        assert watched.saw("microphone", "restarting")
+        died = next(event for event in watched.events if event.kind == "died")
+        assert "SIGKILL" in died.text
+        assert watched.session.status().nodes["microphone"].restarts == 1
+
+
+def test_a_killed_align_node_begins_at_the_next_hop_and_names_the_gap(tmp_path: Path) -> None:
+    out = tmp_path / "session.mcap"
+    with running(tmp_path, record={"path": str(out)}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        with subscribe_json(watched.session.predictions, "gap") as gaps:
+            # The subscription to gaps has been joined when something else comes through a subscription opened later.
+            with subscribe_json(watched.session.predictions, "prediction") as later:
+                assert later.receive(int(LIMIT_S * 1000)) is not None
+            os.kill(watched.pid("align"), signal.SIGKILL)
+            gap = gaps.receive(int(LIMIT_S * 1000))
+        assert gap is not None
+        assert gap["cause"] == "the align node was restarted"
+        watched.predict_until(lambda p: all_ok(p) and p.window.index > gap["to"], "all is well again")
+    seen = [*indices(watched.predictions), *range(gap["from"], gap["to"] + 1)]
+    assert sorted(seen) == list(range(min(seen), max(seen) + 1))
+    with RecordingReader(out) as reader:
+        steps = [msgspec.json.decode(data)["step"] for data, _, _ in reader.json(MANIFEST_TOPIC)]
+        recorded = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert reader.info.complete
+    named = [k for g in recorded for k in range(g["from"], g["to"] + 1)]
+    assert sorted(steps + named) == list(range(1, max(steps) + 1))
+
+
+def test_a_killed_fusion_node_comes_back(tmp_path: Path) -> None:
+    with running(tmp_path) as watched:
+        last = watched.predict_until(all_ok, "all four streams are ok").window.index
+        os.kill(watched.pid("fusion"), signal.SIGKILL)
+        until(lambda: watched.saw("fusion", "ready", 2), "fusion is ready again")
+        back = watched.predict_until(all_ok, "predictions are back")
+        assert back.window.index > last
+        got = indices(watched.predictions)
+        assert got == sorted(set(got))
+
+
+def test_a_killed_recorder_leaves_a_readable_file_and_starts_another(tmp_path: Path) -> None:
+    out = tmp_path / "session.mcap"
+    with running(tmp_path, record={"path": str(out)}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        written = until(
+            lambda: (c := watched.session.status().nodes["record"].counters).get("bytes", 0) > 1e6 and c,
+            "a chunk is on the disk",
+        )
+        os.kill(watched.pid("record"), signal.SIGKILL)
+        until(lambda: (tmp_path / "session-2.mcap").exists(), "a second file")
+        until(lambda: watched.session.status().nodes["record"].counters.get("messages", 0) > 0, "it is written to")
+        assert all_ok(watched.next_prediction()) or watched.predictions
+    with RecordingReader(out) as reader:
+        assert not reader.info.complete
+        messages = sum(1 for _ in reader.messages())
+        assert messages > 0
+        assert set(reader.streams) == set(STREAMS)
+    assert out.stat().st_size >= written["bytes"]
+    with RecordingReader(tmp_path / "session-2.mcap") as reader:
+        assert not reader.info.complete
+        assert "part 2" in reader.info.note
+        assert sum(1 for _ in reader.messages()) > 0
+
+
+def test_a_recording_has_everything_that_was_published(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path)
+    with short_folder() as root:
+        session = Session(rig, record=RecordEntry(path=str(tmp_path / "{session}.mcap")), root=root)
+        with session:
+            until(lambda: session.status().nodes["fusion"].counters.get("predictions", 0) > 20, "predictions")
+            until(lambda: session.status().streams["lidar"].published > 20, "sweeps")
+        published = {name: stream.published for name, stream in session.status().streams.items()}
+    with RecordingReader(tmp_path / f"{session.id}.mcap") as reader:
+        assert reader.info.complete
+        assert reader.info.rig == rig.document.text
+        seqs: dict[str, list[int]] = {}
+        for message, _ in reader.messages():
+            seqs.setdefault(message.header.stream, []).append(message.header.seq)
+        predictions = [msgspec.json.decode(d, type=Prediction) for d, _, _ in reader.json(PREDICTION_TOPIC)]
+        manifests = [msgspec.json.decode(d)["step"] for d, _, _ in reader.json(MANIFEST_TOPIC)]
+    for name, numbers in seqs.items():
+        assert numbers == list(range(len(numbers))), name
+        assert len(numbers) >= published[name]
+    assert manifests == list(range(1, len(manifests) + 1))
+    assert indices(predictions) == manifests[: len(predictions)]
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from pipeline.config import load_rig
+from pipeline.launch import Session
+session = Session(load_rig(sys.argv[1]), root=Path(sys.argv[2]))
+print(session.dir, flush=True)
+once = []
+def tick(session):
+    used = [s.used for s in session.status().streams.values()]
+    if all(used) and not once:
+        once.append(print("running", flush=True))
+session.run(on_tick=tick)
+print("stopped", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def launcher(folder: Path, **rig: Any) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A launcher in a process of its own, all of whose nodes are at work."""
+    make_rig(folder, **rig)
+    with short_folder() as root:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(folder / "rig.yaml"), str(root)],
+            stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        with process:
+            try:
+                assert process.stdout is not None
+                session_dir = Path(process.stdout.readline().strip())
+                assert process.stdout.readline() == "running\n"
+                yield process, session_dir
+            finally:
+                process.kill()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_in_order(tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "session.mcap"
+    with launcher(tmp_path, record={"path": str(out)}) as (process, session_dir):
+        assert len(nodes_of(session_dir)) == 7
+        segments = segments_of(session_dir)
+        assert all(map(segment_exists, segments))
+        assert len(segments) == 1
+        process.send_signal(how)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopped\n"
+        assert process.wait(LIMIT_S) == 0
+        assert not nodes_of(session_dir)
+        assert not session_dir.exists()
+        assert not any(map(segment_exists, segments))
+    with RecordingReader(out) as reader:
+        assert reader.info.complete
+
+
+def test_the_nodes_of_a_killed_launcher_stop_by_themselves_and_close_the_recording(tmp_path: Path) -> None:
+    out = tmp_path / "session.mcap"
+    with launcher(tmp_path, record={"path": str(out)}) as (process, session_dir):
+        assert len(nodes_of(session_dir)) == 7
+        segments = segments_of(session_dir)
+        assert all(map(segment_exists, segments))
+        assert len(segments) == 1
+        process.kill()
+        process.wait(LIMIT_S)
+        until(lambda: not nodes_of(session_dir), "no node is left")
+        with RecordingReader(out) as reader:
+            assert reader.info.complete
+        assert session_dir.exists()
+        assert live_sessions(session_dir.parent) == []  # looking is what cleans up, as the next start does
+        assert not session_dir.exists()
+        assert not any(map(segment_exists, segments))
+
+
+def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
+    with running(tmp_path, restart={"hang_ms": 1000}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        os.kill(watched.pid("imu"), signal.SIGSTOP)
+        until(lambda: watched.saw("imu", "hung"), "the launcher notices")
+        until(lambda: watched.saw("imu", "ready", 2), "it is back")
+        watched.predict_until(all_ok, "all is well again")
+
+
+# A node of a user's own, beside the rig, which dies as soon as it is read.
+FRAGILE = """
+import msgspec
+from pipeline.node import Source
+
+class Fragile(Source):
+    payload = "imu"
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        pass
+    def read(self):
+        raise RuntimeError("a bug in a driver")
+"""
+
+
+def test_a_source_that_keeps_crashing_is_given_up_and_the_rest_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    sources = SOURCES | {"imu": {"kind": "fragile:Fragile"}}
+    with running(tmp_path, sources=sources, restart={"limit": 1, "backoff_ms": 10}) as watched:
+        until(lambda: watched.saw("imu", "gave_up"), "the launcher gives up")
+        assert watched.saw("imu", "died", 2)
+        died = next(event for event in watched.events if event.kind == "died")
+        assert "a bug in a driver" in died.text
+        prediction = watched.predict_until(
+            lambda p: p.streams["imu"].reason == "dead" and p.streams["camera"].verdict == "ok", "the others go on"
+        )
+        assert prediction.streams["imu"].contribution == 0.0
+        assert watched.session.status().nodes["imu"].state == "failed"
+
+
+def test_a_required_source_that_fails_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "fragile.py").write_text(FRAGILE.replace("def read", "def open"))
+    sources = SOURCES | {"imu": {"kind": "fragile:Fragile", "required": True}}
+    rig = make_rig(tmp_path, sources=sources, restart={"limit": 0})
+    with short_folder() as root:
+        session = Session(rig, root=root)
+        with pytest.raises(SensoriumError, match=r"(?s)imu.*a bug in a driver"):
+            session.start()
+        assert not session.dir.exists()
+        assert not nodes_of(session.dir)
+
+
+def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:
+    out = tmp_path / "first.mcap"
+    sources = {name: source | {"duration_s": 4} for name, source in SOURCES.items()}
+    with running(tmp_path, sources=sources, record={"path": str(out)}) as watched:
+        assert watched.session.wait(LIMIT_S)
+        assert watched.session.failure is None
+    with RecordingReader(out) as reader:
+        assert reader.info.complete
+        assert 60 < sum(1 for _ in reader.messages(["camera"])) <= 121
+    folder = tmp_path / "again"
+    folder.mkdir()
+    again = {"session": {"kind": "replay", "path": str(out)}}
+    with running(folder, sources=again, record={"path": str(folder / "second.mcap")}) as watched:
+        assert watched.session.wait(LIMIT_S)
+        assert watched.session.failure is None
+    with RecordingReader(folder / "second.mcap") as reader, RecordingReader(out) as original:
+        second, first = list(reader.messages()), list(original.messages())
+        verdicts = [msgspec.json.decode(d, type=Prediction).streams for d, _, _ in reader.json(PREDICTION_TOPIC)]
+        assert reader.info.complete
+    assert any({report.verdict for report in streams.values()} == {"ok"} for streams in verdicts)
+    key = ("stream", "seq")
+    by_name = lambda pair: tuple(getattr(pair[0].header, name) for name in key)  # noqa: E731
+    shifts = {
+        b.header.t_capture_ns - a.header.t_capture_ns
+        for (a, _), (b, _) in zip(sorted(first, key=by_name), sorted(second, key=by_name), strict=True)
+    }
+    assert len(shifts) == 1
+    assert [bytes(m.data) for m, _ in sorted(first, key=by_name)] == [
+        bytes(m.data) for m, _ in sorted(second, key=by_name)
+    ]
+
+
+def test_a_rig_is_checked_without_starting_anything(tmp_path: Path) -> None:
+    assert check_rig_file(make_rig(tmp_path)) == []
+    extra = SOURCES | {"second_imu": {"kind": "synthetic", "payload": "imu"}}
+    assert "second_imu" in check_rig_file(make_rig(tmp_path, sources=extra))[0]
+    assert "nothing comes" in check_rig_file(make_rig(tmp_path, bundle=False))[0]
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    ({"imu": {"kind": "synthetik", "payload": "imu"}}, {}, ("sources.imu.kind", "Did you mean `synthetic`?")),
+    ({"imu": {"kind": "synthetic", "payload": "imu", "rate_khz": 0.1}}, {}, ("line ", "`rate_hz: 100`", "`kind`")),
+    ({"imu": {"kind": "synthetic", "payload": "imo"}}, {}, ("sources.imu.payload", "'imo'", "`imu`")),
+    ({"imu": {"kind": "synthetic", "payload": "imu", "silence_s": [[2, 1]]}}, {}, ("sources.imu", "must end after")),
+    ({"imu": {"kind": "no_such_package.x:Y"}}, {}, ("cannot be imported", "no_such_package")),
+    ({"imu": {"kind": "nodes.synthetic:Synthetik"}}, {}, ("no class `Synthetik`", "`Synthetic`")),
+    ({"imu": {"kind": "align"}}, {}, ("no kind of source",)),
+    ({"imu": {"kind": "msgspec:Struct"}}, {}, ("no Source",)),
+    ({"imu": {"kind": "synthetic", "payload": "audio"}}, {}, ("bundle", "`imu`", "audio")),
+    ({"s": {"kind": "replay", "path": "no.mcap"}}, {}, ("sources.s", "cannot be opened")),
+    ({"s": {"kind": "replay", "path": "no.mcap", "speed": 2}}, {}, ("sensorium replay",)),
+    ({}, {"bundle": {"path": "nowhere"}}, ("bundle.path", "no bundle")),
+    ({}, {"bundle": {"path": "model", "streams": {"camera": "front"}}}, ("`front`",)),
+    ({}, {"align": {"streams": {"lidr": {"idle_ms": 5}}}}, ("align.streams", "Did you mean `lidar`?")),
+    ({}, {"record": {"path": "x.mcap", "streams": ["cam"]}}, ("record.streams", "`cam`")),
+]
+
+
+@pytest.mark.parametrize(("sources", "more", "words"), REFUSED, ids=[str(i) for i in range(len(REFUSED))])
+def test_what_cannot_be_carried_out_is_refused_before_anything_starts(
+    tmp_path: Path, sources: dict[str, Any], more: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    rig = make_rig(tmp_path, sources=SOURCES | sources, **more)
+    if "bundle" in more:
+        file = tmp_path / "rig.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | more))
+        rig = load_rig(file)
+    with pytest.raises(SensoriumError) as caught:
+        check_rig_file(rig)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert "rig.yaml" in str(caught.value)
+
+
+def test_a_session_runs_once(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, sources={"imu": SOURCES["imu"]}, bundle=False)
+    with short_folder() as root:
+        with Session(rig, root=root) as session, pytest.raises(ConfigError, match="runs once"):
+            session.start()
+        session.stop()
