@@ -80,8 +80,8 @@ class Fuser:
         }  # fmt: skip
         self._order = list(self._lanes)
         self._span_ns = bundle.window.steps * bundle.window.hop_ns
-        where = str(bundle.path / bundle.fusion)
-        self._fusion = open_session(bundle.files[bundle.fusion], where, self.options.threads, self.options.providers)
+        self._where = str(bundle.path / bundle.fusion)
+        self._fusion = open_session(bundle.files[bundle.fusion], self._where, self.options.threads, self.options.providers)
         self.provider = provider_in_use(self._fusion, self.options.providers)
         self._buffers: dict[str, Array] = {}
         self._last: int | None = None
@@ -183,14 +183,13 @@ class Fuser:
                 np.multiply(lane.tokens, member[:, None, None], out=tokens)
                 np.multiply(lane.mask, member[:, None], out=mask)
             feed[name], feed[f"mask.{name}"] = tokens, mask
-        where = str(self.bundle.path / self.bundle.fusion)
         try:
             logits: Array = self._fusion.run(["logits"], feed)[0]
         except Exception as error:  # onnxruntime's exception classes share no public base but Exception
-            raise BundleError(f"{where}: the model fails on {rows} windows: {str(error).splitlines()[0]}.") from None
+            raise BundleError(f"{self._where}: the model fails on {rows} windows: {str(error).splitlines()[0]}.") from None
         if logits.shape != (rows, len(self.bundle.labels)):
             raise BundleError(
-                f"{where}: for {rows} windows the logits have the shape "
+                f"{self._where}: for {rows} windows the logits have the shape "
                 f"{list(logits.shape)} instead of {[rows, len(self.bundle.labels)]}. Export it with a batch dimension."
             )
         return logits

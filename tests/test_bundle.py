@@ -101,8 +101,8 @@ def test_a_file_without_a_digest(folder: Path) -> None:
 
 def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "fusion.onnx").write_bytes(b"")
-    edit(folder, lineage__files={"../fusion.onnx": "0" * 64, "encoder.imu.onnx": "0" * 64, "encoder.lidar.onnx": "0" * 64},
-         fusion="../fusion.onnx")  # fmt: skip
+    listed = dict.fromkeys(("../fusion.onnx", "encoder.imu.onnx", "encoder.lidar.onnx"), "0" * 64)
+    edit(folder, lineage__files=listed, fusion="../fusion.onnx")
     refused(folder, "../fusion.onnx", "lies outside of the bundle")
 
 
@@ -142,7 +142,9 @@ def test_what_model_yaml_may_not_say(folder: Path, changes: Mapping[str, Any], w
 def test_a_wrong_input_name(tmp_path: Path) -> None:
     wrong = model([node("ReduceMean", ["input"], ["m"], keepdims=0), node("Reshape", ["m", "s"], ["token"])],
                   {"input": ("f4", [10, 6])}, {"token": [1]}, {"s": [1]})  # fmt: skip
-    refused(write_bundle(tmp_path, {"imu": GRID}, encoders={"imu": wrong}), "encoder.imu.onnx", "no input `x`", "`input`")
+    refused(
+        write_bundle(tmp_path, {"imu": GRID}, encoders={"imu": wrong}), "encoder.imu.onnx", "no input `x`", "`input`"
+    )
 
 
 def test_an_input_that_nothing_feeds(tmp_path: Path) -> None:
@@ -158,7 +160,9 @@ def test_a_wrong_input_shape(tmp_path: Path) -> None:
 
 
 def test_a_wrong_type(tmp_path: Path) -> None:
-    refused(write_bundle(tmp_path, {"lidar": SWEEP}, encoders={"lidar": mean_encoder(FRAME)}), "u1 [h, w, 3]", "f4 [*, 5]")
+    refused(
+        write_bundle(tmp_path, {"lidar": SWEEP}, encoders={"lidar": mean_encoder(FRAME)}), "u1 [h, w, 3]", "f4 [*, 5]"
+    )
 
 
 def test_a_fixed_dimension_where_the_stream_varies(tmp_path: Path) -> None:
@@ -280,7 +284,9 @@ def test_allowed_code_is_the_bytes_that_were_checked(tmp_path: Path) -> None:
         ("expert:Count", {"expert.py": b"1/0"}, ["cannot be imported", "ZeroDivisionError"]),
     ],
 )
-def test_code_that_is_no_expert(tmp_path: Path, target: str, files: Mapping[str, bytes] | None, words: list[str]) -> None:
+def test_code_that_is_no_expert(
+    tmp_path: Path, target: str, files: Mapping[str, bytes] | None, words: list[str]
+) -> None:
     refused(python_bundle(tmp_path, target, files), *words, allow_code=True)
 
 
@@ -295,12 +301,17 @@ def test_own_code_needs_a_digest(tmp_path: Path) -> None:
 
 def test_the_aligners_spec(folder: Path) -> None:
     bundle = load_bundle(folder)
-    spec = bundle.align_spec({"lidar": "front"}, 250_000_000, idle_ns={"front": 2_000_000_000}, max_future_ns=100_000_000,
-                             unordered=frozenset({"front"}), max_buffer={"imu": 10})  # fmt: skip
+    limits = {"idle_ns": {"front": 2_000_000_000}, "max_buffer": {"imu": 10}, "max_future_ns": 100_000_000}
+    spec = bundle.align_spec({"lidar": "front"}, 250_000_000, unordered=frozenset({"front"}), **limits)
     assert (spec.hop_ns, spec.max_delay_ns, spec.max_future_ns) == (100_000_000, 250_000_000, 100_000_000)
     imu, front = spec.streams
     assert (imu.name, imu.payload, imu.channels, imu.idle_ns, imu.ordered) == ("imu", "imu", 6, 1_000_000_000, True)
-    assert (front.name, front.payload, front.rule, front.idle_ns) == ("front", "sweep", Latest(250_000_000), 2_000_000_000)
+    assert (front.name, front.payload, front.rule, front.idle_ns) == (
+        "front",
+        "sweep",
+        Latest(250_000_000),
+        2_000_000_000,
+    )
     assert not front.ordered
     assert imu.max_buffer == 10
     assert Aligner(spec).next_step == 1

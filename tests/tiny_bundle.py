@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
@@ -47,8 +46,11 @@ node = helper.make_node
 
 def mean_encoder(stream: Mapping[str, Any]) -> bytes:
     """token [1]: the mean of all that ``x`` holds."""
-    kind, shape = {"frame": ("u1", ["h", "w", 3]), "sweep": ("f4", ["n", 5]), "imu": ("f4", [10, 6]),
-                   "text": ("u1", ["n"]), "signal": ("f4", [10, stream.get("channels", 1)])}[stream["payload"]]  # fmt: skip
+    shapes: dict[str, tuple[str, list[Any]]] = {
+        "frame": ("u1", ["h", "w", 3]), "sweep": ("f4", ["n", 5]), "text": ("u1", ["n"]),
+        "imu": ("f4", [10, 6]), "signal": ("f4", [10, stream.get("channels", 1)]),
+    }  # fmt: skip
+    kind, shape = shapes[stream["payload"]]
     nodes = [
         node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
         node("ReduceSum", ["f"], ["sum"], keepdims=0),
@@ -171,4 +173,6 @@ def frame(pixels: np.ndarray[Any, Any], seq: int = 0) -> tuple[Message, ...]:
 
 
 def header(stream: str, seq: int, layout: Any) -> Header:
-    return Header(stream=stream, seq=seq, epoch=0, t_capture_ns=0, t_end_ns=0, bound_ns=1, t_receipt_ns=0, layout=layout)
+    return Header(
+        stream=stream, seq=seq, epoch=0, t_capture_ns=0, t_end_ns=0, bound_ns=1, t_receipt_ns=0, layout=layout
+    )

@@ -3,8 +3,8 @@
 The encoders are written by hand: each computes a few features that a person can read, inside its graph. The fusion
 model is fitted: a multinomial logistic regression on features pooled over the window, on simulated sessions that went
 through the real aligner, with whole streams left out at random, so that it knows every subset of its streams. The
-temperature and the threshold of the prediction set come from sessions that it was not fitted on, and the figures of
-the model card (README.md) from a third lot. What it prints belongs into the card.
+temperature and the threshold of the prediction set come from sessions that it was not fitted on (all subsets of the
+streams alike), and the figures of the model card (README.md) from a third lot. What it prints belongs into the card.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline.align import Aligner, Manifest
+from pipeline.align import Aligner
 from pipeline.bundle import load_bundle
-from pipeline.inference import FuseOptions, Fuser
+from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Layout, Message, SweepLayout
+from pipeline.prediction import Prediction
 from pipeline.scene import LABELS, Scene
 
 Array = np.ndarray[Any, Any]
@@ -42,6 +43,9 @@ EVIDENCE: dict[str, dict[str, tuple[float, float]]] = {
     "imu": {"accel_sd": (0.3, 1.0), "gyro_rms": (0.05, 0.2)},
     "lidar": {"nearest_m": (5.6, 5.2), "near_share": (0.0, 0.05)},
 }
+SUBSETS = list(product((True, False), repeat=len(STREAMS)))
+COVERAGE = 0.9
+"""Of the prediction set, over all subsets of one stream or more, each as often as any other."""
 COLUMNS = len(DECAYS) * sum(len(e) + 1 for e in EVIDENCE.values())
 
 
@@ -59,7 +63,8 @@ class Graph:
 
     def __call__(self, op: str, *inputs: Any, out: str = "", **attributes: Any) -> str:
         """Numbers among the inputs become f4 constants, lists of integers i8 ones."""
-        names = [x if isinstance(x, str) else self.const(x, np.int64 if isinstance(x, list) else np.float32) for x in inputs]
+        kinds = [np.int64 if isinstance(x, list) else np.float32 for x in inputs]
+        names = [x if isinstance(x, str) else self.const(x, k) for x, k in zip(inputs, kinds, strict=True)]
         out = out or f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, names, [out], **attributes))
         return out
@@ -163,21 +168,22 @@ def _recency(g: Graph, mask: str, decay: float) -> str:
     return g("Div", weight, g("ReduceSum", weight, [0], keepdims=1))
 
 
-# -- simulated sessions, through the real aligner ------------------------------------------------------------------------
+# -- simulated sessions, through the real aligner -------------------------------------------------------------------
 
 
-def simulate(fuser: Fuser, seed: int, seconds: int) -> Iterator[tuple[dict[str, tuple[Array, Array]], str]]:
-    """The window (see ``Fuser.window``) after each step of a session, and the truth in the middle of the newest hop."""
+def simulate(
+    fuser: Fuser, seed: int, seconds: int, lost: Mapping[str, str] | None = None
+) -> Iterator[tuple[Prediction, str]]:
+    """The prediction of each step of a session, and the truth in the middle of its hop. ``lost`` are streams that never
+    reach the model, and why."""
     scene = Scene(seed)
     aligner = Aligner(fuser.bundle.align_spec())
-    messages = sorted(_messages(scene, seconds), key=lambda m: m.header.bound_ns)
-    for message in messages:
+    for message in sorted(_messages(scene, seconds), key=lambda m: m.header.bound_ns):
         for step in aligner.feed(message, message.header.bound_ns):
-            manifest: Manifest = step.manifest
             # Pictures are drawn only where a step uses them.
             frames = tuple(_draw(scene, m) for m in step.messages.get("camera", ()))
-            fuser.step(manifest, {**step.messages, **step.grids, "camera": frames or None})
-            yield fuser.window(), scene.truth((manifest.start_ns + manifest.end_ns) // 2).label
+            prediction = fuser.step(step.manifest, content_of(step) | {"camera": frames or None}, lost)
+            yield prediction, scene.truth((step.manifest.start_ns + step.manifest.end_ns) // 2).label
 
 
 def _messages(scene: Scene, seconds: int) -> Iterator[Message]:
@@ -210,12 +216,12 @@ def _draw(scene: Scene, message: Message) -> Message:
 def dataset(folder: Path, seeds: range, seconds: int) -> tuple[dict[str, Array], Array]:
     """Pooled features by stream [windows, columns of the stream], and the truth's index [windows]."""
     rows: dict[str, list[Array]] = {name: [] for name in STREAMS}
-    truth = []
+    truth, names = [], list[str](LABELS)
     for seed in seeds:
         fuser = Fuser(load_bundle(folder), FuseOptions(contributions=False))
-        for window, label in simulate(fuser, seed, seconds):
-            truth.append(LABELS.index(label))  # type: ignore[arg-type]
-            for name, (tokens, mask) in window.items():
+        for _, label in simulate(fuser, seed, seconds):
+            truth.append(names.index(label))
+            for name, (tokens, mask) in fuser.window().items():
                 rows[name].append(_pool(name, tokens, mask))
     return {name: np.stack(r) for name, r in rows.items()}, np.array(truth)
 
@@ -232,7 +238,7 @@ def _pool(name: str, tokens: Array, mask: Array) -> Array:
     return np.concatenate(parts)
 
 
-# -- fitting ------------------------------------------------------------------------------------------------------------
+# -- fitting -------------------------------------------------------------------------------------------------------
 
 
 def subsets(features: dict[str, Array], masks: Array) -> Array:
@@ -278,7 +284,7 @@ def calibrate(logits: Array, truth: Array, coverage: float) -> tuple[float, floa
     return temperature, float(np.floor(scores[int((1 - coverage) * (len(scores) + 1)) - 1] * 1e4) / 1e4)
 
 
-# -- the bundle ---------------------------------------------------------------------------------------------------------
+# -- the bundle ----------------------------------------------------------------------------------------------------
 
 MODEL = """\
 # The model of the demo. Made by make.py; README.md says what it is and how good.
@@ -309,7 +315,7 @@ streams:
 fusion: fusion.onnx
 labels: [{labels}]
 strategy: late
-calibration: {{temperature: {temperature}, abstain_below: 0.5, set_coverage: 0.9, set_threshold: {threshold}}}
+calibration: {{temperature: {temperature}, abstain_below: 0.5, set_coverage: {coverage}, set_threshold: {threshold}}}
 lineage:
   card: README.md
   files:
@@ -324,16 +330,19 @@ def write(folder: Path, weights: Array, bias: Array, temperature: float = 1.0, t
         make(folder / f"encoder.{name}.onnx")
     fusion(folder / "fusion.onnx", weights, bias)
     digests = [f"    {p.name}: {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in sorted(folder.glob("*.onnx"))]
-    text = MODEL.format(labels=", ".join(LABELS), temperature=temperature, threshold=threshold, files="\n".join(digests))
+    text = MODEL.format(labels=", ".join(LABELS), temperature=temperature, threshold=threshold, coverage=COVERAGE,
+                        files="\n".join(digests))  # fmt: skip
     (folder / "model.yaml").write_text(text, encoding="utf-8")
 
 
-def report(features: dict[str, Array], truth: Array, weights: Array, bias: Array, temperature: float, threshold: float) -> None:
+def report(
+    features: dict[str, Array], truth: Array, weights: Array, bias: Array, temperature: float, threshold: float
+) -> None:
     """Prints the card's table: every subset of the streams on sessions that nothing was fitted to."""
     print(f"{len(truth)} windows, of which calm {np.mean(truth == 0):.1%}")
     print("| camera | microphone | imu | lidar | accuracy % | log loss | calibration error % | in set % | set size |")
     print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for mask in product((True, False), repeat=4):
+    for mask in SUBSETS:
         p = softmax((subsets(features, np.array(mask)) @ weights + bias) / temperature)
         own = p[np.arange(len(truth)), truth]
         sets = (p >= threshold) | (p == p.max(axis=1, keepdims=True))
@@ -354,9 +363,12 @@ def _calibration_error(p: Array, truth: Array) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch), np.zeros((COLUMNS, len(LABELS))), np.zeros(len(LABELS)))
-        training, held_out, test = (dataset(Path(scratch), r, 200) for r in (range(100, 106), range(200, 203), range(300, 303)))
+        seeds = range(100, 106), range(200, 203), range(300, 303)
+        training, held_out, test = (dataset(Path(scratch), lot, 200) for lot in seeds)
     weights, bias = fitted_on(*training)
-    temperature, threshold = calibrate(subsets(held_out[0], np.ones(4, bool)) @ weights + bias, held_out[1], 0.9)
+    known = [np.array(m) for m in SUBSETS if any(m)]
+    logits = np.concatenate([subsets(held_out[0], m) for m in known]) @ weights + bias
+    temperature, threshold = calibrate(logits, np.tile(held_out[1], len(known)), COVERAGE)
     write(HERE, weights, bias, temperature, threshold)
     print(f"temperature {temperature}, set threshold {threshold}")
     report(*test, weights, bias, temperature, threshold)
