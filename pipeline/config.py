@@ -204,7 +204,7 @@ def _installed(name: str) -> bool:
 
 def config_schema() -> dict[str, Any]:
     """The JSON Schema of a rig, for editors. A source's own settings are open in it."""
-    schema = msgspec.json.schema(Rig)
+    schema = msgspec.json.schema(Rig, schema_hook=lambda type_: {"type": "string"} if type_ is Path else {})
     schema["$defs"]["SourceEntry"]["additionalProperties"] = True
     schema["$defs"]["SourceEntry"]["properties"].pop("settings")
     return schema

@@ -1,0 +1,451 @@
+"""The shell around a source: numbers, epochs, bounds, beats, retries; and the contract that every source keeps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.align import Manifest, Step, StreamManifest
+from pipeline.checks import CheckContext, check_source
+from pipeline.clock import ManualClock, Origin
+from pipeline.errors import ConfigError, SensorError, WireError
+from pipeline.life import Life, Mark, NodeSpec, Order, read_spec
+from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Message, Payload, TextLayout
+from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
+from pipeline.source import KINDS, Reading, Source, load_kind
+from pipeline.stamper import STRAGGLERS, Stamper
+from pipeline.steps import Account, Gap, decode_step, encode_step
+
+MS = 1_000_000
+
+
+def spec(folder: Path | str = "/nowhere", **more: Any) -> NodeSpec:
+    return NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(folder), node="text", kind="x", **more)
+
+
+class Sender:
+    """Keeps what is sent; ``full`` says that no slot is free."""
+
+    def __init__(self) -> None:
+        self.sent: list[Header] = []
+        self.full = False
+
+    def publish(self, message: Message) -> bool:
+        self.sent.append(message.header)
+        return not self.full
+
+    def beat(self, header: Header) -> bool:
+        assert header.is_beat
+        self.sent.append(header)
+        return True
+
+    def loan(self, nbytes: int) -> np.ndarray[Any, Any] | None:
+        return None if self.full else np.zeros(nbytes, np.uint8)
+
+    @property
+    def beats(self) -> list[Header]:
+        return [header for header in self.sent if header.is_beat]
+
+    @property
+    def messages(self) -> list[Header]:
+        return [header for header in self.sent if not header.is_beat]
+
+
+def line(t_ns: int, **more: Any) -> Reading:
+    return Reading(layout=TextLayout(2), data=b"hi", t_capture_ns=t_ns, t_end_ns=t_ns, t_receipt_ns=t_ns, **more)
+
+
+class Scripted(Source):
+    """A source that does what its script says: each entry is what one call of ``open`` or ``read`` gives or raises."""
+
+    payload: ClassVar[Payload] = "text"
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        script: list[Any] = []
+        openings: list[Any] = []
+
+    def __init__(self, settings: Any, context: Any) -> None:
+        super().__init__(settings, context)
+        self.opened = self.closed = 0
+        self.promise: int | None = None
+
+    def open(self) -> None:
+        self.opened += 1
+        if self.settings.openings and isinstance(outcome := self.settings.openings.pop(0), Exception):
+            raise outcome
+
+    def read(self) -> Any:
+        self.context.clock.wait_until(self.context.clock.now_ns() + 20 * MS)
+        outcome = self.settings.script.pop(0) if self.settings.script else None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome(self.context) if callable(outcome) else outcome
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def bound_ns(self) -> int | None:
+        return self.promise
+
+
+def shell(script: list[Any], openings: list[Any] | None = None) -> tuple[SourceShell, Sender, ManualClock]:
+    clock, sender = ManualClock(1000 * MS), Sender()
+    life = Life(spec(), clock)
+    settings = Scripted.Settings(script=script, openings=openings or [])
+    made = SourceShell(Scripted, settings, life, sender, "text")
+    made.stamper.open(clock.now_ns())
+    return made, sender, clock
+
+
+def turn_until(made: SourceShell, condition: Callable[[], Any], turns: int = 500) -> None:
+    for _ in range(turns):
+        if condition():
+            return
+        made.turn()
+    raise AssertionError(f"not within {turns} turns")
+
+
+# -- stamps ------------------------------------------------------------------------------------------------------------
+
+
+def test_readings_are_numbered_and_bounded_by_their_kind() -> None:
+    stamper = Stamper("text", "text")
+    stamper.open(5)
+    first, second = stamper.stamp(line(10), 11), stamper.stamp(line(20), 21)
+    assert first is not None
+    assert second is not None
+    assert (first.epoch, first.seq, first.bound_ns) == (5, 0, 11)
+    assert (second.epoch, second.seq, second.bound_ns) == (5, 1, 21)
+    audio = Stamper("microphone", "audio")
+    audio.open(0)
+    block = Reading(layout=AudioLayout(100, 1, 1), data=b"", t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
+    assert audio.stamp(block, 11).bound_ns == 10  # type: ignore[union-attr]
+    imu = Stamper("imu", "imu")
+    imu.open(0)
+    batch = Reading(layout=ImuLayout(1), data=b"", t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
+    assert imu.stamp(batch, 11).bound_ns == 11  # type: ignore[union-attr]
+
+
+def test_a_straggler_is_dropped_and_a_clock_that_jumped_back_opens_an_epoch() -> None:
+    stamper = Stamper("text", "text")
+    stamper.open(0)
+    assert stamper.stamp(line(1000), 1000)
+    assert stamper.stamp(line(999), 1001) is None
+    assert stamper.stamp(line(1002), 1002).seq == 1  # type: ignore[union-attr]
+    outcomes = [stamper.stamp(line(10 + i), 2000 + i) for i in range(STRAGGLERS)]
+    assert outcomes[:-1] == [None] * (STRAGGLERS - 1)
+    opened = outcomes[-1]
+    assert opened is not None
+    assert (opened.epoch, opened.seq) == (2000 + STRAGGLERS - 1, 0)
+
+
+def test_epochs_always_rise() -> None:
+    stamper = Stamper("text", "text")
+    stamper.open(7)
+    stamper.open(7)
+    assert stamper.epoch == 8
+    assert stamper.stamp(line(10, new_epoch=True), 11).epoch == 8  # type: ignore[union-attr]
+    assert stamper.stamp(line(12, new_epoch=True), 13).epoch == 13  # type: ignore[union-attr]
+
+
+def test_a_reading_that_contradicts_itself_is_the_sources_fault() -> None:
+    stamper = Stamper("text", "text")
+    stamper.open(0)
+    with pytest.raises(SensorError, match="before its beginning"):
+        stamper.stamp(msgspec.structs.replace(line(5), t_end_ns=4), 5)
+    with pytest.raises(SensorError, match="type imu on a stream of type text"):
+        stamper.stamp(msgspec.structs.replace(line(5), layout=ImuLayout(1)), 5)
+    with pytest.raises(SensorError, match="bound"):
+        stamper.stamp(line(5, bound_ns=4), 5)
+
+
+readings = st.lists(
+    st.tuples(st.integers(0, 200), st.integers(0, 20), st.booleans(), st.none() | st.integers(0, 50), st.booleans())
+)
+
+
+@given(readings)
+def test_whatever_a_source_says_its_stream_keeps_its_promises(said: list[Any]) -> None:
+    stamper, now = Stamper("imu", "imu"), 0
+    stamper.open(0)
+    epoch, seq, bound = -1, 0, 0
+    for t, length, new_epoch, promise, is_beat in said:
+        now += 1
+        if is_beat:
+            header: Header | None = stamper.beat(now, promise, "")
+        else:
+            extra = None if promise is None else t + promise
+            reading = Reading(layout=ImuLayout(1), data=b"", t_capture_ns=t, t_end_ns=t + length, t_receipt_ns=now,
+                              new_epoch=new_epoch, bound_ns=extra)  # fmt: skip
+            header = stamper.stamp(reading, now)
+        if header is None:
+            continue
+        assert header.epoch >= epoch
+        if header.epoch > epoch:
+            epoch, seq, bound = header.epoch, 0, min(header.t_capture_ns, header.bound_ns)
+        assert header.seq == seq
+        assert header.t_capture_ns >= bound
+        assert header.bound_ns >= bound
+        bound = header.bound_ns
+        if not header.is_beat:
+            seq += 1
+            assert header.bound_ns > header.t_end_ns or promise is not None
+
+
+# -- the shell ---------------------------------------------------------------------------------------------------------
+
+
+def test_silence_is_filled_with_beats_that_state_the_next_number() -> None:
+    made, sender, _clock = shell([line(1020 * MS), *[None] * 20])
+    turn_until(made, lambda: len(sender.beats) >= 4)
+    assert [header.seq for header in sender.messages] == [0]
+    assert [header.seq for header in sender.beats][1:] == [1] * (len(sender.beats) - 1)
+    spacing = np.diff([header.t_receipt_ns for header in sender.beats[2:]])
+    assert (spacing == 100 * MS).all()
+    assert {header.bound_ns for header in sender.beats[1:]} == {1020 * MS + 1}
+
+
+def test_a_promise_moves_the_bound_while_silent() -> None:
+    made, sender, _clock = shell([line(1020 * MS), *[None] * 20])
+    turn_until(made, lambda: sender.messages)
+    made.source.promise = 5000 * MS  # type: ignore[attr-defined]
+    turn_until(made, lambda: len(sender.beats) >= 3)
+    assert sender.beats[-1].bound_ns == 5000 * MS
+
+
+def test_a_device_that_fails_is_opened_again_in_a_new_epoch() -> None:
+    failing = [SensorError("unplugged"), SensorError("still away")]
+    made, sender, _clock = shell([line(1020 * MS), SensorError("unplugged"), line(9000 * MS)], [None, *failing, None])
+    turn_until(made, lambda: len(sender.messages) == 2)
+    first, second = sender.messages
+    assert second.epoch > first.epoch
+    assert (first.seq, second.seq) == (0, 0)
+    assert made.source.opened == 4  # type: ignore[attr-defined]
+    assert made.source.closed >= 3  # type: ignore[attr-defined]
+    assert made.context.dropped == {"failures": 3}
+    assert "still away" in {header.health for header in sender.beats}
+    assert sender.beats[-1].health == ""
+    # It was silent meanwhile, never for longer than the longest pause, and its beats went on.
+    gaps = np.diff([header.t_receipt_ns for header in sender.sent[:-1]])
+    assert gaps.max() <= 120 * MS
+
+
+def test_a_device_that_stays_away_ends_the_node() -> None:
+    made, _sender, clock = shell([], [SensorError("away")] * 100)
+    start = clock.now_ns()
+    with pytest.raises(SensorError, match="away"):
+        turn_until(made, lambda: False, 5000)
+    assert made.source.opened == FAILURES  # type: ignore[attr-defined]
+    assert clock.now_ns() - start <= FAILURES * RETRY_NS[1] + 200 * MS
+
+
+def test_the_end_of_the_data_is_stated_and_beats_go_on() -> None:
+    made, sender, _clock = shell([line(1020 * MS), EOFError()])
+    turn_until(made, lambda: made.ended)
+    turn_until(made, lambda: len(sender.beats) > 4)
+    assert sender.beats[-1].seq == 1
+
+
+def test_drops_are_counted() -> None:
+    made, sender, _clock = shell([line(1020 * MS), line(1010 * MS), lambda context: context.count("overflow", 3)])
+    sender.full = True
+    turn_until(made, lambda: not made.source.settings.script)
+    assert made.context.dropped == {"no_slot": 1, "order": 1, "overflow": 3}
+
+
+def test_a_loan_is_memory_whether_or_not_a_slot_is_free() -> None:
+    made, sender, _clock = shell([])
+    layout = FrameLayout("gray8", 4, 4)
+    for sender.full in (False, True):
+        assert made.context.loan(layout).nbytes == 16
+        assert made.context.loan(FrameLayout("jpeg", 4, 4), 100).nbytes == 100
+    with pytest.raises(ValueError, match="size"):
+        made.context.loan(FrameLayout("jpeg", 4, 4))
+
+
+def test_a_ring_is_made_only_for_payloads_too_large_for_the_socket() -> None:
+    assert ring_spec(spec(slots={"imu": 0})) is None
+    assert ring_spec(spec(slots={"text": 60_000})) is None
+    ring = ring_spec(spec(slots={"camera": 6_000_000}, ring_mib=64))
+    assert ring is not None
+    assert (ring.slots, ring.slot_bytes) == (11, 6_000_000)
+    assert ring_spec(spec(slots={"camera": 50 << 20})).slots == 4  # type: ignore[union-attr]
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+class Good(Source):
+    payload: ClassVar[Payload] = "frame"
+
+    def open(self) -> None:
+        self.t = self.context.clock.now_ns()
+
+    def read(self) -> Reading:
+        layout, now = FrameLayout("gray8", 2, 2), self.context.clock.now_ns()
+        buffer = self.context.loan(layout)
+        buffer[:] = 1
+        self.t = max(self.t + 1, now - 1)
+        return Reading(layout=layout, data=buffer, t_capture_ns=self.t, t_end_ns=self.t, t_receipt_ns=now)
+
+
+def test_a_good_source_passes() -> None:
+    assert len(check_source(Good, {}, readings=3, clock=ManualClock(50 * MS))) == 6
+
+
+class Reusing(Good):
+    def __init__(self, settings: Any, context: Any) -> None:
+        super().__init__(settings, context)
+        self.buffer = np.zeros(4, np.uint8)
+
+    def read(self) -> Reading:
+        self.buffer[:] += 1
+        return msgspec.structs.replace(super().read(), data=self.buffer)
+
+
+class Wrong(Good):
+    """One thing about its readings is wrong."""
+
+    change: ClassVar[dict[str, Any]] = {}
+
+    def read(self) -> Reading:
+        return msgspec.structs.replace(super().read(), **self.change)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"data": b"123"}, "bytes where its layout"),
+    ({"layout": ImuLayout(1)}, "on a stream of frame"),
+    ({"t_end_ns": 10**18}, "after now"),
+    ({"t_receipt_ns": 10**18}, "received at"),
+    ({"t_capture_ns": 0, "t_end_ns": 0}, "before the bound of the last"),
+    ({"uncertainty_ns": -1}, "uncertainty"),
+    ({"uncertainty_ns": 0.5}, "not an int"),
+    ({"bound_ns": 0}, "before its own beginning"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG, ids=[words for _, words in WRONG])
+def test_what_breaks_the_contract_is_named(change: dict[str, Any], words: str) -> None:
+    broken = type("Broken", (Wrong,), {"change": change})
+    with pytest.raises((AssertionError, ValueError), match=words):
+        check_source(broken, {}, clock=ManualClock(50 * MS))
+
+
+def test_a_buffer_that_is_used_again_is_named() -> None:
+    with pytest.raises(AssertionError, match="changed after it was handed over"):
+        check_source(Reusing, {}, clock=ManualClock(50 * MS))
+
+
+def test_settings_must_be_strict_and_silence_is_no_success() -> None:
+    class Loose(Good):
+        class Settings(msgspec.Struct):
+            pass
+
+    with pytest.raises(AssertionError, match="forbid_unknown_fields"):
+        check_source(Loose, {})
+    with pytest.raises(AssertionError, match="0 readings of 10"):
+        check_source(Scripted, {}, turns=5, clock=ManualClock())
+    with pytest.raises(AssertionError, match="without a reason"):
+        CheckContext().count("")
+
+
+# -- kinds -------------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_found_by_name_or_by_module(tmp_path: Path) -> None:
+    assert load_kind("synthetic").__name__ == "Synthetic"
+    (tmp_path / "thermometer_of_mine.py").write_text("class Thermometer: pass\n")
+    assert load_kind("thermometer_of_mine:Thermometer", [tmp_path]).__name__ == "Thermometer"
+    sys.path.remove(str(tmp_path))
+    with pytest.raises(ConfigError, match="Did you mean `camera`"):
+        load_kind("camrea")
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
+        load_kind("no_such_module_here:X")
+    with pytest.raises(ConfigError, match=r"no class `Syntetic`.*`Synthetic`"):
+        load_kind("nodes.synthetic:Syntetic")
+
+
+def test_the_table_of_kinds_names_modules_of_nodes() -> None:
+    assert len(KINDS) >= 8
+    assert all(target.startswith("nodes.") and ":" in target for target in KINDS.values())
+
+
+# -- lives -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mark_outlives_its_process(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal\nfrom pipeline.clock import Origin\nfrom pipeline.life import *\n"
+        f"mark = Mark(Life(NodeSpec(session='s', origin=Origin(0, 0), session_dir={str(tmp_path)!r}, node='text', "
+        "kind='x')))\nassert mark.value == -1\nmark.value = 41\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert Mark(Life(spec(tmp_path))).value == 41
+
+
+def test_orders_and_specs_are_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "text.json"
+    file.write_bytes(msgspec.json.encode(spec(tmp_path, streams={"text": "text"})))
+    assert read_spec(file) == spec(tmp_path, streams={"text": "text"})
+    file.write_bytes(b"{}")
+    with pytest.raises(ConfigError, match="no node's spec"):
+        read_spec(file)
+    life = Life(spec(tmp_path))
+    life.orders.put(Order(do="close", stream="text"))
+    assert [order.stream for order in life.take_orders()] == ["text"]
+    assert life.take_orders() == []
+
+
+# -- steps on the wire -------------------------------------------------------------------------------------------------
+
+
+def step(k: int, grids: dict[str, Any]) -> Step:
+    stated = StreamManifest(verdict="ok", proven=True, used=((0, 1, 2),), epoch=0)
+    manifest = Manifest(step=k, start_ns=0, end_ns=1, cause="proven", emitted_ns=2, digest="d", streams={"imu": stated})
+    return Step(manifest, {}, grids)
+
+
+def test_a_step_is_the_same_on_the_other_side() -> None:
+    grids = {"b": np.array([[1, np.nan], [3, 4]], np.float32), "a": np.zeros((0, 6), np.float32)}
+    sent = decode_step(encode_step(step(7, grids), 99))
+    assert sent.manifest == step(7, grids).manifest
+    assert sent.sent_ns == 99
+    assert set(sent.grids) == {"a", "b"}
+    for name, grid in grids.items():
+        np.testing.assert_array_equal(sent.grids[name], grid)
+        assert not sent.grids[name].flags.writeable
+
+
+@given(st.lists(st.binary(max_size=40), max_size=3))
+def test_a_damaged_step_is_refused(parts: list[bytes]) -> None:
+    with pytest.raises(WireError):
+        decode_step([b"step", *parts])
+    good = encode_step(step(1, {"a": np.zeros((2, 2), np.float32)}), 0)
+    with pytest.raises(WireError, match="grids of"):
+        decode_step([*good, b"1234"])
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, unique=True).map(sorted), st.lists(st.integers(1, 60), max_size=4))
+def test_every_index_is_a_step_or_in_one_gap(steps: list[int], announced: list[int]) -> None:
+    account, seen = Account(), []
+    for first in announced:
+        account.announce(Gap(first, first + 5, "the align node was restarted"))
+    for k in steps:
+        gap = account.take(k)
+        if gap is not None:
+            seen += range(gap.first, gap.last + 1)
+            assert gap.cause
+        seen.append(k)
+    assert seen == list(range(1, steps[-1] + 1))
+    with pytest.raises(WireError, match="not used twice"):
+        account.take(steps[-1])
+    assert Account(first=None).take(50) is None
