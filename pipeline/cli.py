@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text: quick to print, and the same in a pipe
 )
 
-RigArgument = Annotated[str | None, typer.Argument(metavar="[RIG]", help="a YAML file, or the name of one in configs/")]
+RigArgument = Annotated[str | None, typer.Argument(metavar="RIG", help="a YAML file, or the name of one in configs/")]
 Recording = Annotated[Path, typer.Argument(metavar="RECORDING", help="an MCAP file")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle run Python code of its own")]
@@ -111,7 +111,7 @@ def replay(
 
 @app.command()
 def subscribe(
-    endpoint: Annotated[str | None, typer.Argument(metavar="[ENDPOINT]", help="like tcp://127.0.0.1:5599")] = None,
+    endpoint: Annotated[str | None, typer.Argument(metavar="ENDPOINT", help="like tcp://127.0.0.1:5599")] = None,
     session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
     json: Json = False,
     count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="stop after N predictions")] = None,
@@ -224,7 +224,8 @@ def main() -> None:
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="sensorium-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
-        fail(f"this is a mistake in Sensorium: {type(error).__name__}: {error}. The full trace is in {file.name}", 1)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        fail(f"this is a mistake in Sensorium: {what}. The full trace is in {file.name}", 1)
 
 
 def fail(message: str, exit_code: int) -> None:

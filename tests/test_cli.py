@@ -1,0 +1,352 @@
+"""The command line as a person and as a program use it: real processes, real sessions, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import cli, commands
+from pipeline.schemas import schema
+from tests.conftest import ROOT
+
+SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
+COMMANDS = ("run", "record", "replay", "subscribe", "check", "info", "import", "schema", "node")
+PATIENCE_S = 60
+
+RIG = f"""
+name: small
+sources:
+  camera:     {{kind: synthetic, payload: frame, rate_hz: 10, required: true}}
+  microphone: {{kind: synthetic, payload: audio, required: true}}
+  imu:        {{kind: synthetic, payload: imu, required: true}}
+  lidar:      {{kind: synthetic, payload: sweep, required: true}}
+bundle: {{path: {ROOT}/models/demo}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """A folder with a short path (sockets lie in it), where sessions of these tests and no others are."""
+    folder = Path(tempfile.mkdtemp(prefix="s-", dir="/tmp"))
+    (folder / "rig.yaml").write_text(RIG)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def environment(place: Path) -> dict[str, str]:
+    return os.environ | {"XDG_RUNTIME_DIR": str(place)}
+
+
+def sensorium(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, in ``place``."""
+    return subprocess.run(
+        [SENSORIUM, *map(str, arguments)],
+        cwd=place,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Running:
+    """A command that runs until it is told to stop; standard output line by line."""
+
+    def __init__(self, place: Path, *arguments: object, stdout: int = subprocess.PIPE) -> None:
+        self.process = subprocess.Popen(
+            [SENSORIUM, *map(str, arguments)],
+            cwd=place,
+            env=environment(place),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            bufsize=0,  # so that select knows of everything that has not been read
+        )
+
+    def line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], PATIENCE_S)[0], "no line came"
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return found
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> tuple[bytes, bytes, int]:
+        self.process.send_signal(how)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
+        return out, err, self.process.returncode
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Calls the command line within this process, in some folder; gives exit code, standard output and error."""
+
+    def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["sensorium", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit.value.code or 0), out, err
+
+    return run
+
+
+# -- help and mistakes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_with_an_example(name: str) -> None:
+    result = CliRunner().invoke(cli.app, [name, "--help"])
+    assert result.exit_code == 0
+    assert re.search(rf"Example:\n +sensorium {name}\b", result.output)
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    assert tuple(command.name or command.callback.__name__ for command in cli.app.registered_commands) == COMMANDS
+
+
+def test_help_needs_nothing_that_is_slow_to_import() -> None:
+    code = (
+        "import sys\nfrom pipeline import cli\nsys.argv = ['sensorium', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print('LOADED', *(m for m in ('numpy', 'cv2', 'zmq', 'rich.live', 'onnxruntime', 'msgspec')"
+        " if m in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert result.stdout.splitlines()[-1] == "LOADED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["rnu"], "Did you mean 'run'?"),
+        (["run", "--durtion", "3"], "--duration"),
+        (["replay", "x.mcap", "--speed", "2"], "speed"),
+        (["run"], "name a rig"),
+        (["run", "rgi.yaml"], "There are `"),
+        (["check", "nothing/here.yaml"], "there is no such file"),
+        (["info", "nothing.mcap"], "there is no such file"),
+        (["replay", "nothing.mcap"], "there is no such file"),
+        (["schema", "predictions"], "Did you mean `prediction`?"),
+        (["import", "nothing.mp4", "-o", "x.mcap"], "nothing.mp4"),
+        (["import", "rig.yaml", "-o", "nowhere/x.mcap"], "there is no folder"),
+        (["record", "rig.yaml"], "-o session.mcap"),
+        (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
+        (["subscribe"], "No session runs on this machine"),
+        (["subscribe", "--session", "abc"], "no session `abc` runs here"),
+        (["subscribe", "nonsense"], "tcp://127.0.0.1"),
+        (["node", "camera", "--spec", "rig.yaml"], "no node's spec"),
+    ],
+)
+def test_what_was_asked_wrongly_is_said_in_one_paragraph(
+    place: Path, call: Call, arguments: list[str], said: str
+) -> None:
+    code, out, err = call(place, *arguments)
+    assert code == 2, err
+    assert said in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_mistake_ends_the_process_with_its_code(place: Path) -> None:
+    result = sensorium(place, "run", "rgi.yaml")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: rgi.yaml: there is no such file")
+
+
+def test_without_a_rig_run_says_which_there_are(call: Call) -> None:
+    code, _, err = call(ROOT, "run")
+    assert code == 2
+    assert "`configs/" in err
+
+
+def test_a_damaged_file_is_a_failure_not_a_wrong_question(place: Path, call: Call) -> None:
+    (place / "damaged.mcap").write_bytes(b"no recording at all")
+    code, _, err = call(place, "info", "damaged.mcap")
+    assert code == 1
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_an_unexpected_exception_is_one_line_and_its_trace_is_kept(
+    monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
+) -> None:
+    def broken(name: str) -> None:
+        raise ZeroDivisionError("of one\nby none")
+
+    monkeypatch.setattr(commands, "print_schema", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code, _, said = call(tmp_path, "schema", "info")
+    assert code == 1
+    assert said.startswith("error: this is a mistake in Sensorium: ZeroDivisionError: of one by none.")
+    assert len(said.splitlines()) == 1
+    assert "Traceback" in Path(said.rsplit(" ", 1)[1].strip()).read_text()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(place: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{SENSORIUM} schema config | head -n 1"], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def session(place: Path) -> subprocess.CompletedProcess[str]:
+    """One session that is run, shown as lines and recorded."""
+    result = sensorium(place, "run", "rig.yaml", "--duration", 4, "--json", "--record", "session.mcap")
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_run_prints_one_valid_prediction_a_line(session: subprocess.CompletedProcess[str]) -> None:
+    found = lines(session.stdout)
+    validator = jsonschema.Draft202012Validator(schema("prediction"))
+    for prediction in found:
+        validator.validate(prediction)
+    indices = [prediction["window"]["index"] for prediction in found]
+    assert indices == list(range(indices[0], indices[0] + len(indices)))
+    assert set(found[-1]["streams"]) == {"camera", "microphone", "imu", "lidar"}
+
+
+def test_a_run_ends_with_a_summary_in_which_every_message_has_a_place(
+    session: subprocess.CompletedProcess[str],
+) -> None:
+    count = len(lines(session.stdout))
+    assert f"{count} predictions over" in session.stderr
+    heading = next(line for line in session.stderr.splitlines() if line.startswith("messages"))
+    row = next(line for line in session.stderr.splitlines()[::-1] if line.startswith("imu"))
+    places = dict(zip(heading.split()[1:], map(int, row.split()[1:]), strict=True))
+    assert places["sent"] == places["received"] + places["lost"]
+    assert places["received"] == sum(
+        places[place] for place in ("used", "late", "superseded", "duplicate", "rejected", "buffered")
+    )
+    assert places["used"] > 0
+
+
+def test_info_of_the_session_satisfies_its_schema(place: Path, session: subprocess.CompletedProcess[str]) -> None:
+    found = json.loads(sensorium(place, "info", "session.mcap", "--json").stdout)
+    jsonschema.Draft202012Validator(schema("info")).validate(found)
+    assert found["session"] == lines(session.stdout)[0]["session"]
+    assert found["streams"]["imu"]["stats"]["accel"]["mean_norm"] == pytest.approx(9.8, abs=2)
+    shown = sensorium(place, "info", "session.mcap").stdout
+    assert all(stream in shown for stream in found["streams"])
+
+
+def without_timing(text: str) -> list[dict[str, Any]]:
+    found = lines(text)
+    for prediction in found:
+        del prediction["timing"]
+    return found
+
+
+def test_a_replay_finds_the_sessions_own_model_and_is_the_same_at_any_speed(
+    place: Path, session: subprocess.CompletedProcess[str]
+) -> None:
+    quick = sensorium(place, "replay", "session.mcap", "--json")
+    assert quick.returncode == 0, quick.stderr
+    assert "predictions over" in quick.stderr
+    paced = sensorium(place, "replay", "session.mcap", "--speed", "1", "-o", "paced.jsonl")
+    assert paced.returncode == 0, paced.stderr
+    assert without_timing(quick.stdout) == without_timing((place / "paced.jsonl").read_text())
+    model = lines(session.stdout)[0]["bundle"]
+    assert all(prediction["bundle"] == model for prediction in without_timing(quick.stdout))
+
+
+def test_a_replay_with_a_model_of_other_streams_names_both_sides(
+    place: Path, session: subprocess.CompletedProcess[str]
+) -> None:
+    result = sensorium(place, "replay", "session.mcap", "--bundle", place)
+    assert result.returncode == 2
+    assert "models/demo" in result.stderr
+
+
+def test_check_names_streams_and_what_they_are_in_the_model(place: Path) -> None:
+    found = json.loads(sensorium(place, "check", "rig.yaml", "--json").stdout)
+    assert found["mapping"] == {name: name for name in ("camera", "microphone", "imu", "lidar")}
+    assert found["streams"]["imu"] == "imu"
+    shown = sensorium(place, "check", "rig.yaml")
+    assert shown.returncode == 0
+    assert "microphone" in shown.stdout
+
+
+def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:
+    with Running(place, "run", "rig.yaml", "--json") as running:
+        first = running.line()
+        watched = sensorium(place, "subscribe", "--json", "--count", 2)
+        assert watched.returncode == 0, watched.stderr
+        assert {prediction["session"] for prediction in lines(watched.stdout)} == {first["session"]}
+        assert "2 predictions over" in watched.stderr
+        code, _, err = call(place, "subscribe", "--session", "other")
+        assert code == 2
+        assert first["session"] in err
+        out, err_bytes, code = running.stop(signal.SIGINT)
+    assert code == 0, err_bytes
+    assert b"predictions over" in err_bytes
+    assert all(line["session"] == first["session"] for line in lines(out.decode()))
+    assert not list((place / "sensorium").glob("*/*"))
+
+
+def test_a_session_ends_when_nobody_reads_its_predictions_any_more(place: Path) -> None:
+    with Running(place, "run", "rig.yaml", "--json") as running:
+        running.line()
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+        running.process.wait(PATIENCE_S)
+        assert running.process.stderr is not None
+        assert b"Traceback" not in running.process.stderr.read()
+    assert not list((place / "sensorium").glob("*/*"))
+
+
+def test_a_terminal_gets_a_live_table(place: Path) -> None:
+    ours, theirs = pty.openpty()
+    with Running(place, "run", "rig.yaml", stdout=theirs) as running:
+        os.close(theirs)
+        shown = b""
+        while b"contribution" not in shown or b"latency" not in shown:
+            assert select.select([ours], [], [], PATIENCE_S)[0], shown
+            shown += os.read(ours, 65536)
+        running.process.send_signal(signal.SIGTERM)
+        while running.process.poll() is None or select.select([ours], [], [], 0)[0]:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:  # how Linux says that the other side of a terminal is closed
+                break
+        assert running.process.wait(PATIENCE_S) == 0
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "small   session " in text
+    assert "predictions over" in text
+    assert not text.lstrip().startswith("{")
