@@ -1,0 +1,144 @@
+"""What the terminal shows, as text."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+import pytest
+from rich.console import Console, RenderableType
+
+from pipeline.launch import Event, NodeStatus, Status, StreamStatus
+from pipeline.summary import Summary
+from pipeline.terminal import Lines, Screen, bar, closing, duration, recording_table, screen
+from tests.test_summary import prediction
+
+
+def text(renderable: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def status() -> Status:
+    streams = {
+        "camera": StreamStatus(
+            node="camera",
+            payload="frame",
+            rate_hz=29.97,
+            verdict="ok",
+            age_ms=12.3,
+            dropped={"stale": 2},
+            lost=3,
+            late=4,
+        ),
+        "imu": StreamStatus(node="imu", payload="imu", verdict="missing", reason="dead", note="waiting for /dev/i2c-1"),
+    }
+    nodes = {
+        "camera": NodeStatus(
+            node="camera", kind="camera", state="ready", pid=1, restarts=0, note="", log="", counters={}
+        ),
+        "imu": NodeStatus(
+            node="imu", kind="imu", state="restarting", pid=None, restarts=2, note="", log="", counters={}
+        ),
+    }
+    return Status(session="s1", now_ns=3_723_000_000_000, nodes=nodes, streams=streams)
+
+
+def test_the_screen_shows_streams_verdicts_nodes_and_what_they_wait_for() -> None:
+    shown = text(screen("demo", status(), prediction(wait=1.0, encode=2.0, total=3.5), Summary()))
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+    assert rows["demo"][-1] == "1:02:03"
+    assert rows["camera"][:6] == ["camera", "30.0/s", "9", "12", "ms", "ok"]
+    assert rows["camera"][6] == "+0.25"
+    assert rows["imu"][:6] == ["imu", "0.0/s", "0", "–", "missing:", "dead"]
+    assert rows["latency"][:9] == ["latency", "3.5", "ms", "=", "wait", "1.0", "+", "encode", "2.0"]
+    assert "camera ready" in shown
+    assert "imu restarting (2 restarts)" in shown
+    assert "imu: waiting for /dev/i2c-1" in shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"truth": "yes"}, "yes  0.50  truth yes"),
+        ({"truth": "no"}, "truth no"),
+        ({"abstained": True}, "not sure enough to say so"),
+        ({"label": None, "confidence": None}, "no stream can be used"),
+    ],
+)
+def test_the_answer_is_shown_beside_the_truth(changes: dict[str, object], said: str) -> None:
+    assert said in text(screen("demo", None, msgspec.structs.replace(prediction(total=1.0), **changes), Summary()))
+
+
+def test_what_fusion_could_not_use_is_said() -> None:
+    seen = prediction(total=1.0)
+    streams = seen.streams | {"camera": msgspec.structs.replace(seen.streams["camera"], masked="decode_failed")}
+    assert "ok (not used: decode failed)" in text(
+        screen("demo", None, msgspec.structs.replace(seen, streams=streams), Summary())
+    )
+
+
+def test_before_the_first_prediction_the_screen_says_what_is_waited_for() -> None:
+    shown = text(screen("demo", status(), None, Summary()))
+    assert "no prediction yet" in shown
+    assert "camera" in shown
+
+
+@pytest.mark.parametrize("value", [0.004, None, -0.3])
+def test_a_contribution_may_be_nothing_unknown_or_against_the_label(value: float | None) -> None:
+    seen = prediction(total=1.0)
+    streams = {"camera": msgspec.structs.replace(seen.streams["camera"], contribution=value)}
+    shown = text(screen("demo", None, msgspec.structs.replace(seen, streams=streams), Summary()))
+    assert {0.004: "0.00", None: "–", -0.3: "-0.30 ██████"}[value] in shown
+
+
+def test_the_summary_names_every_verdict_with_its_reason() -> None:
+    summary = Summary()
+    summary.add(prediction(truth="yes", wait=1.0, total=2.0))
+    shown = text(closing(summary))
+    assert "1 predictions over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
+    assert "missing(dead)" in shown
+    assert "messages" not in shown  # nobody counted them
+
+
+def test_a_session_without_predictions_says_so() -> None:
+    assert "no predictions" in text(closing(Summary()))
+
+
+def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    shown = Screen("demo", Summary(), console)
+    shown.event(Event(t_ns=1_500_000_000, node="imu", kind="died", text="killed by signal 9"))
+    shown.event(Event(t_ns=1_600_000_000, node="imu", kind="ready", text="ready"))
+    shown.prediction(prediction(total=1.0))
+    shown.refresh(status())
+    shown.close()
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    assert "1.5 s  imu: killed by signal 9" in written
+    assert "1.6 s" not in written
+    assert written.index("killed") < written.index("contribution")
+
+
+def test_lines_go_where_they_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    lines = Lines(file)
+    lines.prediction(prediction())
+    lines.event(Event(t_ns=0, node="imu", kind="waiting", text="waiting for a device"))
+    lines.refresh(None)
+    lines.close()
+    assert msgspec.json.decode(file.getvalue())["label"] == "yes"
+    assert "imu: waiting for a device" in capsys.readouterr().err
+
+
+def test_an_incomplete_recording_is_called_that() -> None:
+    info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
+    assert "incomplete" in text(recording_table(info))
+
+
+def test_bars_have_one_width_and_durations_read_as_time() -> None:
+    assert [bar(share).rstrip() for share in (-1.0, 0.0, 0.0125, 0.5, 7.0)] == ["", "", "▎", "█" * 10, "█" * 20]
+    assert {len(bar(i / 97)) for i in range(98)} == {20}
+    assert duration(61_999_999_999) == "0:01:01"
