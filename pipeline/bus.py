@@ -45,6 +45,10 @@ class Buffered(msgspec.Struct, frozen=True):
 
     n: int
 
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ConfigError(f"a subscription buffered({self.n}) would deliver nothing; n must be at least 1")
+
 
 class Lossless(msgspec.Struct, frozen=True):
     """Every message that came. Whole only from a publisher that was opened with ``lossless=True``."""
@@ -59,8 +63,6 @@ def limit(delivery: Delivery) -> int | None:
         case Latest():
             return 1
         case Buffered(n=n):
-            if n < 1:
-                raise ConfigError(f"a subscription buffered({n}) would deliver nothing; n must be at least 1")
             return n
         case Lossless():
             return None

@@ -82,6 +82,10 @@ class FileLock:
             os.close(self._fd)  # a clean-up removed the file between our two calls: make it anew
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
     def read(self) -> str:
         """The text that was written last, by whomever."""
         return os.pread(self._fd, 4096, 0).decode("utf-8", "replace")

@@ -12,6 +12,7 @@ A process that uses this module must not be forked afterwards: start fresh inter
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,7 @@ from pipeline.memory_bus import MemoryBus
 from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
 from pipeline.sending import Publisher, Sent
 from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
-from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment, slots_for, unlink
+from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment, slots_for
 
 __all__ = [
     "INLINE_MAX",
@@ -179,12 +180,13 @@ class ZmqBus:
         except BaseException:
             if socket is not None:
                 socket.close(0)
-            self._forget(lock)
+            _forget(lock)
             raise
         outlet = _ZmqOutlet(socket, _LOSSLESS_LINGER_MS if lossless else _LINGER_MS, stop)
         publisher = Publisher(
-            outlet, endpoint, streams, memory, lossless=lossless, stop=stop, on_close=lambda: self._forget(lock)
+            outlet, endpoint, streams, memory, lossless=lossless, stop=stop, on_close=lambda: _forget(lock)
         )
+        weakref.finalize(publisher, _forget, lock)  # a process that ends without closing it still leaves no memory
         self._opened.append(publisher)
         return publisher
 
@@ -218,7 +220,7 @@ class ZmqBus:
         if self._auth is not None:
             self._auth.stop()
             self._auth = None
-        self._context.term()
+        self._context.destroy(0)
         self._folder.close()
 
     def __enter__(self) -> ZmqBus:
@@ -245,13 +247,6 @@ class ZmqBus:
         lock.write(name)
         return Ring(Segment.create(name, spec), spec, self._clock, expire=not lossless)
 
-    def _forget(self, lock: FileLock) -> None:
-        name = lock.read()
-        if name:
-            unlink(name)
-            lock.write("")
-        lock.close()
-
     def _xpub(self, address: str, lossless: bool) -> zmq.Socket[bytes]:
         socket = self._context.socket(zmq.XPUB)
         socket.linger = 0
@@ -272,6 +267,14 @@ class ZmqBus:
             socket.curve_server = True
             socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
         _bind(socket, address)
+
+
+def _forget(lock: FileLock) -> None:
+    """Removes a publisher's shared memory and gives up its endpoint. Idempotent."""
+    if lock.held:
+        remove_segment(lock.read())
+        lock.write("")
+        lock.close()
 
 
 class _Allowed:
@@ -355,13 +358,14 @@ class ControlServer:
 
     def __init__(self, session_dir: Path) -> None:
         """ConfigError if the folder is open to others or its path too long."""
+        address = endpoint_path(Path(session_dir), "control")
         self._folder = SessionFolder(Path(session_dir))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that was restarted takes over its name
-        _bind(self._socket, endpoint_path(self._folder.path, "control"))
+        _bind(self._socket, address)
         self.malformed = 0
 
     def receive(self, timeout_ms: int = 0) -> list[tuple[str, dict[str, Any]]]:
@@ -387,7 +391,7 @@ class ControlServer:
     def close(self) -> None:
         """Idempotent. Gives nodes a second to hear what was said last."""
         self._socket.close(_LINGER_MS)
-        self._context.term()
+        self._context.destroy(0)
         self._folder.close()
 
     def __enter__(self) -> ControlServer:
@@ -403,12 +407,13 @@ class ControlClient:
     def __init__(self, session_dir: Path, node: str) -> None:
         """The launcher may start later. ConfigError if the path is too long."""
         check_name("a node", node)
+        address = endpoint_path(Path(session_dir), "control")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 500
         self._socket.setsockopt(zmq.ROUTING_ID, node.encode())
-        self._socket.connect(endpoint_path(Path(session_dir), "control"))
+        self._socket.connect(address)
 
     def send(self, message: Mapping[str, Any]) -> bool:
         """Tells the launcher something; False if a thousand messages are waiting for it already."""
@@ -434,7 +439,7 @@ class ControlClient:
     def close(self) -> None:
         """Idempotent. Gives the launcher a second to hear what was said last."""
         self._socket.close(_LINGER_MS)
-        self._context.term()
+        self._context.destroy(0)
 
     def __enter__(self) -> ControlClient:
         return self
@@ -494,7 +499,7 @@ class JsonSubscription:
         """Idempotent."""
         self._stop.set()
         self._inlet.close()
-        self._context.term()
+        self._context.destroy(0)
 
     def __enter__(self) -> JsonSubscription:
         return self
