@@ -4,21 +4,11 @@
 SHA-256 of every file that the model is made of. Loading checks all of it against the files: digests, and each ONNX
 graph's inputs and outputs against what the declared streams will feed it. What runs later are the bytes that were
 checked.
-
-Python code. An encoder ``python: module:Class`` runs with the user's rights, so a bundle that has one loads only with
-``allow_code``, or from the shipped set: the ``models`` folder of the checkout that this very file belongs to, after
-symbolic links are resolved. Whoever can write there can change the pipeline as well, so that a list of trusted digests
-would protect nothing more. ``module`` is a file ``module.py`` of the bundle (then under its digests), or an installed
-module.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +18,7 @@ import msgspec
 from pipeline import align
 from pipeline.align import AlignSpec, StreamSpec
 from pipeline.errors import BundleError, ConfigError
+from pipeline.foreign import SHIPPED, load_experts
 from pipeline.messages import Payload
 from pipeline.modelfile import (
     MODEL_FILE,
@@ -36,6 +27,7 @@ from pipeline.modelfile import (
     Calibration,
     Lineage,
     ModelFile,
+    WholeEntry,
     Window,
     read_model,
     to_ns,
@@ -43,10 +35,14 @@ from pipeline.modelfile import (
 from pipeline.onnxfile import Dim, Tensor, check_signature, open_session
 from pipeline.strict import listed, nearest
 
+__all__ = ["SHIPPED", "Bundle", "load_bundle"]
+
 
 class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """A bundle that has passed every check. ``sha256`` is that of model.yaml, which holds those of all other files;
-    ``files`` the checked bytes; ``experts`` the classes of the streams that are encoded by Python code."""
+    ``files`` the checked bytes; ``experts`` the classes of the streams that are encoded by Python code; ``fusion`` the
+    file that makes logits. Where that is a user's ``whole`` model, ``frame_sizes`` are the heights and widths that it
+    wants."""
 
     path: Path
     name: str
@@ -54,6 +50,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     window: Window
     streams: dict[str, BundleStream]
     fusion: str
+    whole: WholeEntry | None
+    frame_sizes: dict[str, tuple[int, int]]
     labels: tuple[str, ...]
     strategy: str
     calibration: Calibration
@@ -130,9 +128,6 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-SHIPPED = Path(__file__).resolve().parent.parent / "models"
-
-
 def load_bundle(path: Path | str, allow_code: bool = False) -> Bundle:
     """The bundle in the folder ``path``, checked throughout. Raises BundleError; ConfigError if there is none."""
     folder = Path(path).expanduser().resolve()
@@ -147,10 +142,13 @@ def load_bundle(path: Path | str, allow_code: bool = False) -> Bundle:
     files = _read_files(folder, model)
     bundle = Bundle(
         path=folder, name=model.name, sha256=hashlib.sha256(text.encode()).hexdigest(),
-        window=Window(to_ns(model.window.hop_ms), model.window.steps), streams=streams, fusion=model.fusion,
-        labels=model.labels, strategy=model.strategy, calibration=model.calibration, lineage=model.lineage,
-        files=files, experts=_experts(folder, streams, files, allow_code),
+        window=Window(to_ns(model.window.hop_ms), model.window.steps), streams=streams, fusion=_fusion_file(model),
+        whole=model.model, frame_sizes={}, labels=model.labels, strategy=model.strategy,
+        calibration=model.calibration, lineage=model.lineage, files=files,
+        experts=load_experts(folder, streams, files, allow_code),
     )  # fmt: skip
+    if bundle.whole is not None:
+        return _check_whole(bundle, bundle.whole)
     for name, stream in streams.items():
         if not stream.is_python:
             _check_encoder(bundle, name, stream)
@@ -158,9 +156,14 @@ def load_bundle(path: Path | str, allow_code: bool = False) -> Bundle:
     return bundle
 
 
+def _fusion_file(model: ModelFile) -> str:
+    return model.model.file if model.model is not None else model.fusion or ""
+
+
 def _read_files(folder: Path, model: ModelFile) -> dict[str, bytes]:
     """The files of the lineage, each with its digest checked; all that the model uses must be among them."""
-    used = [s.encoder for s in model.streams.values() if not s.encoder.startswith(PYTHON)] + [model.fusion]
+    encoders = [s.encoder for s in model.streams.values() if s.encoder and not s.encoder.startswith(PYTHON)]
+    used = [*encoders, _fusion_file(model)]
     for name in used:
         if name not in model.lineage.files:
             raise BundleError(
@@ -189,53 +192,6 @@ def _read_file(folder: Path, name: str, digest: str) -> bytes:
             "model.yaml under lineage.files."
         )
     return data
-
-
-def _experts(
-    folder: Path, streams: dict[str, BundleStream], files: dict[str, bytes], allow_code: bool
-) -> dict[str, type[Any]]:
-    python = {name: stream.encoder[len(PYTHON) :].strip() for name, stream in streams.items() if stream.is_python}
-    if python and not allow_code and not folder.is_relative_to(SHIPPED):
-        raise BundleError(
-            f"{folder}: the encoder of {listed(python)} is Python code, which would run with your rights; such a "
-            f"bundle loads by itself only from {SHIPPED}. If you trust it, allow its code (`--allow-code`, or "
-            "`allow_code: true` in the rig)."
-        )
-    return {name: _expert(folder, name, target, files) for name, target in python.items()}
-
-
-def _expert(folder: Path, stream: str, target: str, files: dict[str, bytes]) -> type[Any]:
-    where = f"{folder / MODEL_FILE}, streams.{stream}.encoder"
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        raise BundleError(f"{where}: found `{PYTHON} {target}`, expected `{PYTHON} module:Class`.")
-    module_name, class_name = target.split(":")
-    own = module_name.replace(".", "/") + ".py"
-    if (folder / own).exists() and own not in files:
-        raise BundleError(f"{where}: it names the bundle's file {own}, whose SHA-256 is not listed in lineage.files.")
-    try:
-        module = _own_module(folder / own, files[own]) if own in files else importlib.import_module(module_name)
-    except Exception as error:  # whatever the foreign module does when imported is the bundle's fault
-        raise BundleError(f"{where}: {module_name} cannot be imported: {type(error).__name__}: {error}.") from error
-    found = getattr(module, class_name, None)
-    missing = [name for name in ("reset", "encode", "skip") if not callable(getattr(found, name, None))]
-    if not isinstance(found, type) or missing:
-        raise BundleError(
-            f"{where}: {target} is no expert; it needs to be a class with the methods reset, encode and skip"
-            f"{f' and lacks {listed(missing)}' if isinstance(found, type) else ''}."
-        )
-    return found
-
-
-def _own_module(file: Path, data: bytes) -> Any:
-    """The bundle's own module, run from the bytes whose digest was checked."""
-    name = f"sensorium_bundle_{hashlib.sha256(data).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_loader(name, loader=None, origin=str(file))
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__file__ = str(file)
-    sys.modules[name] = module  # dataclasses and structs look their module up by its name
-    exec(compile(data, str(file), "exec"), module.__dict__)
-    return module
 
 
 def encoder_input(stream: BundleStream) -> Tensor:
@@ -277,3 +233,32 @@ def _check_fusion(bundle: Bundle) -> None:
     inputs |= {f"mask.{name}": Tensor("f4", ("*", steps)) for name in bundle.streams}
     session = open_session(bundle.files[bundle.fusion], where, optimise=False)
     check_signature(session, where, inputs, {"logits": Tensor("f4", ("?", len(bundle.labels)))})
+
+
+def _check_whole(bundle: Bundle, whole: WholeEntry) -> Bundle:
+    """The bundle with the sizes of pictures that its model wants."""
+    where = str(bundle.path / whole.file)
+    session = open_session(bundle.files[whole.file], where, optimise=False)
+    shapes = {t.name: list(t.shape) for t in session.get_inputs()}
+    sizes: dict[str, tuple[int, int]] = {}
+    inputs: dict[str, Tensor] = {}
+    for name, given in whole.inputs.items():
+        stream = bundle.streams[given.stream]
+        length = stream.samples * bundle.window.steps
+        if stream.samples:
+            order: tuple[Dim, ...] = (length, stream.channels) if given.layout == "btc" else (stream.channels, length)
+        else:
+            order = ("?", "?", 3) if given.layout == "bhwc" else (3, "?", "?")
+            size = (shapes.get(name, [])[1:3] if given.layout == "bhwc" else shapes.get(name, [])[2:4]) or [0, 0]
+            if name in shapes and not all(isinstance(d, int) for d in size):
+                raise BundleError(f"{where}: its input `{name}` is {shapes[name]}; height and width must be fixed.")
+            sizes[given.stream] = (size[0], size[1])
+        batch: Dim = 1 if shapes.get(name, [None])[0] == 1 else "*"
+        inputs[name] = Tensor("f4", (batch, *order))
+    output = whole.output or session.get_outputs()[0].name
+    check_signature(session, where, inputs, {output: Tensor("f4", ("?", len(bundle.labels)))})
+    streams = {
+        name: msgspec.structs.replace(stream, token=sizes[name][0] * sizes[name][1] * 3) if name in sizes else stream
+        for name, stream in bundle.streams.items()
+    }
+    return msgspec.structs.replace(bundle, streams=streams, frame_sizes=sizes)

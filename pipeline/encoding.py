@@ -18,7 +18,6 @@ from pipeline.bundle import Bundle
 from pipeline.errors import BundleError, WireError
 from pipeline.messages import FrameLayout, Message, array
 from pipeline.modelfile import BundleStream
-from pipeline.onnxfile import open_session
 from pipeline.wire import decode_frame
 
 Array = np.ndarray[Any, Any]
@@ -42,18 +41,6 @@ class Encoder(Protocol):
     def encode(self, content: Any, start_ns: int, end_ns: int) -> Array: ...
     def skip(self) -> None: ...
     def reset(self) -> None: ...
-
-
-def make_encoder(bundle: Bundle, name: str, threads: int, providers: tuple[str, ...]) -> Encoder:
-    """The encoder of the stream ``name``, warmed up. Raises BundleError."""
-    stream = bundle.streams[name]
-    if stream.is_python:
-        return PythonEncoder(bundle, name, stream)
-    where = str(bundle.path / stream.encoder)
-    session = open_session(bundle.files[stream.encoder], where, threads, providers)
-    if stream.samples:
-        return GridEncoder(session, stream, where)
-    return MessageEncoder(session, stream, where)
 
 
 class MessageEncoder:

@@ -15,6 +15,7 @@ still contribute by its older steps.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -26,10 +27,9 @@ from pipeline.align import Manifest, Step, StreamManifest
 from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock, SystemClock
-from pipeline.encoding import make_encoder
-from pipeline.errors import BundleError
+from pipeline.fusing import make_encoder, make_fusion
 from pipeline.lanes import Lane
-from pipeline.onnxfile import fingerprint, open_session, provider_in_use
+from pipeline.onnxfile import fingerprint, provider_in_use
 from pipeline.prediction import BundleRef, Prediction, StreamReport, Timing, WindowSpan
 
 Array = np.ndarray[Any, Any]
@@ -80,12 +80,13 @@ class Fuser:
         }  # fmt: skip
         self._order = list(self._lanes)
         self._span_ns = bundle.window.steps * bundle.window.hop_ns
-        self._where = str(bundle.path / bundle.fusion)
-        self._fusion = open_session(bundle.files[bundle.fusion], self._where, self.options.threads, self.options.providers)
-        self.provider = provider_in_use(self._fusion, self.options.providers)
-        self._buffers: dict[str, Array] = {}
+        self._fusion = make_fusion(bundle, self.options.threads, self.options.providers)
+        self.provider = provider_in_use(self._fusion.session, self.options.providers)
+        stated = msgspec.json.encode(sorted(self.fingerprint().items()))
+        self._fingerprint_id = hashlib.blake2b(stated, digest_size=8).hexdigest()
         self._last: int | None = None
-        self._logits(self._plan(self._order))  # the first run allocates and chooses kernels; no live step shall wait
+        # The first run allocates and chooses kernels; no live step shall wait for that.
+        self._fusion.logits(self._lanes, self._plan(self._order).coalitions)
 
     @property
     def encoded(self) -> dict[str, int]:
@@ -105,6 +106,11 @@ class Fuser:
     def fingerprint(self) -> dict[str, str]:
         """What the floats of the predictions depend on beside bundle and messages."""
         return fingerprint(self.provider, self.options.threads)
+
+    @property
+    def fingerprint_id(self) -> str:
+        """The fingerprint as 16 hexadecimal digits; predictions carry it."""
+        return self._fingerprint_id
 
     def step(
         self, manifest: Manifest, content: Mapping[str, Any], masked: Mapping[str, str] | None = None
@@ -130,7 +136,8 @@ class Fuser:
             "encode": (encoded - started) / 1e6,
             "fuse": (fused - encoded) / 1e6,
         }
-        return self._prediction(manifest, outcome, faults, Timing(latency_ms=latency, provider=self.provider))
+        timing = Timing(latency_ms=latency, provider=self.provider, fingerprint=self.fingerprint_id)
+        return self._prediction(manifest, outcome, faults, timing)
 
     def _cross_gap(self, step: int) -> None:
         """Masks the steps that are missing between the last one and ``step``. Beyond a whole window nothing of the past
@@ -158,7 +165,9 @@ class Fuser:
     def _fuse(self) -> _Outcome:
         present = [name for name in self._order if self._lanes[name].present]
         plan = self._plan(present)
-        scores = self._probabilities(self._logits(plan, present))
+        members = np.zeros((len(plan.coalitions), len(self._order)), bool)
+        members[:, [self._order.index(name) for name in present]] = plan.coalitions
+        scores = self._probabilities(self._fusion.logits(self._lanes, members))
         label = int(np.argmax(scores[-1])) if np.isfinite(scores[-1]).all() else -1
         if not self.options.contributions or not np.isfinite(scores).all():
             return _Outcome(scores[-1], label, None)
@@ -166,39 +175,6 @@ class Fuser:
         pairs = zip(found.values.tolist(), found.standard_error.tolist(), strict=True)
         given = dict(zip(present, pairs, strict=True))
         return _Outcome(scores[-1], label, {name: given.get(name, (0.0, 0.0)) for name in self._order})
-
-    def _logits(self, plan: Plan, present: list[str] | None = None) -> Array:
-        """One call over all coalitions of the plan: logits [coalitions, labels]."""
-        rows = len(plan.coalitions)
-        columns = {name: plan.coalitions[:, i] for i, name in enumerate(present or ())}
-        feed = {}
-        for name, lane in self._lanes.items():
-            member = columns.get(name)
-            tokens = self._buffer(name, rows, lane.tokens.shape)
-            mask = self._buffer(f"mask.{name}", rows, lane.mask.shape)
-            if member is None:
-                tokens[:], mask[:] = 0, 0
-            else:
-                # Tokens are zeroed as well as masked: no graph, however made, may see what is left out.
-                np.multiply(lane.tokens, member[:, None, None], out=tokens)
-                np.multiply(lane.mask, member[:, None], out=mask)
-            feed[name], feed[f"mask.{name}"] = tokens, mask
-        try:
-            logits: Array = self._fusion.run(["logits"], feed)[0]
-        except Exception as error:  # onnxruntime's exception classes share no public base but Exception
-            raise BundleError(f"{self._where}: the model fails on {rows} windows: {str(error).splitlines()[0]}.") from None
-        if logits.shape != (rows, len(self.bundle.labels)):
-            raise BundleError(
-                f"{self._where}: for {rows} windows the logits have the shape "
-                f"{list(logits.shape)} instead of {[rows, len(self.bundle.labels)]}. Export it with a batch dimension."
-            )
-        return logits
-
-    def _buffer(self, name: str, rows: int, shape: tuple[int, ...]) -> Array:
-        kept = self._buffers.get(name)
-        if kept is None or len(kept) < rows:
-            kept = self._buffers[name] = np.empty((rows, *shape), np.float32)
-        return kept[:rows]
 
     def _probabilities(self, logits: Array) -> Array:
         """Calibrated probabilities, float64; rows that are not finite become NaN."""
@@ -234,12 +210,16 @@ class Fuser:
         )  # fmt: skip
 
     def _set(self, outcome: _Outcome) -> list[str]:
-        """The labels of at least the threshold, most probable first; never without the most probable one."""
+        """The prediction set (see ``Calibration``), most probable first; never without the most probable label."""
+        calibration, chosen, before = self.bundle.calibration, list[str](), 0.0
         if outcome.label < 0:
-            return []
-        order = sorted(range(len(self.bundle.labels)), key=lambda i: (-outcome.scores[i], i))
-        threshold = self.bundle.calibration.set_threshold
-        return [self.bundle.labels[i] for i in order if i == outcome.label or outcome.scores[i] >= threshold]
+            return chosen
+        scores = outcome.scores.tolist()
+        for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+            if i == outcome.label or scores[i] >= calibration.set_threshold or before <= calibration.set_mass:
+                chosen.append(self.bundle.labels[i])
+            before += scores[i]
+        return chosen
 
     def _report(self, name: str, manifest: Manifest, outcome: _Outcome, fault: str | None) -> StreamReport:
         rig = self._lanes[name].rig

@@ -59,25 +59,50 @@ class AllEntry(_Strict, frozen=True, tag_field="kind", tag="all"):
 
 class StreamEntry(_Strict, frozen=True):
     """One stream: what it carries, what a step of it holds, and what turns that into a token of ``token`` numbers.
-    ``context_ms`` of past samples are put before a step's own (resampled streams only)."""
+    ``context_ms`` of past samples are put before a step's own (resampled streams only). A bundle with a ``model`` of
+    whole windows has no encoders."""
 
     payload: Payload
     rule: NearestEntry | LatestEntry | ResampleEntry | AllEntry
-    encoder: str
-    token: Positive
+    encoder: str | None = None
+    token: Positive | None = None
     channels: Positive | None = None
     context_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     settings: dict[str, Any] = {}
 
 
+class WholeInput(_Strict, frozen=True):
+    """What one input of a whole-window model is fed with, f4. ``btc`` and ``bct``: the samples of a resampled stream,
+    [batch, time, channel] or [batch, channel, time], audio in [-1, 1). ``bhwc`` and ``bchw``: the window's newest
+    picture of a camera, resized to the input's fixed height and width, 0 to 255 times ``scale``."""
+
+    stream: str
+    layout: Literal["btc", "bct", "bhwc", "bchw"]
+    scale: PositiveFloat = 1.0
+    color: Literal["rgb", "bgr"] = "rgb"
+
+
+class WholeEntry(_Strict, frozen=True):
+    """A user's own ONNX model of whole windows: which stream each input takes, and what its output (the first unless
+    named) gives for the labels. What is missing or masked is zeros to it."""
+
+    file: str
+    inputs: dict[str, WholeInput]
+    output: str = ""
+    gives: Literal["logits", "probabilities"] = "logits"
+
+
 class Calibration(_Strict, frozen=True):
     """From held-out data: logits are divided by ``temperature``; below a confidence of ``abstain_below`` the model
-    abstains; labels of at least ``set_threshold`` form the prediction set, which then holds the truth in a share
-    ``set_coverage`` of cases."""
+    abstains. The prediction set is the most probable label, those of at least ``set_threshold``, and those before which
+    the more probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds
+    the truth in a share ``set_coverage`` of cases. A mass adapts better where streams may be missing: sets then grow
+    with every label that becomes possible, even if each of them is improbable."""
 
     temperature: PositiveFloat = 1.0
     abstain_below: Share = 0.0
     set_threshold: Share = 1.0
+    set_mass: Share = 0.0
     set_coverage: Share | None = None
 
 
@@ -96,9 +121,10 @@ class ModelFile(_Strict, frozen=True):
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     window: WindowEntry
     streams: dict[str, StreamEntry]
-    fusion: str
     labels: tuple[str, ...]
     lineage: Lineage
+    fusion: str | None = None
+    model: WholeEntry | None = None
     strategy: Literal["early", "late", "hybrid"] = "late"
     calibration: Calibration = Calibration()
 
@@ -112,7 +138,8 @@ class Window(msgspec.Struct, frozen=True):
 
 class BundleStream(msgspec.Struct, frozen=True, kw_only=True):
     """One stream of a bundle, in the pipeline's own terms. For a resampled stream a step is a grid
-    [samples, channels], and an encoder sees ``context`` samples before it."""
+    [samples, channels], and an encoder sees ``context`` samples before it. ``encoder`` is empty, and ``token`` as long
+    as the step's content, for a model of whole windows."""
 
     payload: Payload
     rule: align.Rule
@@ -176,11 +203,13 @@ def _stream(document: Document, name: str, entry: StreamEntry, window: WindowEnt
         context = round(entry.context_ms * rate / 1000)
     elif entry.context_ms:
         raise document.error((*at, "context_ms"), "only a resampled stream can have context; remove it.")
-    if entry.settings and not entry.encoder.startswith(PYTHON):
+    if entry.settings and not (entry.encoder or "").startswith(PYTHON):
         raise document.error((*at, "settings"), "only a `python:` encoder takes settings; remove them.")
+    channels = _channels(document, name, entry)
     return BundleStream(
-        payload=entry.payload, rule=_rule(entry.rule), channels=_channels(document, name, entry), encoder=entry.encoder,
-        settings=entry.settings, context_ms=entry.context_ms, token=entry.token, samples=samples, context=context,
+        payload=entry.payload, rule=_rule(entry.rule), channels=channels, encoder=entry.encoder or "",
+        settings=entry.settings, context_ms=entry.context_ms, token=entry.token or samples * channels, samples=samples,
+        context=context,
     )  # fmt: skip
 
 
@@ -199,10 +228,46 @@ def _channels(document: Document, name: str, entry: StreamEntry) -> int:
     return stated or 1
 
 
+def _check_kind(document: Document, model: ModelFile) -> None:
+    """Either encoders and a fusion, or one model of whole windows."""
+    if (model.fusion is None) is (model.model is None):
+        raise document.error((), "a bundle has either `fusion` and an encoder a stream, or a `model` of whole windows.")
+    for name, entry in model.streams.items():
+        for key in ("encoder", "token"):
+            if (getattr(entry, key) is None) is (model.model is None):
+                what = f"the key `{key}` is missing" if model.model is None else f"`{key}` has no place beside `model`"
+                raise document.error(("streams", name), f"{what}: tokens are for a bundle with `fusion`.")
+        if model.model is not None and entry.context_ms:
+            raise document.error(("streams", name, "context_ms"), "a `model` sees the whole window; remove the key.")
+    if model.model is not None:
+        _check_inputs(document, model, model.model)
+
+
+def _check_inputs(document: Document, model: ModelFile, whole: WholeEntry) -> None:
+    fed = sorted(given.stream for given in whole.inputs.values())
+    if fed != sorted(model.streams):
+        raise document.error(
+            ("model", "inputs"),
+            f"the inputs take the streams {listed(fed) or 'none'}, but `streams` has {listed(sorted(model.streams))}; "
+            "each needs one input.",
+        )
+    for name, given in whole.inputs.items():
+        entry = model.streams[given.stream]
+        kind = "btc" if isinstance(entry.rule, ResampleEntry) else "bhwc" if entry.payload == "frame" else ""
+        if sorted(given.layout) != sorted(kind):
+            allowed = {"btc": "`btc` or `bct`", "bhwc": "`bhwc` or `bchw`", "": "an encoder and a `fusion`"}[kind]
+            raise document.error(
+                ("model", "inputs", name, "layout"),
+                f"found `{given.layout}`, but `{given.stream}` is {entry.payload}, with the rule "
+                f"`{entry.rule.__struct_config__.tag}`; that needs {allowed}.",
+            )
+
+
 def _check_model(document: Document, model: ModelFile) -> None:
     """What the types alone do not say."""
     if not model.streams:
         raise document.error(("streams",), "a bundle needs at least one stream.")
+    _check_kind(document, model)
     for name in model.streams:
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
             raise document.error(
@@ -210,7 +275,9 @@ def _check_model(document: Document, model: ModelFile) -> None:
             )
     if len(model.labels) < 2 or len(set(model.labels)) < len(model.labels):
         raise document.error(("labels",), f"found {listed(model.labels)}; a model needs two or more different labels.")
-    if model.calibration.set_coverage is not None and model.calibration.set_threshold == 1.0:
+    calibration = model.calibration
+    if calibration.set_coverage is not None and calibration.set_threshold == 1.0 and calibration.set_mass == 0.0:
         raise document.error(
-            ("calibration", "set_coverage"), "a coverage needs the `set_threshold` that it was measured with."
+            ("calibration", "set_coverage"),
+            "a coverage needs the `set_threshold` or the `set_mass` that it was measured with.",
         )

@@ -261,7 +261,7 @@ def test_foreign_code_is_not_run_unasked(tmp_path: Path) -> None:
 def test_a_link_in_the_shipped_folder_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "models"
     shipped.mkdir()
-    monkeypatch.setattr("pipeline.bundle.SHIPPED", shipped)
+    monkeypatch.setattr("pipeline.foreign.SHIPPED", shipped)
     python_bundle(tmp_path / "foreign")
     (shipped / "linked").symlink_to(tmp_path / "foreign")
     refused(shipped / "linked", "Python code")

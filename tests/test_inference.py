@@ -439,6 +439,9 @@ def test_calibration_set_and_abstention(tmp_path: Path) -> None:
     assert prediction.confidence == pytest.approx(1 / (1 + math.exp(-1.5 / 3)), abs=1e-6)
     assert prediction.set == ["yes", "no"]
     assert (prediction.label, prediction.abstained) == ("yes", True)
+    mass = make(tmp_path, {"imu": GRID}, calibration={"set_mass": 0.8}).step(*given)
+    assert (mass.set, mass.confidence) == (["yes"], pytest.approx(1 / (1 + math.exp(-1.5))))
+    assert make(tmp_path, {"imu": GRID}, calibration={"set_mass": 0.82}).step(*given).set == ["yes", "no"]
     sure = make(tmp_path, {"imu": GRID}).step(*given)
     assert (sure.set, sure.abstained) == (["yes"], False)
 
@@ -494,10 +497,10 @@ def test_equal_steps_give_equal_predictions(kept: Path) -> None:
 
 def test_a_provider_that_is_not_there_is_said(tmp_path: Path) -> None:
     fuser = make(tmp_path, options=FuseOptions(providers=("openvino", "cpu")))
-    assert "OpenVINOExecutionProvider" not in fuser._fusion.get_providers()
+    assert "OpenVINOExecutionProvider" not in fuser._fusion.session.get_providers()
     assert fuser.provider == "cpu (openvino is not available)"
     assert fuser.step(manifest(1, {}), {}).timing.provider == fuser.provider
-    assert provider_in_use(fuser._fusion, ["CPUExecutionProvider"]) == "cpu"
+    assert provider_in_use(fuser._fusion.session, ["CPUExecutionProvider"]) == "cpu"
 
 
 def test_an_unknown_provider_is_the_users_fault() -> None:
