@@ -47,6 +47,7 @@ class Publisher:
         self._topics = {stream: stream.encode() for stream in self._sent}
         self._readers: dict[bytes, tuple[Join, int]] = {}
         self._welcomes: list[tuple[bytes, bytes]] = []
+        self._clock = SystemClock()  # for waiting only
         self._closed = False
 
     def publish(self, message: Message) -> bool:
@@ -63,9 +64,7 @@ class Publisher:
         self._serve()
         counters.sent += 1
         parts = self._parts(header, raw, counters)
-        while parts is None and self._lossless and not self._stop.is_set():
-            self._outlet.wait(2)
-            self._serve()
+        while parts is None and self._lossless and self._pause():
             parts = self._parts(header, raw, counters)
         if parts is None or not self._send(parts):
             counters.dropped += 1
@@ -104,10 +103,10 @@ class Publisher:
         self, names: Collection[str], timeout_s: float, stop: threading.Event | None = None
     ) -> set[str]:
         """Waits until readers of these names have joined, the time is over, or ``stop`` is set; those missing."""
-        clock = SystemClock()
+        deadline_ns = self._clock.now_ns() + int(timeout_s * 1e9)
         missing = set(names) - self.readers()
         while missing and not self._stop.is_set() and not (stop and stop.is_set()):
-            remaining_ms = int(timeout_s * 1000 - clock.now_ns() / 1e6)
+            remaining_ms = (deadline_ns - self._clock.now_ns()) // 1_000_000
             if remaining_ms <= 0:
                 break
             self._outlet.wait(min(remaining_ms, 50))
@@ -163,20 +162,22 @@ class Publisher:
 
     def _wait_for_attached(self, timeout_s: float) -> None:
         """The end of a short import must not take away memory that a reader is yet to map."""
-        clock = SystemClock()
-        while self._ring is not None and not self._ring.attached() and not self._stop.is_set():
-            if clock.now_ns() > timeout_s * 1e9:
+        deadline_ns = self._clock.now_ns() + int(timeout_s * 1e9)
+        while self._ring is not None and not self._ring.attached() and self._clock.now_ns() < deadline_ns:
+            if not self._pause():
                 return
-            self._outlet.wait(2)
-            self._serve()
 
     def _send(self, parts: Sequence[Any]) -> bool:
         while not self._outlet.send(parts):
-            if self._stop.is_set():
+            if not self._pause():
                 return False
-            self._outlet.wait(2)
-            self._serve()
         return True
+
+    def _pause(self) -> bool:
+        """Lets readers catch up; False when told to stop. A released slot rings no bell, so the wait is short."""
+        reached = self._clock.wait_until(self._clock.now_ns() + 100_000, self._stop)
+        self._serve()
+        return reached
 
     def _serve(self) -> None:
         """Takes note of who joined and left."""
