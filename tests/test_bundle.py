@@ -63,7 +63,7 @@ def test_its_digest_follows_every_byte(folder: Path, tmp_path: Path) -> None:
     assert load_bundle(folder).sha256 != load_bundle(other).sha256
 
 
-@pytest.mark.parametrize("name", ["demo"])
+@pytest.mark.parametrize("name", ["demo", "presence"])
 def test_shipped_bundles_load(name: str) -> None:
     bundle = load_bundle(SHIPPED / name)
     assert bundle.name == name
