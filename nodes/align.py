@@ -18,7 +18,7 @@ from pipeline.life import AlignReport, Life, Mark, Order, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings, wait_for_readers
 from pipeline.steps import GAP, STEP, Gap, encode_step
-from pipeline.transport import Lossless, Received, Subscriber, ZmqBus
+from pipeline.transport import Bus, Lossless, Publisher, Received, ZmqBus
 
 PATIENCE_NS = 20_000_000
 """The longest wait for a message, so that orders are seen soon."""
@@ -45,42 +45,49 @@ class Align:
 
     def run(self) -> None:
         """Until stopped."""
-        spec = self.settings.spec
         with contextlib.closing(ZmqBus(Path(self.life.spec.session_dir), self.life.spec.node)) as bus:
-            self.publisher = bus.publisher(self.life.spec.node, stop=self.life.stop)
-            subscriber = bus.subscriber(
-                self.life.spec.node,
-                {node: {stream: Lossless() for stream in streams} for node, streams in self.settings.wiring.items()},
-                payloads={stream.name: isinstance(stream.rule, Resample) for stream in spec.streams},
-            )
-            wait_for_readers(self.publisher, self.life)
-            self.aligner = Aligner(spec, first_step=self._first_step())
+            publisher = bus.publisher(self.life.spec.node, stop=self.life.stop)
+            self.join(bus, publisher)
+            wait_for_readers(publisher, self.life)
+            self.begin()
             while not self.life.stop.is_set():
-                self._turn(subscriber)
-            if not self.finished:
-                self._publish(self.aligner.tick(self.clock.now_ns()))
+                self.turn()
+            self._tick()
 
-    def _first_step(self) -> int:
-        """Step 1; after a restart the first hop that begins from now on, and the gap before it is announced."""
-        if self.life.spec.life == 0:
-            return 1
-        first = max(self.clock.now_ns() // self.settings.spec.hop_ns + 2, self.mark.value + 1)
-        gap = Gap(max(self.mark.value, 0) + 1, first - 1, "the align node was restarted")
-        self.publisher.publish_json(GAP, msgspec.json.encode(gap))
-        return first
+    def join(self, bus: Bus, publisher: Publisher) -> None:
+        """Subscribes to the streams: payloads only where they are resampled here."""
+        self.publisher = publisher
+        self.subscriber = bus.subscriber(
+            self.life.spec.node,
+            {node: {stream: Lossless() for stream in streams} for node, streams in self.settings.wiring.items()},
+            payloads={stream.name: isinstance(stream.rule, Resample) for stream in self.settings.spec.streams},
+        )
 
-    def _turn(self, subscriber: Subscriber) -> None:
+    def begin(self) -> None:
+        """Starts with step 1; after a restart with the first hop that begins from now on, and the gap before it is
+        announced."""
+        first = 1
+        if self.life.spec.life:
+            first = max(self.clock.now_ns() // self.settings.spec.hop_ns + 2, self.mark.value + 1)
+            gap = Gap(max(self.mark.value, 0) + 1, first - 1, "the align node was restarted")
+            self.publisher.publish_json(GAP, msgspec.json.encode(gap))
+        self.aligner = Aligner(self.settings.spec, first_step=first)
+
+    def turn(self) -> None:
         """Waits for the next message or deadline, and does what it brings."""
         now, event = self.clock.now_ns(), None if self.finished else self.aligner.next_event_ns
         wait_ns = PATIENCE_NS if event is None else min(max(event - now, 0), PATIENCE_NS)
-        for received in subscriber.receive(-(-wait_ns // 1_000_000)):
+        for received in self.subscriber.receive(-(-wait_ns // 1_000_000)):
             self._feed(received)
         for order in self.life.take_orders():
             self._close(order)
+        self._tick()
+        if self.life.due:
+            self.life.report(self._report())
+
+    def _tick(self) -> None:
         if not self.finished:
             self._publish(self.aligner.tick(self.clock.now_ns()))
-        if self.life.due:
-            self.life.report(self._report(subscriber))
 
     @property
     def finished(self) -> bool:
@@ -120,12 +127,11 @@ class Align:
             self.mark.value = step.manifest.step
             self.newest = step.manifest
 
-    def _report(self, subscriber: Subscriber) -> Report:
+    def _report(self) -> Report:
         return Report(
             state="ended" if self.finished else "ready",
             aligned={s.name: self._stream_report(s.name) for s in self.settings.spec.streams},
-            counters={"steps": float(max(self.mark.value, 0))}
-            | {f"unread.{s.name}": float(subscriber.counters(s.name).lost) for s in self.settings.spec.streams},
+            counters={"steps": float(max(self.mark.value, 0))},
         )
 
     def _stream_report(self, stream: str) -> AlignReport:

@@ -23,7 +23,7 @@ from pipeline.node import decode_settings, wait_for_readers
 from pipeline.prediction import Prediction
 from pipeline.recording import Label
 from pipeline.steps import GAP, STEP, Account, Gap, SentStep, decode_step
-from pipeline.transport import CurveServer, Lossless, Parts, Received, Subscriber, ZmqBus, load_curve_server
+from pipeline.transport import Bus, CurveServer, Lossless, Parts, Publisher, Received, ZmqBus, load_curve_server
 
 PREDICTION, LABEL = "prediction", "label"
 PATIENCE_MS = 50
@@ -113,32 +113,40 @@ class Fusion:
     def run(self) -> None:
         """Until stopped. Raises BundleError."""
         spec, settings = self.life.spec, self.settings
-        self.life.report(Report(state="starting", note="loading the model"))
+        with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
+            self.life.report(Report(state="starting", note="loading the model"))
+            publisher = bus.publisher(spec.node, stop=self.life.stop, tcp=settings.tcp, curve=self._curve())
+            self.join(bus, publisher)
+            wait_for_readers(publisher, self.life)
+            while not self.life.stop.is_set():
+                self.turn()
+
+    def join(self, bus: Bus, publisher: Publisher) -> None:
+        """Loads the model and subscribes to all that it needs. Raises BundleError."""
+        settings = self.settings
         bundle = load_bundle(settings.bundle, settings.allow_code)
         options = FuseOptions(
             threads=settings.threads, providers=settings.providers, contributions=settings.contributions
         )
-        self.fuser = Fuser(bundle, options, spec.session, streams=settings.streams, clock=self.clock)
-        with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
-            self.publisher = bus.publisher(spec.node, stop=self.life.stop, tcp=settings.tcp, curve=self._curve())
-            topics: dict[str, list[str]] = {"align": [STEP, GAP]} | {node: [LABEL] for node in settings.labels}
-            subscriber = bus.subscriber(
-                spec.node,
-                {node: {s: Lossless() for s in streams} for node, streams in settings.wiring.items() if streams},
-                topics={node: {topic: Lossless() for topic in names} for node, names in topics.items()},
-            )
-            wait_for_readers(self.publisher, self.life)
-            while not self.life.stop.is_set():
-                self._turn(subscriber)
+        self.fuser = Fuser(bundle, options, self.life.spec.session, streams=settings.streams, clock=self.clock)
+        self.publisher = publisher
+        # What explains a gap is looked at before the step that shows it.
+        topics: dict[str, list[str]] = {"align": [GAP, STEP]} | {node: [LABEL] for node in settings.labels}
+        self.subscriber = bus.subscriber(
+            self.life.spec.node,
+            {node: {s: Lossless() for s in streams} for node, streams in settings.wiring.items() if streams},
+            topics={node: {topic: Lossless() for topic in names} for node, names in topics.items()},
+        )
 
     def _curve(self) -> CurveServer | None:
         secret = self.settings.curve_secret
         return None if secret is None else load_curve_server(secret, self.settings.curve_allow)
 
-    def _turn(self, subscriber: Subscriber) -> None:
-        for received in subscriber.receive(2 if self.waiting else PATIENCE_MS):
+    def turn(self) -> None:
+        """Waits a moment for something to come, and predicts what can be predicted."""
+        for received in self.subscriber.receive(2 if self.waiting else PATIENCE_MS):
             self.cache.put(received)
-        for parts in subscriber.parts():
+        for parts in self.subscriber.parts():
             self._parts(parts)
         while self.waiting and self._step(*self.waiting[0]):
             self.waiting.popleft()

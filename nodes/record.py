@@ -22,7 +22,7 @@ from pipeline.messages import Message
 from pipeline.node import decode_settings
 from pipeline.recording import GAP_TOPIC, LABEL_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingWriter, SessionInfo
 from pipeline.steps import GAP, STEP, Account, Gap, decode_step
-from pipeline.transport import Lossless, Parts, Received, Subscriber, ZmqBus
+from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 
 PATIENCE_MS = 50
 _JSON_TOPICS = {"prediction": PREDICTION_TOPIC, "label": LABEL_TOPIC}
@@ -63,32 +63,42 @@ class Record:
     def run(self) -> None:
         """Until stopped; then the rest is written and the file closed. Raises RecordingError."""
         spec = self.life.spec
-        session = SessionInfo(
-            session=spec.session, unix_ns=spec.origin.unix_ns, rig=self.settings.rig, bundle=self.settings.bundle
-        )
-        path = free_path(self.settings.path)
-        self.writer = RecordingWriter(path, session, self.settings.compression)
-        self.queue = BoundedWriter(self.settings.queue_bytes)
         with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
-            subscriber = bus.subscriber(
-                spec.node,
-                {node: {s: Lossless() for s in streams} for node, streams in self.settings.wiring.items() if streams},
-                topics={node: {t: Lossless() for t in topics} for node, topics in self.settings.topics.items()},
-            )
+            self.join(bus)
             try:
                 while not self.life.stop.is_set():
-                    self._turn(subscriber, PATIENCE_MS)
-                self._turn(subscriber, 0)
+                    self.turn()
+                self.turn(0)
             finally:
-                self.queue.close()
-        note = f"{self.lost} messages could not be recorded" if self.lost else ""
-        note = f"{note}; this is part {spec.life + 1} of its session" if spec.life else note
-        self.writer.close(complete=not note, note=note.removeprefix("; "))
+                self.finish()
 
-    def _turn(self, subscriber: Subscriber, patience_ms: int) -> None:
-        for received in subscriber.receive(patience_ms):
+    def join(self, bus: Bus) -> None:
+        """Opens the file and subscribes to all that goes into it. Raises RecordingError."""
+        spec, settings = self.life.spec, self.settings
+        session = SessionInfo(
+            session=spec.session, unix_ns=spec.origin.unix_ns, rig=settings.rig, bundle=settings.bundle
+        )
+        self.writer = RecordingWriter(free_path(settings.path), session, settings.compression)
+        self.queue = BoundedWriter(settings.queue_bytes)
+        self.subscriber = bus.subscriber(
+            spec.node,
+            {node: {s: Lossless() for s in streams} for node, streams in settings.wiring.items() if streams},
+            topics={node: {t: Lossless() for t in topics} for node, topics in settings.topics.items()},
+        )
+
+    def finish(self) -> None:
+        """Writes what waits and closes the file, which says whether anything is missing. Raises RecordingError."""
+        self.queue.close()
+        self.queue.check()
+        notes = [f"{self.lost} messages could not be recorded"] if self.lost else []
+        notes += [f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else []
+        self.writer.close(complete=not notes, note="; ".join(notes))
+
+    def turn(self, patience_ms: int = PATIENCE_MS) -> None:
+        """Waits a moment for something to come, and queues it. Raises RecordingError when the file failed."""
+        for received in self.subscriber.receive(patience_ms):
             self._message(received)
-        for parts in subscriber.parts():
+        for parts in self.subscriber.parts():
             self._parts(parts)
         self.queue.check()
         if self.life.due:

@@ -81,23 +81,26 @@ class Replay:
         self.streams = set(life.spec.streams)
         self.reports = {stream: SourceReport() for stream in sorted(self.streams)}
         self.last: dict[str, Header] = {}
-        self.ended = False
 
     def run(self) -> None:
         """Until stopped; at the recording's end only beats. Raises RecordingError."""
         spec = self.life.spec
         with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
-            self.publisher: Publisher = bus.publisher(
+            publisher = bus.publisher(
                 spec.node, sorted(self.streams), ring_spec(spec), lossless=True, stop=self.life.stop
             )
-            wait_for_readers(self.publisher, self.life)
-            with RecordingReader(self.settings.path) as reader:
-                while self._play(reader) and self.settings.loop:
-                    pass
-            self.ended = not self.life.stop.is_set()
-            while not self.life.stop.is_set():
-                self._end()
-                self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop)
+            wait_for_readers(publisher, self.life)
+            self.play(publisher)
+
+    def play(self, publisher: Publisher) -> None:
+        """Publishes the recording, and then beats until stopped. Raises RecordingError."""
+        self.publisher = publisher
+        with RecordingReader(self.settings.path) as reader:
+            while self._play(reader) and self.settings.loop:
+                pass
+        while not self.life.stop.is_set():
+            self._end()
+            self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop)
 
     def _play(self, reader: RecordingReader) -> bool:
         """Publishes the recording once, from now on; False if it was stopped, or is empty."""

@@ -20,6 +20,7 @@ from pipeline.life import NodeSpec, Order, Report
 NodeState = Literal["starting", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
 SENSOR_BACKOFF_NS = 1_000_000_000
 TAIL_LINES = 12
+LOG_LIMIT = 4 << 20
 
 _report = msgspec.json.Decoder(Report)
 _START = "import sys; from pipeline.node import run_node; sys.exit(run_node(sys.argv[1]))"
@@ -108,6 +109,11 @@ class Child:
         """Whether the node has said nothing for longer than it may."""
         patience_s = self._limits.hang_ms / 1000 if self.state in ("ready", "ended") else self._limits.start_s
         return self._clock.now_ns() - self._heard_ns > patience_s * 1e9
+
+    def trim_log(self) -> None:
+        """Begins the log anew when a chatty driver has filled it: the session's folder often lies in memory."""
+        if self.log.stat().st_size > LOG_LIMIT:
+            os.truncate(self.log, 0)
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to the node, if it is there."""

@@ -358,6 +358,7 @@ class Session:
                 child.kill()
             if child.restart_at_ns is not None and self.clock.now_ns() >= child.restart_at_ns:
                 self._begin(child)
+            child.trim_log()
 
     def _died(self, child: Child) -> None:
         assert child.process is not None

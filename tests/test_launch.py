@@ -366,6 +366,60 @@ def test_a_required_source_that_fails_ends_the_start(tmp_path: Path) -> None:
         assert not nodes_of(session.dir)
 
 
+# A source of a user's own whose device is there when a file is.
+PLUGGED = """
+from pathlib import Path
+from nodes.synthetic import Synthetic
+from pipeline.errors import SensorError
+
+class Plugged(Synthetic):
+    class Settings(Synthetic.Settings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        plug: Path
+    def open(self):
+        self.check()
+        super().open()
+    def read(self):
+        self.check()
+        return super().read()
+    def check(self):
+        if not self.settings.plug.exists():
+            raise SensorError("nothing is plugged in")
+"""
+
+
+def test_a_device_that_is_unplugged_and_plugged_in_again(tmp_path: Path) -> None:
+    (tmp_path / "plugged.py").write_text(PLUGGED)
+    plug = tmp_path / "plug"
+    sources = SOURCES | {"imu": {"kind": "plugged:Plugged", "payload": "imu", "plug": "plug"}}
+    with running(tmp_path, sources=sources) as watched:
+        watched.predict_until(lambda p: p.streams["camera"].verdict == "ok", "the others do not wait for the device")
+        until(lambda: watched.saw("imu", "waiting"), "the node says that it waits")
+        assert watched.session.status().streams["imu"].note == "nothing is plugged in"
+        watched.predict_until(lambda p: p.streams["imu"].reason == "never_started", "nothing has ever come of it")
+        plug.touch()
+        watched.predict_until(all_ok, "the device is there")
+        plug.unlink()
+        watched.predict_until(lambda p: p.streams["imu"].verdict == "missing", "the device is gone")
+        plug.touch()
+        watched.predict_until(all_ok, "the device is back")
+        until(lambda: watched.session.status().streams["imu"].note == "", "all is well")
+        assert watched.session.status().nodes["imu"].restarts == 0
+        got = indices(watched.predictions)
+        assert got == list(range(got[0], got[0] + len(got)))
+
+
+def test_a_required_device_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
+    (tmp_path / "plugged.py").write_text(PLUGGED)
+    imu = {"kind": "plugged:Plugged", "payload": "imu", "plug": "plug", "required": True}
+    rig = make_rig(tmp_path, sources={"imu": imu}, bundle=False, restart={"start_s": 3})
+    with short_folder() as root:
+        session = Session(rig, root=root)
+        with pytest.raises(SensoriumError, match=r"not ready within 3 s: imu \(nothing is plugged in\)"):
+            session.start()
+        assert not session.dir.exists()
+        assert not nodes_of(session.dir)
+
+
 def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:
     out = tmp_path / "first.mcap"
     sources = {name: source | {"duration_s": 4} for name, source in SOURCES.items()}

@@ -1,0 +1,466 @@
+"""The align, fusion, record and replay nodes one by one, on a bus within this process and a clock moved by hand."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from nodes.align import Align
+from nodes.fusion import Fusion, PayloadCache
+from nodes.record import Record, free_path
+from nodes.replay import Replay, moved_header
+from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
+from pipeline.clock import ManualClock, Origin
+from pipeline.errors import RecordingError
+from pipeline.life import Life, NodeSpec, Order
+from pipeline.messages import IMU_DTYPE, Header, ImuLayout, Message, SweepLayout, TextLayout
+from pipeline.prediction import Prediction
+from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
+from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
+from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
+
+MS = 1_000_000
+HOP = 100 * MS
+
+
+def life(folder: Path, node: str, settings: dict[str, Any], now_ns: int = 0, **more: Any) -> Life:
+    spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(folder), node=node, kind=node, settings=settings,
+                    supervised=False, **more)  # fmt: skip
+    return Life(spec, ManualClock(now_ns))
+
+
+def header(stream: str, seq: int, t_ns: int, layout: Any, epoch: int = 0) -> Header:
+    return Header(stream=stream, seq=seq, epoch=epoch, t_capture_ns=t_ns, t_end_ns=t_ns, bound_ns=t_ns + 1,
+                  t_receipt_ns=t_ns, layout=layout)  # fmt: skip
+
+
+def text(seq: int, t_ns: int, data: bytes = b"line") -> Message:
+    return Message(header("text", seq, t_ns, TextLayout(len(data))), data)
+
+
+def imu(seq: int, t_ns: int, epoch: int = 0) -> Message:
+    batch = np.zeros(10, IMU_DTYPE)
+    batch["offset_ns"] = np.arange(10) * 10 * MS
+    first = header("imu", seq, t_ns, ImuLayout(10), epoch)
+    return Message(msgspec.structs.replace(first, t_end_ns=t_ns + 90 * MS, bound_ns=t_ns + 90 * MS + 1), batch)
+
+
+# -- align -------------------------------------------------------------------------------------------------------------
+
+
+class Aligning:
+    """An align node for an IMU and a LiDAR, with somebody who listens to it."""
+
+    def __init__(self, folder: Path, now_ns: int = 0, restarts: int = 0) -> None:
+        streams = (
+            StreamSpec(name="imu", payload="imu", rule=Resample(100, 50 * MS), channels=6),
+            StreamSpec(name="lidar", payload="sweep", rule=Latest(250 * MS)),
+        )
+        spec = AlignSpec(hop_ns=HOP, streams=streams, max_delay_ns=250 * MS)
+        settings = {"spec": msgspec.to_builtins(spec), "wiring": {"imu": ["imu"], "lidar": ["lidar"]}}
+        self.life = life(folder, "align", settings, now_ns, life=restarts)
+        self.bus = MemoryBus()
+        self.sources = {name: self.bus.publisher(name, [name]) for name in ("imu", "lidar")}
+        self.node = Align(self.life)
+        self.node.join(self.bus, self.bus.publisher("align"))
+        topics = {"align": {STEP: Lossless(), GAP: Lossless()}}
+        self.listener = self.bus.subscriber("test", {}, topics=topics)
+        self.node.begin()
+        self.heard: list[Any] = []
+
+    def turn(self, now_ms: int) -> list[Any]:
+        """One turn at this time; the manifests and gaps that came of it."""
+        clock = self.life.clock
+        assert isinstance(clock, ManualClock)
+        clock.advance(max(0, now_ms * MS - clock.now_ns()))
+        self.node.turn()
+        self.listener.receive(0)
+        for parts in self.listener.parts():
+            if parts.topic == STEP:
+                self.heard.append(decode_step([STEP, *parts.parts]).manifest)
+            else:
+                self.heard.append(msgspec.json.decode(parts.parts[0], type=Gap))
+        return self.heard
+
+    def cloud(self, seq: int, t_ms: int) -> Message:
+        return Message(header("lidar", seq, t_ms * MS, SweepLayout(4)), sweep(1.0)[0].data)
+
+
+def test_steps_come_when_they_are_proven_and_at_their_deadline(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    aligning.sources["imu"].publish(imu(0, 0))
+    aligning.sources["imu"].publish(imu(1, 100 * MS))
+    aligning.sources["lidar"].publish(aligning.cloud(0, 95))
+    aligning.sources["lidar"].publish(aligning.cloud(1, 105))
+    heard = aligning.turn(110)
+    assert [m.step for m in heard] == [1]
+    assert {s.verdict for s in heard[0].streams.values()} == {"ok"}
+    heard = aligning.turn(460)
+    assert [(m.step, m.cause) for m in heard] == [(1, "proven"), (2, "deadline")]
+    assert heard[1].streams["lidar"].verdict == "partial"  # a sweep is there, but a later one might still have come
+
+
+def test_a_dead_stream_is_closed_again_when_its_last_words_come(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    aligning.sources["imu"].publish(imu(0, 0))
+    aligning.sources["lidar"].publish(aligning.cloud(0, 95))
+    aligning.turn(100)
+    aligning.life.orders.put(Order(do="close", stream="lidar", reason="dead"))
+    aligning.sources["imu"].publish(imu(1, 100 * MS))
+    aligning.turn(110)
+    aligning.sources["imu"].publish(imu(2, 200 * MS))
+    aligning.sources["lidar"].publish(aligning.cloud(1, 150))  # it was on its way when its node died
+    heard = aligning.turn(210)
+    assert [(m.step, m.cause) for m in heard] == [(1, "proven"), (2, "proven"), (3, "proven")]
+    assert heard[1].streams["lidar"].closed == "dead"
+    back = msgspec.structs.replace(aligning.cloud(0, 400).header, epoch=250 * MS)
+    aligning.sources["lidar"].publish(Message(back, sweep(1.0)[0].data))
+    aligning.sources["imu"].publish(imu(3, 300 * MS))
+    heard = aligning.turn(410)
+    assert [m.step for m in heard] == [1, 2, 3, 4]
+    assert heard[3].streams["lidar"].closed is None
+
+
+def test_streams_that_ended_are_closed_when_all_they_sent_is_here(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    for stream, seq in (("imu", 2), ("lidar", 1)):
+        aligning.life.orders.put(Order(do="close", stream=stream, reason="ended", epoch=0, seq=seq))
+    aligning.sources["imu"].publish(imu(0, 0))
+    aligning.sources["lidar"].publish(aligning.cloud(0, 95))
+    assert aligning.turn(100) == []
+    aligning.sources["imu"].publish(imu(1, 100 * MS))
+    for stream, seq, t_ms in (("imu", 2, 190), ("lidar", 1, 95)):
+        beat = msgspec.structs.replace(header(stream, seq, t_ms * MS, None), bound_ns=t_ms * MS + 1)
+        aligning.sources[stream].beat(beat)
+    heard = aligning.turn(210)
+    assert [m.step for m in heard] == [1]  # the end lies within hop 2
+    assert aligning.node.finished
+    assert [m.step for m in aligning.turn(5000)] == [1]  # no deadline says anything after the end
+
+
+def test_an_aligner_that_was_restarted_begins_at_the_next_hop_and_names_the_gap(tmp_path: Path) -> None:
+    first = Aligning(tmp_path)
+    first.turn(400)
+    last = first.heard[-1].step
+    assert [m.step for m in first.heard] == [1]
+    again = Aligning(tmp_path, now_ns=730 * MS, restarts=1)
+    heard = again.turn(730)
+    assert heard == [Gap(last + 1, 8, "the align node was restarted")]
+    heard = again.turn(1200)
+    assert heard[1].step == 9
+    assert heard[1].start_ns == 800 * MS
+
+
+# -- fusion ------------------------------------------------------------------------------------------------------------
+
+
+class Fusing:
+    """A fusion node for an IMU (in the steps) and a LiDAR (payloads of its own), with somebody who listens to it."""
+
+    def __init__(self, folder: Path, restarts: int = 0, **more: Any) -> None:
+        bundle = write_bundle(folder / "model", {"imu": GRID, "lidar": SWEEP}, steps=2)
+        settings = {"bundle": str(bundle), "streams": {"imu": "imu", "lidar": "lidar"},
+                    "wiring": {"lidar": ["lidar"]}, "labels": ["session"], **more}  # fmt: skip
+        self.life = life(folder, "fusion", settings, 10 * HOP, life=restarts)
+        self.bus = MemoryBus()
+        self.align = self.bus.publisher("align")
+        self.labels = self.bus.publisher("session")
+        self.lidar = self.bus.publisher("lidar", ["lidar"])
+        self.node = Fusion(self.life)
+        self.node.join(self.bus, self.bus.publisher("fusion"))
+        topics = {"fusion": {"prediction": Lossless(), GAP: Lossless()}}
+        self.listener = self.bus.subscriber("test", {}, topics=topics)
+        self.predictions: list[Prediction] = []
+        self.gaps: list[Gap] = []
+
+    def turn(self) -> list[Prediction]:
+        """One turn; all predictions so far."""
+        self.node.turn()
+        self.listener.receive(0)
+        for parts in self.listener.parts():
+            if parts.topic == GAP:
+                self.gaps.append(msgspec.json.decode(parts.parts[0], type=Gap))
+            else:
+                self.predictions.append(msgspec.json.decode(parts.parts[0], type=Prediction))
+        return self.predictions
+
+    def step(self, k: int, seq: int) -> None:
+        """Publishes a step that uses sweep ``seq``."""
+        imu_says = StreamManifest(verdict="ok", proven=True, used=((0, k, k),), epoch=0)
+        lidar_says = StreamManifest(verdict="ok", proven=True, used=((0, seq, seq),), epoch=0)
+        manifest = Manifest(step=k, start_ns=(k - 1) * HOP, end_ns=k * HOP, cause="proven", emitted_ns=k * HOP + MS,
+                            digest="", streams={"imu": imu_says, "lidar": lidar_says})  # fmt: skip
+        _, *parts = encode_step(Step(manifest, {}, {"imu": grid(0.5)}), k * HOP + 2 * MS)
+        self.align.publish_parts(STEP, parts)
+
+    def sweep(self, seq: int) -> None:
+        message = sweep(1.0, seq)[0]
+        t = seq * HOP
+        self.lidar.publish(
+            Message(msgspec.structs.replace(message.header, t_capture_ns=t, t_end_ns=t, bound_ns=t + 1), message.data)
+        )
+
+
+def test_a_payload_that_comes_after_its_step_is_waited_for(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    fusing.sweep(0)
+    fusing.step(1, seq=0)
+    assert [p.window.index for p in fusing.turn()] == [1]
+    fusing.step(2, seq=1)
+    assert len(fusing.turn()) == 1
+    fusing.sweep(1)
+    second = fusing.turn()[1]
+    assert second.streams["lidar"].masked is None
+    assert set(second.timing.latency_ms) == {"wait", "align", "transport", "encode", "fuse", "total"}
+    assert second.timing.latency_ms["total"] == pytest.approx(10 * 100 - 200)
+
+
+def test_a_payload_that_is_lost_is_masked_at_once_and_said_to_be(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    fusing.sweep(1)  # number 0 is lost: a later one has come
+    fusing.step(1, seq=0)
+    assert fusing.turn()[0].streams["lidar"].masked == "overrun"
+    assert fusing.predictions[0].streams["lidar"].contribution == 0.0
+    fusing.step(2, seq=1)
+    assert fusing.turn()[1].streams["lidar"].masked is None
+
+
+def test_a_payload_that_does_not_come_is_masked_when_its_time_is_over(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path, payload_wait_ms=50)
+    fusing.step(1, seq=0)
+    assert fusing.turn() == []
+    assert isinstance(fusing.life.clock, ManualClock)
+    fusing.life.clock.advance(50 * MS)
+    assert fusing.turn()[0].streams["lidar"].masked == "overrun"
+    assert fusing.node.counters["masked.overrun"] == 1
+
+
+def test_a_fusion_node_that_cannot_keep_up_sheds_and_leaves_no_window_out(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    for k in range(1, 21):
+        fusing.step(k, seq=k)
+        fusing.sweep(k)
+    predictions = fusing.turn()
+    assert [p.window.index for p in predictions] == list(range(1, 21))
+    shed = [p.window.index for p in predictions if p.streams["lidar"].masked == "shed"]
+    assert shed == list(range(1, 13))
+    assert {p.streams["lidar"].masked for p in predictions[12:]} == {None}
+
+
+def test_the_label_that_covers_a_windows_end_is_its_truth(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    for label in (Label(0, HOP, "yes"), Label(HOP, 3 * HOP, "no"), Label(2 * HOP, 3 * HOP, "later")):
+        fusing.labels.publish_json("label", msgspec.json.encode(label))
+    fusing.turn()
+    for k in range(1, 5):
+        fusing.sweep(k)
+        fusing.step(k, seq=k)
+    assert [p.truth for p in fusing.turn()] == ["yes", "no", "later", None]
+
+
+def test_what_never_came_is_named_as_a_gap(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    fusing.sweep(0)
+    fusing.step(3, seq=0)
+    fusing.step(3, seq=0)  # twice: not used again
+    fusing.align.publish_json(GAP, msgspec.json.encode(Gap(2, 7, "the align node was restarted")))
+    fusing.step(8, seq=0)
+    fusing.align.publish_parts(STEP, [b"nonsense"])
+    assert [p.window.index for p in fusing.turn()] == [3, 8]
+    assert [(gap.first, gap.last) for gap in fusing.gaps] == [(1, 2), (4, 7)]
+    assert fusing.gaps[1].cause == "the align node was restarted"
+    assert fusing.node.counters["malformed"] == 2
+
+
+def test_a_fusion_node_that_was_restarted_names_what_it_missed(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    fusing.sweep(0)
+    fusing.step(1, seq=0)
+    fusing.turn()
+    again = Fusing(tmp_path, restarts=1)
+    again.sweep(1)
+    again.step(5, seq=1)
+    again.turn()
+    assert [(gap.first, gap.last, gap.cause) for gap in again.gaps] == [(2, 4, "the fusion node was restarted")]
+
+
+def test_the_cache_is_bounded_and_forgets_what_no_step_can_use() -> None:
+    bus = MemoryBus()
+    publisher = bus.publisher("text", ["text"])
+    subscriber = bus.subscriber("test", {"text": {"text": Lossless()}})
+    cache = PayloadCache(1000)
+    for seq in range(10):
+        publisher.publish(text(seq, seq, bytes(300)))
+    for received in subscriber.receive(1000):
+        cache.put(received)
+    assert cache.evicted == 7
+    assert cache.get("text", (0, 6)) is None
+    assert cache.lost("text", (0, 6))
+    assert not cache.lost("text", (0, 10))
+    cache.forget("text", (0, 9))
+    assert cache.get("text", (0, 8)) is None
+    assert cache.get("text", (0, 9)) is not None
+    publisher.beat(header("text", 12, 99, None))
+    for received in subscriber.receive(1000):
+        cache.put(received)
+    assert cache.lost("text", (0, 11))
+    assert not cache.lost("text", (0, 12))
+
+
+# -- record ------------------------------------------------------------------------------------------------------------
+
+
+def recorder(folder: Path, bus: MemoryBus, **more: Any) -> Record:
+    settings = {"path": str(folder / "out.mcap"), "wiring": {"text": ["text"]}, "queue_bytes": 1 << 20,
+                "topics": {"align": [GAP, STEP], "session": ["label"]}}  # fmt: skip
+    node = Record(life(folder, "record", settings | more))
+    node.join(bus)
+    return node
+
+
+def test_what_is_lost_is_named_and_the_recording_says_that_it_is_incomplete(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    publisher = bus.publisher("text", ["text"])
+    node = recorder(tmp_path, bus)
+    for seq in (0, 1, 4, 5):
+        publisher.publish(text(seq, seq * MS))
+    publisher.beat(header("text", 8, 9 * MS, None))
+    node.turn(1000)
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert [m.header.seq for m, _ in reader.messages()] == [0, 1, 4, 5]
+        gaps = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert [(g["stream"], g["from"], g["to"]) for g in gaps] == [("text", 2, 3), ("text", 6, 7)]
+        assert not reader.info.complete
+        assert "4 messages" in reader.info.note
+
+
+def test_a_recorder_whose_disk_is_too_slow_names_what_did_not_fit(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    publisher = bus.publisher("text", ["text"])
+    node = recorder(tmp_path, bus, queue_bytes=1000)
+    disk = threading.Event()
+    node.queue.put(1, disk.wait)  # the disk is busy until we say so
+    for seq in range(10):
+        publisher.publish(text(seq, seq * MS, bytes(300)))
+    node.turn(1000)
+    disk.set()
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert [m.header.seq for m, _ in reader.messages()] == [0, 1, 2]
+        gaps = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert [k for g in gaps for k in range(g["from"], g["to"] + 1)] == list(range(3, 10))
+        assert {g["cause"] for g in gaps} == {"the disk was too slow, and the recorder's queue full"}
+
+
+def test_manifests_labels_and_gaps_between_steps_are_recorded(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    align, session = bus.publisher("align"), bus.publisher("session")
+    node = recorder(tmp_path, bus)
+    manifests = []
+    for k in (1, 2, 5):
+        manifests.append(Manifest(step=k, start_ns=0, end_ns=k, cause="proven", emitted_ns=0, digest="d", streams={}))
+        _, *parts = encode_step(Step(manifests[-1], {}, {}), 0)
+        align.publish_parts(STEP, parts)
+    session.publish_json("label", msgspec.json.encode(Label(0, 5, "calm")))
+    node.turn(1000)
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert [msgspec.json.decode(d, type=Manifest) for d, _, _ in reader.json(MANIFEST_TOPIC)] == manifests
+        assert reader.labels() == [Label(0, 5, "calm")]
+        gap = msgspec.json.decode(next(iter(reader.json(GAP_TOPIC)))[0])
+        assert (gap["from"], gap["to"]) == (3, 4)
+        assert reader.info.complete
+
+
+def test_a_write_that_fails_ends_the_recorder(tmp_path: Path) -> None:
+    node = recorder(tmp_path, MemoryBus())
+    node.writer.close()  # what a full disk does to the writer
+    node.queue.put(1, lambda: node.writer.write(text(0, 0), 0))
+    with pytest.raises(RecordingError, match="closed"):
+        node.finish()
+    with pytest.raises(RecordingError, match="closed"):
+        node.turn(0)
+
+
+def test_a_recording_never_takes_the_place_of_another(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    assert free_path(path) == path
+    path.touch()
+    assert free_path(path).name == "a-2.mcap"
+    (tmp_path / "a-2.mcap").touch()
+    assert free_path(path).name == "a-3.mcap"
+
+
+# -- replay ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_is_published_again_moved_by_one_constant(tmp_path: Path) -> None:
+    path = tmp_path / "in.mcap"
+    with RecordingWriter(path, SessionInfo(session="s")) as writer:
+        for label in (Label(5000 * MS, 5100 * MS, "calm"), Label(5100 * MS, 5300 * MS, "shake")):
+            writer.write_label(label, label.start_ns)
+        for seq, t_ms in ((0, 5000), (1, 5100), (3, 5200)):
+            writer.write(text(seq, t_ms * MS), (t_ms + 20) * MS)
+        writer.write(Message(header("text", 4, 5250 * MS, None)), 5300 * MS)
+    node_life = life(tmp_path, "session", {"path": str(path)}, 2000 * MS, streams={"text": "text"})
+    settings = Replay.Settings(path=path)
+    assert Replay.streams_of(settings) == {"text": "text"}
+    assert Replay.slots_of(settings) == {}
+    bus = MemoryBus()
+    node, publisher = Replay(node_life), bus.publisher("session", ["text"], lossless=True)
+    subscriber = bus.subscriber("test", {"session": {"text": Lossless()}}, topics={"session": {"label": Lossless()}})
+    player = threading.Thread(target=node.play, args=(publisher,))
+    player.start()
+    headers: list[Header] = []
+    labels: list[Label] = []
+    while len(headers) < 5:
+        for received in subscriber.receive(1000):
+            with received:
+                headers.append(received.message.header)
+        labels += [msgspec.json.decode(parts.parts[0], type=Label) for parts in subscriber.parts()]
+    node_life.stop.set()
+    player.join()
+    shift = headers[0].t_capture_ns - 5000 * MS
+    expected = [moved_header(text(seq, t * MS).header, shift) for seq, t in ((0, 5000), (1, 5100), (3, 5200))]
+    assert [h for h in headers if not h.is_beat] == expected
+    assert [h.seq for h in headers if h.is_beat][:2] == [4, 4]
+    assert [(label.start_ns - shift, label.label) for label in labels] == [(5000 * MS, "calm"), (5100 * MS, "shake")]
+    assert shift == -5000 * MS + 2000 * MS + 100 * MS
+
+
+def test_raw_frames_get_slots_and_unknown_streams_are_refused(tmp_path: Path, demo_frames: Path) -> None:
+    assert Replay.slots_of(Replay.Settings(path=demo_frames)) == {"camera": 640 * 480 * 3}
+    with pytest.raises(ValueError, match="no stream `front`"):
+        Replay.streams_of(Replay.Settings(path=demo_frames, streams=("front",)))
+
+
+@pytest.fixture
+def demo_frames(tmp_path: Path) -> Path:
+    """A recording of one raw frame."""
+    from pipeline.messages import FrameLayout
+
+    path = tmp_path / "frames.mcap"
+    layout = FrameLayout("bgr8", 480, 640)
+    with RecordingWriter(path, SessionInfo(session="s")) as writer:
+        writer.write(Message(header("camera", 0, 0, layout), np.zeros((480, 640, 3), np.uint8)), 0)
+    return path
+
+
+def test_payloads_in_shared_memory_reach_the_recorder(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    publisher: Publisher = bus.publisher("text", ["text"], RingSpec(2, 100_000))
+    node = recorder(tmp_path, bus)
+    for seq in range(6):
+        publisher.publish(text(seq, seq * MS, bytes([seq]) * 90_000))
+        node.turn(1000)
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert [bytes(m.data) for m, _ in reader.messages()] == [bytes([seq]) * 90_000 for seq in range(6)]
+        assert reader.info.complete
