@@ -56,10 +56,13 @@ class Line(NamedTuple):
 
 
 class Prior(NamedTuple):
-    """What is believed of the slope before any data: a Cauchy law (heavy tails: wrong beliefs give way)."""
+    """What is believed of the slope before any data: a Cauchy law (heavy tails: wrong beliefs give way) around
+    ``slope``, within a Gaussian one of ``clock`` around ``zero``: no clock is far off, only a queue that drains is."""
 
     slope: float
     scale: float
+    zero: float = 0.0
+    clock: float = 0.005
 
 
 def fit_lower(x: Array, y: Array, n: Array, prior: Prior) -> Line:
@@ -70,8 +73,9 @@ def fit_lower(x: Array, y: Array, n: Array, prior: Prior) -> Line:
     """
     middle, half = float(x[0] + x[-1]) / 2, float(x[-1] - x[0]) / 2
     u, base = (x - middle) / half, float(y.min())
-    u, z, n, hull, scale = _without_bursts(u, y - base, n)
-    weights, line0, line1 = _posterior(u, z, n / n.mean(), hull, scale, Prior(prior.slope * half, prior.scale * half))
+    prior = Prior(*(half * v for v in prior))
+    u, z, n, hull, scale = _without_bursts(u, y - base, n, prior)
+    weights, line0, line1 = _posterior(u, z, n / n.mean(), hull, scale, prior)
     c0, c1 = float(weights @ line0), float(weights @ line1)
     end, turn = line0 + line1 - (c0 + c1), line1 - c1
     off = np.abs(end)
@@ -120,20 +124,30 @@ def weigh_line(x: Array, y: Array, variance: Array, prior: Prior) -> Line:
     return Line(at, value, slope, var, float(-a01 / det), float(a00 / det), 2.6 * var**0.5, 0.0)
 
 
-def _without_bursts(u: Array, z: Array, n: Array) -> tuple[Array, Array, Array, tuple[float, float], float]:
+def _without_bursts(
+    u: Array, z: Array, n: Array, prior: Prior
+) -> tuple[Array, Array, Array, tuple[float, float], float]:
     """The blocks that are not wholly inside a burst, the lower hull at both anchors, and the typical excess over it."""
-    hull, excess = _hull(u, z)
+    hull, excess = _hull(u, z, prior)
     kept = excess <= 10 * np.median(excess) + 10 * _FLOOR_NS
     few = kept.sum() < MIN_BLOCKS or not kept[u <= -_ANCHOR].any() or not kept[u > _ANCHOR].any()
     if not few and not kept.all():
         u, z, n = u[kept], z[kept], n[kept]
-        hull, excess = _hull(u, z)
+        hull, excess = _hull(u, z, prior)
     return u, z, n, hull, max(float(np.mean(np.maximum(excess, 0.0))), _FLOOR_NS)
 
 
-def _hull(u: Array, z: Array) -> tuple[tuple[float, float], Array]:
-    """The lower hull's height at -anchor and +anchor, and each point's excess over the line through both."""
+def _hull(u: Array, z: Array, prior: Prior) -> tuple[tuple[float, float], Array]:
+    """The lower hull's height at -anchor and +anchor, and each point's excess over the line through both.
+
+    Where that line is no clock's (a queue drains), the highest line below all points that could be one stands in.
+    """
     low, high = _hull_at(u, z, -_ANCHOR), _hull_at(u, z, _ANCHOR)
+    tilt = (high - low) / (2 * _ANCHOR)
+    allowed = min(max(tilt, prior.zero - 4 * prior.clock), prior.zero + 4 * prior.clock)
+    if allowed != tilt:
+        level = float((z - allowed * u).min())
+        low, high = level - allowed * _ANCHOR, level + allowed * _ANCHOR
     return (low, high), z - ((low + high) / 2 + (high - low) / (2 * _ANCHOR) * u)
 
 
@@ -152,12 +166,12 @@ def _posterior(
     The grid lies in the logarithms of the two drops below the hull and is narrowed twice to where the mass is.
     """
     # Lines through the hull's anchors may pass above points beyond these: the largest drops must clear them all.
-    line0, line1 = (hull[0] + hull[1]) / 2, (hull[1] - hull[0]) / (2 * _ANCHOR)
-    deepest = max(float((line0 + line1 * u - z).max()), 0.0)
+    level, tilt = (hull[0] + hull[1]) / 2, (hull[1] - hull[0]) / (2 * _ANCHOR)
+    deepest = max(float((level + tilt * u - z).max()), 0.0)
     grid = _COARSE_AB * (1 + np.log1p(deepest / scale) / _COARSE[-1]) + np.log(scale)
     slack = (0.5 * (_COARSE[1] - _COARSE[0])) ** 2
     for _ in range(3):
-        weights, line0, line1 = _weigh(grid, u, z, n, hull, prior)
+        weights = _weigh(grid, u, z, n, hull, prior)[0]
         mean = grid @ weights
         off = grid - mean[:, None]
         cov = (off * weights) @ off.T + np.eye(2) * slack
@@ -185,6 +199,7 @@ def _weigh(
     top = by_shape.max(axis=0)
     score = top + np.log(np.exp(by_shape - top).sum(axis=0)) + grid[0] + grid[1]
     score -= np.log1p(((line1 - prior.slope) / prior.scale) ** 2)
+    score -= 0.5 * ((line1 - prior.zero) / prior.clock) ** 2
     score[outside] = -np.inf
     weights = np.exp(score - score.max())
     return weights / weights.sum(), line0, line1

@@ -21,7 +21,8 @@ a sample    it means                              what is done
 on time     not before the line                   used; mapped by the line
 late        far after the line                    mapped by the line, never used against it (delays are one-sided);
                                                   uncertainty covers the excess. If *every* sample of
-                                                  ``confirm_ns`` was late: the device's clock lost time: new epoch
+                                                  ``confirm_ns`` was late, and as late at its end as at its start:
+                                                  the device's clock lost time: new epoch
 early       far before the line: no delay         held, mapped by its receipt. If three samples in a row are odd:
             can do that                           the device's clock gained time: new epoch. Else it was a bad stamp
 backward    device time decreased                 the same: a restart, or one bad stamp
@@ -62,12 +63,12 @@ _STEP_NS = 4e6
 """A correction larger than this (eight seconds of slewing) opens a new epoch."""
 _SETTLING_NS = 500_000_000
 _ODD_IN_A_ROW = 3
-_LATE_PAIRS = 256
+_LATE_PAIRS, _LATE_ROUNDS = 1024, 5
 _FIRST_UNCERTAINTY_NS = 50e6
 _DRIFT_PRIOR, _DRIFT_PRIOR_AGAIN = 100e-6, 2e-6
 _ADC_GAP_NS = 3_000_000
 _TRUSTED_NS, _LONGEST_LOSS_NS = 1_000_000_000, 60e9
-_STATED = 1.1
+_STATED = 1.15
 """What the model's own 99 % bound is multiplied by: delays follow no model exactly."""
 
 
@@ -149,9 +150,10 @@ class Timebase:
         if late <= self._late_limit:
             if self._late_pairs:
                 self._late_pairs.clear()
+                self._late_second, self._late_rounds = inf, 0
         elif self._is_late_jump(t_device_ns, t_receipt_ns, late):
             return self._jump_late()
-        elif self._jitter:  # a delay, or a bad stamp: no measurement of the moment
+        else:  # it says nothing about the line
             return self._publish(dx, late, False)
         self._typical += ((late if late < self._late_limit else self._late_limit) - self._typical) * 0.02
         # What follows is _take() in place: this is the one path that runs a thousand times a second.
@@ -161,7 +163,7 @@ class Timebase:
         if self._jitter or self._line is None:
             self._take_rarer(dx, y)
         stepped = False
-        if dx >= self._block_end or late < -self._bound:
+        if dx >= self._block_end or (late < -self._bound and dx >= self._evidence_at):
             stepped = self._close_block(dx)
             late = y - (self._value + self._slope * (dx - self._at))
         return self._publish(dx, late, stepped)
@@ -226,10 +228,11 @@ class Timebase:
         self._early, self._late_limit, self._late_least = inf, self._jump, 0.0
         self._held: list[tuple[int, int]] = []
         self._late_pairs: deque[tuple[int, int]] = deque(maxlen=_LATE_PAIRS)
-        self._late_since = (0, 0)
+        self._late_since, self._late_first, self._late_second, self._late_rounds = (0, 0), 0.0, inf, 0
         self._blocks: list[tuple[float, float, float]] = []
         self._length = _FIRST_BLOCK_NS
-        self._block_end, self._refit_at, self._settled_at = self._length, 0.0, _SETTLING_NS
+        self._block_end, self._evidence_at = self._length, self._length // 2
+        self._refit_at, self._settled_at = 0.0, _SETTLING_NS
         self._clear_block()
         self._dx, self._shown, self._last_ns = 0, 0.0, 0
         for t_device_ns, t_receipt_ns in pairs:
@@ -239,17 +242,34 @@ class Timebase:
             if dx >= self._block_end:
                 self._close_block(dx)
             self._dx = dx
+        self._settled_at = _SETTLING_NS
 
     def _is_late_jump(self, t_device_ns: int, t_receipt_ns: int, late: float) -> bool:
-        """Notes a late sample; True once lateness has lasted long enough to be a jump."""
+        """Notes a late sample; True once lateness has lasted, and stood still, for long enough to be a jump."""
         pairs = self._late_pairs
         if not pairs:
-            self._late_least, self._late_since = late, (t_device_ns, t_receipt_ns)
-        self._late_least = min(self._late_least, late)
+            self._late_first = self._late_least = late
+            self._late_since = (t_device_ns, t_receipt_ns)
+        elif late < self._late_least:
+            self._late_least = late
         pairs.append((t_device_ns, t_receipt_ns))
         # Device time must have passed too: a queue that drains after a stall is late for many samples, not for long.
-        lasted = min(t_receipt_ns - self._late_since[1], 2 * (t_device_ns - self._late_since[0]))
-        return lasted >= self._confirm and len(pairs) >= 2 * _ODD_IN_A_ROW
+        lasted = min(t_receipt_ns - self._late_since[1], t_device_ns - self._late_since[0])
+        if 2 * lasted < self._confirm:
+            self._late_first = self._late_least
+            return False
+        if self._late_second > late:
+            self._late_second = late
+        if lasted < self._confirm or len(pairs) < 2 * _ODD_IN_A_ROW:
+            return False
+        # A jump is as late at its end as at its start; delays come and go. (But whatever stays for five rounds is new.)
+        self._late_rounds += 1
+        steady = abs(self._late_second - self._late_first) < self._jump / 2 or self._late_rounds == _LATE_ROUNDS
+        if not steady:
+            self._late_since = (t_device_ns, t_receipt_ns)
+            self._late_first = self._late_least = late
+        self._late_second = inf
+        return steady
 
     def _jump_late(self) -> Mapped:
         """The device's clock lost time: a new epoch from the latest of the late samples."""
@@ -286,7 +306,7 @@ class Timebase:
         self._clear_block()
         if len(self._blocks) > _MAX_BLOCKS:
             self._merge()
-        self._block_end = dx + self._length
+        self._block_end, self._evidence_at = dx + self._length, dx + self._length // 2
         if len(self._blocks) >= MIN_BLOCKS and (dx >= self._refit_at or evidence):
             self._fit(dx)
         if self._line is None:
@@ -317,7 +337,7 @@ class Timebase:
         x, y, n = (np.array(v) for v in zip(*self._blocks, strict=True))
         # The fit sees deviations from the line of the moment, which are small, whatever the age of the epoch.
         fit = fit_middle if self._jitter else fit_lower
-        prior = Prior(self._prior.slope - self._slope, self._prior.scale)
+        prior = Prior(self._prior.slope - self._slope, self._prior.scale, -self._slope)
         value, slope = self._value + self._slope * (float(x[-1]) - self._at), self._slope
         line = fit(x - x[-1], y - value - slope * (x - x[-1]), n, prior)
         self._line = line._replace(at=float(x[-1]), value=line.value + value, slope=line.slope + slope)
@@ -338,7 +358,7 @@ class Timebase:
         noise = spread * line.bound99 / sqrt(line.var_value)
         span = self._span
         wander = self._wander * (span**2 / 12 + ahead * (span + ahead) / 2)
-        self._bound = hypot(_STATED * noise, _STATED * 2 * wander, self._half_tick)
+        self._bound = _STATED * hypot(noise, 2 * wander, self._half_tick)
         self._early = max(self._jump, 4 * self._bound)
         if self._jitter:
             self._early = max(self._early, 6 * line.spread * sqrt(self._mean_count))
