@@ -23,6 +23,9 @@ from pipeline.transport import Bus, Lossless, Publisher, Received, ZmqBus
 PATIENCE_NS = 20_000_000
 """The longest wait for a message, so that orders are seen soon."""
 
+LINGER_NS = 500_000_000
+"""How long after the stop the last messages may still come."""
+
 
 class Align:
     """Runs the aligner on the session's streams."""
@@ -52,7 +55,7 @@ class Align:
             self.begin()
             while not self.life.stop.is_set():
                 self.turn()
-            self._tick()
+            self.finish()
 
     def join(self, bus: Bus, publisher: Publisher) -> None:
         """Subscribes to the streams: payloads only where they are resampled here."""
@@ -93,6 +96,13 @@ class Align:
     def finished(self) -> bool:
         """Whether every stream came to its natural end, after which no deadline says anything new."""
         return len(self.ended) == len(self.settings.spec.streams)
+
+    def finish(self) -> None:
+        """What is on its way when everything stops still makes steps; not for long, if it does not come."""
+        deadline = self.clock.now_ns() + LINGER_NS
+        self.turn()
+        while self.ending and self.clock.now_ns() < deadline:
+            self.turn()
 
     def _feed(self, received: Received) -> None:
         message = _owned(received)

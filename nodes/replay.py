@@ -98,9 +98,9 @@ class Replay:
         with RecordingReader(self.settings.path) as reader:
             while self._play(reader) and self.settings.loop:
                 pass
-        while not self.life.stop.is_set():
+        self._end()
+        while self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop):
             self._end()
-            self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop)
 
     def _play(self, reader: RecordingReader) -> bool:
         """Publishes the recording once, from now on; False if it was stopped, or is empty."""

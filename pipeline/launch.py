@@ -341,7 +341,8 @@ class Session:
             reports, alive = child.listen()
         for report in reports:
             if report.state != state and report.state in ("ready", "waiting", "ended"):
-                self._tell(child, report.state, report.note or report.state)
+                if not self._stopping:
+                    self._tell(child, report.state, report.note or report.state)
                 if report.state == "ended":
                     self._close_ended(child)
                 if child.name == "align" and report.state == "ready":

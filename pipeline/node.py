@@ -98,12 +98,15 @@ class SourceShell:
         self._trouble = ""
 
     def run(self) -> None:
-        """Turns until the life says stop; after the data's end only reports. Raises SensorError after ``FAILURES``."""
+        """Turns until the life says stop, which is an end as well: whoever waits for more must know. Raises SensorError
+        after ``FAILURES``."""
         try:
             self.stamper.open(self.life.clock.now_ns())
             self._report(force=True)
             while not self.life.stop.is_set():
                 self.turn()
+            if not self.ended:
+                self._end()
         finally:
             self.source.close()
 
@@ -145,9 +148,13 @@ class SourceShell:
         except SensorError as error:
             self._failed(error)
         except EOFError:
-            self.ended = True
-            self._beat()
-            self._report(force=True)
+            self._end()
+
+    def _end(self) -> None:
+        """States the number of the message that will not come."""
+        self.ended = True
+        self._beat()
+        self._report(force=True)
 
     def _publish(self, reading: Reading) -> None:
         now = self.life.clock.now_ns()
