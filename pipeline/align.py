@@ -61,7 +61,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -141,8 +141,8 @@ class StreamManifest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Least capture time that has come so far; before it the stream had never started."""
     losses: tuple[tuple[int, int, int], ...] = ()
     """Losses learnt of since the last manifest: (first ns, end ns, count)."""
-    overflows: tuple[tuple[int, int], ...] = ()
-    """Capture times of what was turned away since then because the buffer was full: (first ns, last ns)."""
+    overflows: tuple[tuple[int, int, int], ...] = ()
+    """What was turned away since then because the buffer was full: (first ns, last ns, count) by capture time."""
     gap: tuple[int, int] | None = None
     """A loss whose end is not known yet: (first ns, count)."""
 
@@ -169,6 +169,13 @@ class Step(msgspec.Struct, frozen=True):
     grids: dict[str, Any]
 
 
+class _Close(NamedTuple):
+    """A stream's end on its way through the inbox."""
+
+    track: Track
+    reason: Literal["dead", "ended"]
+
+
 class Aligner:
     """Joins streams into steps; see the module. Times passed in must not go back."""
 
@@ -183,10 +190,9 @@ class Aligner:
         self._heard_ns = 0  # of the last feed or close
         self._emitted_ns = 0
         self._pending = False
-        self._inbox: deque[tuple[Message, int]] = deque()
+        self._inbox: deque[tuple[Message | _Close, int]] = deque()
         self._inbox_limit = sum(s.max_buffer for s in spec.streams)
         self._wake_ns = 0
-        self._last_step = 0  # of the end
         self._reckon_wake()
 
     # --- calls -----------------------------------------------------------------------------------------------------
@@ -218,22 +224,16 @@ class Aligner:
 
     def close(self, stream: str, reason: Literal["dead", "ended"], now_ns: int) -> list[Step]:
         """Says that a stream's node is dead (no longer waited for until it speaks again), or that it has ended."""
-        steps = self.tick(now_ns)
-        track = self._tracks[stream]
-        self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
-        track.close(reason)
-        if reason == "ended":
-            self._end(track)
-        return steps + self._work(now_ns, self._spec.max_steps_per_call - len(steps))
+        self._inbox.append((_Close(self._tracks[stream], reason), now_ns))
+        return self._work(now_ns)
 
     def finish(self, now_ns: int) -> list[Step]:
         """Ends all streams; returns all steps up to the last whole hop below the greatest bound."""
         steps = self._work(now_ns, None)
         self._time_ns = self._heard_ns = max(self._time_ns, now_ns)
         for track in self._tracks.values():
-            track.close("ended")
-            self._end(track)
-        while self._next <= self._last_step:
+            self._end(track, "ended")
+        while self._next <= self._last_whole_step():
             steps.append(self._emit("end"))
         return steps
 
@@ -274,10 +274,10 @@ class Aligner:
         else:
             track.turn_away(message)
 
-    def _work(self, now_ns: int, budget: int | None = 0) -> list[Step]:
+    def _work(self, now_ns: int, limit: int | None = 0) -> list[Step]:
         """Does what is due up to ``now_ns``, in the order of nominal times: steps, then expiries and deadlines, then
-        the messages in the inbox. Stops after ``budget`` steps (0: as many as a call may); the rest stays pending."""
-        limit = self._spec.max_steps_per_call if budget == 0 else budget
+        what waits in the inbox. Stops after ``limit`` steps (0: as many as a call may); the rest stays pending."""
+        limit = self._spec.max_steps_per_call if limit == 0 else limit
         steps: list[Step] = []
         self._pending = False
         while True:
@@ -293,9 +293,12 @@ class Aligner:
             if event_ns <= until_ns:
                 self._time_ns = max(self._time_ns, event_ns)
             elif self._inbox:
-                message, arrival_ns = self._inbox.popleft()
+                item, arrival_ns = self._inbox.popleft()
                 self._time_ns = self._heard_ns = max(self._time_ns, arrival_ns)
-                self._take(self._tracks[message.header.stream], message, arrival_ns)
+                if isinstance(item, Message):
+                    self._take(self._tracks[item.header.stream], item, self._time_ns)
+                else:
+                    self._end(item.track, item.reason)
             else:
                 self._time_ns = max(self._time_ns, now_ns)
                 self._reckon_wake()
@@ -327,12 +330,16 @@ class Aligner:
                 if not track.idle_at(now_ns):
                     return None
                 expired_ns = max(expired_ns, track.expiry_ns)
+        ended = False
         for track in self._tracks.values():
-            if track.proven and track.closed != "dead" and not track.idle_at(now_ns):
-                if all(t.closed == "ended" for t in self._tracks.values()) and self._next > self._last_step:
-                    return None  # all is said
-                return "idle" if expired_ns > self._heard_ns else "proven"
-        return None
+            if track.closed == "ended":
+                ended = True
+            elif track.proven and track.closed is None and not track.idle_at(now_ns):
+                break
+        else:  # nobody lives who could say more: what has ended speaks for itself as far as anything was said
+            if not ended or self._next > self._last_whole_step():
+                return None
+        return "idle" if expired_ns > self._heard_ns else "proven"
 
     def _next_event_ns(self) -> int:
         """The next time after now at which the head step could become final by itself."""
@@ -348,11 +355,15 @@ class Aligner:
         self._wake_ns = self._next_event_ns()
         self._open_limit_ns = (self._next + self._spec.max_open) * self._spec.hop_ns
 
-    def _end(self, track: Track) -> None:
-        self._last_step = max(self._last_step, track.promised_ns // self._spec.hop_ns)
-        if not track.proven:
+    def _end(self, track: Track, reason: Literal["dead", "ended"]) -> None:
+        track.close(reason)
+        if reason == "ended" and not track.proven:
             track.proven = True
             self._unproven -= 1
+
+    def _last_whole_step(self) -> int:
+        """The last step whose hop lies below the greatest bound."""
+        return max(track.promised_ns for track in self._tracks.values()) // self._spec.hop_ns
 
     # --- steps -----------------------------------------------------------------------------------------------------
 

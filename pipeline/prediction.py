@@ -42,6 +42,8 @@ class Timing(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     latency_ms: dict[str, float]
     provider: str = ""
+    fingerprint: str = ""
+    """Of the runtime that computed the scores: on an equal one they are equal to the last bit."""
 
 
 class BundleRef(msgspec.Struct, frozen=True, gc=False):

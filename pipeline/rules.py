@@ -45,6 +45,10 @@ FOREVER = 1 << 62
 """Beyond every time of a session: the bound of a stream that has ended."""
 
 
+LEAST_MEMORY = 64
+"""So many losses, and so many numbers that are outstanding, are remembered one by one; beyond it they are merged."""
+
+
 class Nearest(msgspec.Struct, frozen=True, gc=False, tag="nearest"):
     """The message with the least distance d to E(k), d < tolerance; ties: earlier capture, then lower seq."""
 
@@ -131,7 +135,7 @@ class Stated(Protocol):
     @property
     def losses(self) -> tuple[tuple[int, int, int], ...]: ...
     @property
-    def overflows(self) -> tuple[tuple[int, int], ...]: ...
+    def overflows(self) -> tuple[tuple[int, int, int], ...]: ...
     @property
     def gap(self) -> tuple[int, int] | None: ...
 
@@ -172,6 +176,7 @@ class Track:
         self.layout_type = LAYOUTS[spec.payload]
         self.ordered = spec.ordered
         self.max_buffer = spec.max_buffer
+        self.memory = max(spec.max_buffer, LEAST_MEMORY)
         self.counters = Counters()
         self.received = 0
         self.epoch = -FOREVER
@@ -189,10 +194,10 @@ class Track:
         self.next_seq = 0
         self.gap: tuple[int, int] | None = None  # (first ns, count) of a loss whose end is not known yet
         self.last_capture_ns = -FOREVER
-        self.sequence = None if spec.ordered else _Unordered(spec.max_buffer)
+        self.sequence = None if spec.ordered else _Unordered(self.memory)
         self.ordinary = spec.ordered  # nothing out of the ordinary is going on: no gap open, not closed
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
-        self.overflows: list[tuple[int, int]] = []
+        self.overflows: list[tuple[int, int, int]] = []  # (first ns, last ns, count) of what was turned away
         self.fresh_overflows = 0
         self.aim(step)
 
@@ -286,7 +291,7 @@ class Track:
     def _open(self, epoch: int) -> None:
         if self.sequence is not None:
             self.counters.lost += self.sequence.missing
-            self.sequence = _Unordered(self.max_buffer)
+            self.sequence = _Unordered(self.memory)
         self.epoch = epoch
         self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
@@ -315,7 +320,7 @@ class Track:
         self.next_seq = max(self.next_seq, header.seq if beat else header.seq + 1)
 
     def _remember_loss(self, first_ns: int, end_ns: int, count: int) -> None:
-        if len(self.losses) >= self.max_buffer:  # bounded whatever a stream does: the two newest become one
+        if len(self.losses) >= self.memory:  # bounded whatever a stream does: the two newest become one
             before = self.losses.pop()
             first_ns, count = before[0], before[2] + count
         self.losses.append((first_ns, end_ns, count))
@@ -346,8 +351,11 @@ class Track:
             self.counters.late += 1
         elif len(self.buffer) >= self.max_buffer:
             self._reject(header, "overflow")
-            first_ns = self.overflows.pop()[0] if len(self.overflows) >= self.max_buffer else header.t_capture_ns
-            self.overflows.append((first_ns, header.t_end_ns))
+            first_ns, count = header.t_capture_ns, 1
+            if len(self.overflows) >= self.memory:
+                before = self.overflows.pop()
+                first_ns, count = before[0], before[2] + 1
+            self.overflows.append((first_ns, header.t_end_ns, count))
             self.fresh_overflows += 1
         else:
             self._keep(message)
@@ -411,7 +419,7 @@ class Track:
 
     def overflowed_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages were turned away there because the buffer was full."""
-        return sum(1 for a, b in self.overflows if a < end_ns and b >= first_ns) if self.overflows else 0
+        return sum(n for a, b, n in self.overflows if a < end_ns and b >= first_ns) if self.overflows else 0
 
     @property
     def never_started(self) -> bool:
