@@ -7,8 +7,10 @@ when it runs, so that ``--help`` and a typing error answer at once.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 import traceback
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +33,9 @@ RigArgument = Annotated[str | None, typer.Argument(metavar="RIG", help="a YAML f
 Recording = Annotated[Path, typer.Argument(metavar="RECORDING", help="an MCAP file")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle run Python code of its own")]
+Predictions = Annotated[
+    str | None, typer.Option(metavar="ENDPOINT", help="publish predictions here too, like tcp://127.0.0.1:5599")
+]
 Duration = Annotated[float | None, typer.Option("--duration", metavar="S", min=0.0, help="stop after S seconds")]
 
 
@@ -48,6 +53,7 @@ def run(
     record: Annotated[Path | None, typer.Option(metavar="OUT", help="record the session to this MCAP file")] = None,
     json: Json = False,
     duration: Duration = None,
+    predictions: Predictions = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Run a rig and show its predictions.
@@ -61,7 +67,7 @@ def run(
     """
     from pipeline import commands
 
-    commands.run(rig, record=record, json=json, duration_s=duration, allow_code=allow_code)
+    commands.run(rig, record=record, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
 
 
 @app.command()
@@ -70,6 +76,7 @@ def record(
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")] = None,
     json: Json = False,
     duration: Duration = None,
+    predictions: Predictions = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Run a rig and record its session.
@@ -82,7 +89,7 @@ def record(
     """
     from pipeline import commands
 
-    commands.record(rig, out, json=json, duration_s=duration, allow_code=allow_code)
+    commands.record(rig, out, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
 
 
 @app.command()
@@ -100,8 +107,8 @@ def replay(
 
     \b
     Example:
-      sensorium replay recordings/demo.mcap
-      sensorium replay recordings/demo.mcap --speed 1 --json
+      sensorium replay session.mcap
+      sensorium replay recordings/demo.mcap --bundle models/demo --speed 1
     """
     from pipeline import commands
 
@@ -230,5 +237,9 @@ def main() -> None:
 
 def fail(message: str, exit_code: int) -> None:
     """Says in one paragraph what is wrong, and exits."""
-    print(f"error: {message}", file=sys.stderr)
+    message = f"error: {message}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        message = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in message.splitlines())
+    print(message, file=sys.stderr)
     sys.exit(exit_code)

@@ -49,24 +49,51 @@ def _known(rigs: dict[str, Path]) -> str:
     return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
 
 
-def run(rig: str | None, *, record: Path | None, json: bool, duration_s: float | None, allow_code: bool) -> None:
+def run(
+    rig: str | None,
+    *,
+    record: Path | None,
+    json: bool,
+    duration_s: float | None,
+    predictions: str | None,
+    allow_code: bool,
+) -> None:
     """``sensorium run``."""
-    from pipeline.config import load_rig
-
-    rig_file = load_rig(find_rig(rig))
+    rig_file = _load(rig, predictions)
     entry = _record_entry(rig_file, record) if record is not None else None
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
 
 
-def record(rig: str | None, out: Path | None, *, json: bool, duration_s: float | None, allow_code: bool) -> None:
+def record(
+    rig: str | None,
+    out: Path | None,
+    *,
+    json: bool,
+    duration_s: float | None,
+    predictions: str | None,
+    allow_code: bool,
+) -> None:
     """``sensorium record``."""
-    from pipeline.config import load_rig
-
-    rig_file = load_rig(find_rig(rig))
+    rig_file = _load(rig, predictions)
     if out is None and rig_file.rig.record is None:
         raise ConfigError(f"{rig_file.document.path} has no key `record`, so say where to: add -o session.mcap.")
     entry = _record_entry(rig_file, out) if out is not None else rig_file.rig.record
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
+
+
+def _load(rig: str | None, predictions: str | None) -> RigFile:
+    """The rig meant, with its predictions published at another endpoint if that was asked for."""
+    from pipeline.config import TransportEntry, load_rig
+
+    rig_file = load_rig(find_rig(rig))
+    if predictions is None:
+        return rig_file
+    kept = msgspec.structs.asdict(rig_file.rig.transport)
+    try:
+        transport = TransportEntry(**{**kept, "predictions": predictions})
+    except ValueError as error:
+        raise ConfigError(f"--predictions: {error}") from None
+    return msgspec.structs.replace(rig_file, rig=msgspec.structs.replace(rig_file.rig, transport=transport))
 
 
 def _record_entry(rig_file: RigFile, out: Path) -> RecordEntry:
@@ -109,7 +136,8 @@ def _run(
         with shows[0] as show:
             session.run(duration_s, on_tick=show.tick)
     finally:
-        print_summary(shows[0].summary, json, session.status())
+        if session.failure is None or shows[0].summary.predictions:
+            print_summary(shows[0].summary, json, session.status())
 
 
 def replay(

@@ -84,7 +84,8 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
     """The summary, where it does not get between predictions."""
     if status is not None:
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
-    console(sys.stderr if json or not sys.stdout.isatty() else sys.stdout).print(closing(summary))
+    to_person = sys.stdout.isatty() and not json
+    console(sys.stdout if to_person else sys.stderr).print("\n" if to_person else "", closing(summary), sep="", end="")
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -140,8 +140,10 @@ def streams(status: Status | None, prediction: Prediction | None) -> Table:
     sources = status.streams if status is not None else {}
     reports = prediction.streams if prediction is not None else {}
     for heading in ("stream", *(("rate", "drops") if sources else ()), "age", "verdict", "contribution"):
+        # Widths that words do not change keep the columns from jumping.
+        width = {"rate": 8, "age": 7, "verdict": 25}.get(heading)
         right = heading in ("rate", "drops", "age")
-        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+        table.add_column(heading, justify="right" if right else "left", min_width=width, no_wrap=True)
     for name in {**sources, **reports}:
         report, source = reports.get(name), sources.get(name)
         flow = (f"{source.rate_hz:.1f}/s", str(drops(source))) if source is not None else ()
@@ -182,7 +184,7 @@ def latency(prediction: Prediction, summary: Summary) -> Text:
     text = Text(f"latency {values.get('total', math.nan):.1f} ms = {parts}")
     if "total" in summary.latency_ms:
         q = quantiles(summary.latency_ms["total"])
-        text.append(f"   p50 {q['p50']:.1f}  p95 {q['p95']:.1f}  max {q['max']:.1f}", style="dim")
+        text.append(f"\n        p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")
     return text
 
 
@@ -236,7 +238,7 @@ def windows(summary: Summary) -> Table:
     """How many windows had each verdict, per stream, with the reasons that there were."""
     seen = {kind for counts in summary.verdicts.values() for kind in counts}
     kinds = sorted(seen | {"ok"}, key=lambda kind: (VERDICTS.index(kind.partition("(")[0]), kind))
-    table = _numbers("windows", kinds)
+    table = _numbers("windows", [kind.replace("(", " ").replace("_", " ").strip(")") for kind in kinds])
     for stream, counts in summary.verdicts.items():
         table.add_row(stream, *(str(counts[kind]) for kind in kinds))
     return table
@@ -290,7 +292,7 @@ def _numbers(first: str, rest: Iterable[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column(first, no_wrap=True)
     for heading in rest:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=" " not in heading)
     return table
 
 

@@ -99,8 +99,21 @@ def test_the_summary_names_every_verdict_with_its_reason() -> None:
     summary.add(prediction(truth="yes", wait=1.0, total=2.0))
     shown = text(closing(summary))
     assert "1 predictions over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
-    assert "missing(dead)" in shown
+    assert "missing dead" in shown
     assert "messages" not in shown  # nobody counted them
+
+
+def test_the_summary_keeps_its_words_on_a_narrow_terminal() -> None:
+    summary = Summary()
+    seen = prediction(total=2.0)
+    for reason in ("never_started", "silent", "dead", "gap", "out_of_tolerance"):
+        report = msgspec.structs.replace(seen.streams["imu"], reason=reason)
+        summary.add(msgspec.structs.replace(seen, streams=seen.streams | {"microphone": report}))
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(closing(summary))
+    assert isinstance(console.file, io.StringIO)
+    assert "…" not in console.file.getvalue()
+    assert "tolerance" in console.file.getvalue()
 
 
 def test_a_session_without_predictions_says_so() -> None:
