@@ -98,7 +98,8 @@ class Replay:
         with RecordingReader(self.settings.path) as reader:
             while self._play(reader) and self.settings.loop:
                 pass
-        self._end()
+        if self.life.ordered or not self.life.stop.is_set():
+            self._end()
         while self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop):
             self._end()
 

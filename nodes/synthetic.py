@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from pipeline.messages import (
+    POINT_DTYPE,
     AudioLayout,
     FrameLayout,
     ImuLayout,
@@ -100,7 +101,11 @@ class Synthetic(Source):
 
     @classmethod
     def largest_payload(cls, settings: Any) -> int:
-        return settings.width * settings.height * 3 if settings.payload == "frame" else 0
+        sizes: dict[str, int] = {
+            "frame": settings.width * settings.height * 3,
+            "sweep": settings.points * POINT_DTYPE.itemsize,
+        }
+        return sizes.get(settings.payload, 0)
 
     def open(self) -> None:
         now = self.context.clock.now_ns()

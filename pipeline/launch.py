@@ -366,12 +366,14 @@ class Session:
         self._close_dead(child)  # first of all: windows are waiting
         self._selector.unregister(child.process.stdout)  # type: ignore[arg-type]
         with self._lock:
-            status = child.bury()
+            ended, status = child.state == "ended", child.bury()
             if self._stopping:
                 child.state = "stopped"
         if self._stopping:
             self._tell(child, "stopped", "stopped" if status == 0 else died_how(status))
             return
+        if ended:
+            return  # it had nothing more to give
         tail = child.tail()
         self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
         core_at_start = not self._started.is_set() and child.name not in self.rig.sources

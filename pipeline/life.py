@@ -118,6 +118,8 @@ class Life:
         self.spec = spec
         self.clock: Clock = clock or SystemClock(spec.origin)
         self.stop = threading.Event()
+        self.ordered = False
+        """Whether it is the launcher that wants it to stop; otherwise the node will be started again."""
         self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._voice = voice
         self._unsaid = b""
@@ -213,6 +215,7 @@ def _listen(life: Life) -> None:
         *lines, rest = (rest + said).split(b"\n")
         for order in map(_order.decode, lines):
             if order.do == "stop":
+                life.ordered = True
                 life.stop.set()
             else:
                 life.orders.put(order)

@@ -98,14 +98,14 @@ class SourceShell:
         self._trouble = ""
 
     def run(self) -> None:
-        """Turns until the life says stop, which is an end as well: whoever waits for more must know. Raises SensorError
-        after ``FAILURES``."""
+        """Turns until the life says stop. When the whole session stops that is the stream's end: nobody need wait for
+        more. Raises SensorError after ``FAILURES``."""
         try:
             self.stamper.open(self.life.clock.now_ns())
             self._report(force=True)
             while not self.life.stop.is_set():
                 self.turn()
-            if not self.ended:
+            if self.life.ordered and not self.ended:
                 self._end()
         finally:
             self.source.close()
@@ -204,7 +204,7 @@ class SourceShell:
         )
 
 
-SLOTS = (4, 16)
+SLOTS = (6, 16)
 """The least and the most slots of a ring."""
 
 

@@ -325,6 +325,18 @@ def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
         watched.predict_until(all_ok, "all is well again")
 
 
+def test_a_node_that_is_asked_to_end_by_somebody_else_comes_back(tmp_path: Path) -> None:
+    with running(tmp_path) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        os.kill(watched.pid("camera"), signal.SIGTERM)  # the camera has shared memory as well
+        watched.predict_until(lambda p: p.streams["camera"].reason == "dead", "the camera is gone")
+        watched.predict_until(all_ok, "all is well again")
+        os.kill(watched.pid("camera"), signal.SIGKILL)
+        watched.predict_until(lambda p: p.streams["camera"].reason == "dead", "the camera is gone")
+        watched.predict_until(all_ok, "all is well again")
+        assert len(segments_of(watched.session.dir)) == 1
+
+
 # A node of a user's own, beside the rig, which dies as soon as it is read.
 FRAGILE = """
 import msgspec
