@@ -3,7 +3,7 @@
 The encoders are written by hand: each computes a few features that a person can read, inside its graph. The fusion
 model is fitted: a multinomial logistic regression on features pooled over the window, on simulated sessions that went
 through the real aligner, with whole streams left out at random, so that it knows every subset of its streams. The
-temperature and the threshold of the prediction set come from sessions that it was not fitted on (all subsets of the
+temperature and the mass of the prediction set come from sessions that it was not fitted on (all subsets of the
 streams alike), and the figures of the model card (README.md) from a third lot. What it prints belongs into the card.
 """
 
@@ -274,14 +274,23 @@ def fitted_on(features: dict[str, Array], truth: Array) -> tuple[Array, Array]:
 
 
 def calibrate(logits: Array, truth: Array, coverage: float) -> tuple[float, float]:
-    """The temperature of the least log loss, and the threshold whose sets hold the truth in a share of ``coverage``
-    (split conformal prediction)."""
+    """The temperature of the least log loss, and the mass of probability whose sets hold the truth in a share of
+    ``coverage`` (split conformal prediction by adaptive sets)."""
     own = np.arange(len(truth))
     grid = np.round(np.exp(np.linspace(np.log(0.3), np.log(3.0), 200)), 3)
     losses = [-np.log(softmax(logits / t)[own, truth] + 1e-12).mean() for t in grid]
     temperature = float(grid[int(np.argmin(losses))])
-    scores = np.sort(softmax(logits / temperature)[own, truth])
-    return temperature, float(np.floor(scores[int((1 - coverage) * (len(scores) + 1)) - 1] * 1e4) / 1e4)
+    scores = np.sort(mass_before(softmax(logits / temperature))[own, truth])
+    return temperature, float(np.ceil(scores[int(np.ceil(coverage * (len(scores) + 1))) - 1] * 1e4) / 1e4)
+
+
+def mass_before(p: Array) -> Array:
+    """[windows, labels]: how much probability the labels have together that are more probable than this one."""
+    order = np.argsort(-p, axis=1, kind="stable")
+    descending = np.take_along_axis(p, order, axis=1)
+    before = np.empty_like(p)
+    np.put_along_axis(before, order, descending.cumsum(axis=1) - descending, axis=1)
+    return before
 
 
 # -- the bundle ----------------------------------------------------------------------------------------------------
@@ -315,7 +324,7 @@ streams:
 fusion: fusion.onnx
 labels: [{labels}]
 strategy: late
-calibration: {{temperature: {temperature}, abstain_below: 0.5, set_coverage: {coverage}, set_threshold: {threshold}}}
+calibration: {{temperature: {temperature}, abstain_below: 0.5, set_coverage: {coverage}, set_mass: {mass}}}
 lineage:
   card: README.md
   files:
@@ -323,20 +332,20 @@ lineage:
 """
 
 
-def write(folder: Path, weights: Array, bias: Array, temperature: float = 1.0, threshold: float = 0.5) -> None:
+def write(folder: Path, weights: Array, bias: Array, temperature: float = 1.0, mass: float = 1.0) -> None:
     """The whole bundle but for its card."""
     makers = {"camera": camera, "microphone": microphone, "imu": imu, "lidar": lidar}
     for name, make in makers.items():
         make(folder / f"encoder.{name}.onnx")
     fusion(folder / "fusion.onnx", weights, bias)
     digests = [f"    {p.name}: {hashlib.sha256(p.read_bytes()).hexdigest()}" for p in sorted(folder.glob("*.onnx"))]
-    text = MODEL.format(labels=", ".join(LABELS), temperature=temperature, threshold=threshold, coverage=COVERAGE,
+    text = MODEL.format(labels=", ".join(LABELS), temperature=temperature, mass=mass, coverage=COVERAGE,
                         files="\n".join(digests))  # fmt: skip
     (folder / "model.yaml").write_text(text, encoding="utf-8")
 
 
 def report(
-    features: dict[str, Array], truth: Array, weights: Array, bias: Array, temperature: float, threshold: float
+    features: dict[str, Array], truth: Array, weights: Array, bias: Array, temperature: float, mass: float
 ) -> None:
     """Prints the card's table: every subset of the streams on sessions that nothing was fitted to."""
     print(f"{len(truth)} windows, of which calm {np.mean(truth == 0):.1%}")
@@ -345,7 +354,7 @@ def report(
     for mask in SUBSETS:
         p = softmax((subsets(features, np.array(mask)) @ weights + bias) / temperature)
         own = p[np.arange(len(truth)), truth]
-        sets = (p >= threshold) | (p == p.max(axis=1, keepdims=True))
+        sets = mass_before(p) <= mass
         cells = [*("x" if m else "" for m in mask), f"{100 * np.mean(p.argmax(1) == truth):.1f}",
                  f"{-np.log(own).mean():.3f}", f"{100 * _calibration_error(p, truth):.1f}",
                  f"{100 * sets[np.arange(len(truth)), truth].mean():.1f}", f"{sets.sum(1).mean():.2f}"]  # fmt: skip
@@ -368,10 +377,10 @@ def main() -> None:
     weights, bias = fitted_on(*training)
     known = [np.array(m) for m in SUBSETS if any(m)]
     logits = np.concatenate([subsets(held_out[0], m) for m in known]) @ weights + bias
-    temperature, threshold = calibrate(logits, np.tile(held_out[1], len(known)), COVERAGE)
-    write(HERE, weights, bias, temperature, threshold)
-    print(f"temperature {temperature}, set threshold {threshold}")
-    report(*test, weights, bias, temperature, threshold)
+    temperature, mass = calibrate(logits, np.tile(held_out[1], len(known)), COVERAGE)
+    write(HERE, weights, bias, temperature, mass)
+    print(f"temperature {temperature}, set mass {mass}")
+    report(*test, weights, bias, temperature, mass)
 
 
 if __name__ == "__main__":
