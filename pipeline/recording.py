@@ -8,7 +8,7 @@ Topics: a stream's messages under its own name, all beats under ``/beat``, JSON 
 ``/prediction``, ``/label``, ``/log``, ``/gap`` and whatever else begins with a slash.
 """
 
-from pipeline.recording_reader import RecordingReader, as_reader
+from pipeline.recording_reader import RecordingReader, reading
 from pipeline.recording_schemas import BEAT_TOPIC, GAP_TOPIC, LABEL_TOPIC, LOG_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
 from pipeline.recording_summary import summarise
 from pipeline.recording_writer import Compression, Label, RecordingWriter, SessionInfo
@@ -25,6 +25,6 @@ __all__ = [
     "RecordingReader",
     "RecordingWriter",
     "SessionInfo",
-    "as_reader",
+    "reading",
     "summarise",
 ]

@@ -174,9 +174,11 @@ def _foxglove(name: str) -> Schema:
 def encode(message: Message, unix_ns: int) -> bytes:
     """The message as the bytes of its schema. ``unix_ns``: Unix time of the session's 0, for other programs' stamps.
 
-    WireError if the payload is not what the header says; ValueError if it is absent.
+    WireError if the header contradicts itself or the payload; ValueError if it is absent.
     """
     header = message.header
+    packed = encode_header(header)
+    decode_header(packed)  # a header that reading would refuse must not get in
     if header.layout is None:
         return msgspec.json.encode({"header": header})
     if message.data is None:
@@ -187,7 +189,6 @@ def encode(message: Message, unix_ns: int) -> bytes:
     if isinstance(header.layout, ImuLayout | SignalLayout):
         return _encode_samples(header, data, digest)
     field = DATA_FIELD[schema_of_name(header.layout)]
-    packed = encode_header(header)
     return b"".join(
         (
             _envelope(header, unix_ns),
@@ -218,7 +219,7 @@ def decode(schema: str, data: memoryview) -> Message:
     """The message in ``data``, its payload as bytes, checked against the stored hash. Raises RecordingError."""
     try:
         if schema == BEAT.name:
-            return Message(_beat.decode(data).header)
+            return Message(_enveloped.decode(data).header)
         if schema in ("sensorium.Imu", "sensorium.Signal"):
             message, digest = _decode_samples(schema, data)
         else:
@@ -232,6 +233,19 @@ def decode(schema: str, data: memoryview) -> Message:
             "its hash differs"
         )
     return message
+
+
+def decode_envelope(schema: str, data: memoryview) -> Header:
+    """The header of the message in ``data`` alone: its payload is neither copied nor checked. Raises RecordingError."""
+    try:
+        if schema.startswith("sensorium."):
+            return _enveloped.decode(data).header
+        header, _, _ = _fields(DATA_FIELD[schema], data)
+        if header is None:
+            raise ValueError("it lacks the Sensorium header")
+        return header
+    except (msgspec.MsgspecError, WireError, ValueError, KeyError, IndexError, struct.error) as error:
+        raise RecordingError(f"a {schema} message of the recording is damaged: {error}") from None
 
 
 def _flat(data: Any) -> memoryview:
@@ -312,11 +326,10 @@ def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _decode_protobuf(field: int, data: memoryview) -> tuple[Message, int]:
+def _fields(field: int, data: memoryview) -> tuple[Header | None, memoryview, int | None]:
+    """Header, payload and hash of a protobuf message. Protobuf may leave out an empty payload."""
     header: Header | None = None
-    payload = b""  # protobuf may leave out an empty field
-    digest: int | None = None
-    at = 0
+    payload, digest, at = data[:0], None, 0
     while at < len(data):
         tag, at = _read_varint(data, at)
         number, wire_type = tag >> 3, tag & 7
@@ -326,20 +339,25 @@ def _decode_protobuf(field: int, data: memoryview) -> tuple[Message, int]:
         length, at = _read_varint(data, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
         value, at = data[at : at + length], at + length
         if number == field:
-            payload = bytes(value)
+            payload = value
         elif number == HEADER_FIELD:
             header = decode_header(value)
         elif number == HASH_FIELD:
             (digest,) = struct.unpack("<Q", value)
+    return header, payload, digest
+
+
+def _decode_protobuf(field: int, data: memoryview) -> tuple[Message, int]:
+    header, payload, digest = _fields(field, data)
     if header is None or digest is None:
         raise ValueError("it lacks the Sensorium header")
-    return Message(header, payload), digest
+    return Message(header, bytes(payload)), digest
 
 
 # JSON.
 
 
-class _Beat(msgspec.Struct):
+class _Enveloped(msgspec.Struct):
     header: Header
 
 
@@ -357,7 +375,7 @@ class _Signal(_Samples, kw_only=True):
 _Imu: Callable[..., Any] = msgspec.defstruct(  # one list of numbers a column, as in ``_IMU_COLUMNS``
     "_Imu", [(name, list[float | None]) for name in _IMU_COLUMNS], bases=(_Samples,), kw_only=True
 )
-_beat = msgspec.json.Decoder(_Beat)
+_enveloped = msgspec.json.Decoder(_Enveloped)
 _imu: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_Imu)
 _signal = msgspec.json.Decoder(_Signal)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
-from pipeline.recording_reader import RecordingReader
+from pipeline.recording_reader import RecordingReader, reading
 
 
 def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
@@ -20,11 +20,13 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for audio: without
     sound); ``delay_ms`` is arrival less the end of the capture. RecordingError if the file cannot be read.
     """
-    if not isinstance(path, RecordingReader):
-        with RecordingReader(path) as reader:
-            return summarise(reader)
+    with reading(path) as reader:
+        return _summarise(reader)
+
+
+def _summarise(reader: RecordingReader) -> dict[str, Any]:
     streams: dict[str, _Stream] = {}
-    for message, arrival_ns in path.messages(beats=True):
+    for message, arrival_ns in reader.messages(beats=True):
         name = message.header.stream
         if message.header.is_beat:
             if name in streams:
@@ -35,8 +37,8 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     ends = [stream.end_ns for stream in streams.values()]
     return {
         "duration_s": (max(ends) - min(starts)) / 1e9 if streams else 0.0,
-        "session": path.info.session,
-        "complete": path.info.complete,
+        "session": reader.info.session,
+        "complete": reader.info.complete,
         "streams": {name: streams[name].result() for name in sorted(streams)},
     }
 

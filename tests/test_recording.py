@@ -150,7 +150,7 @@ def test_a_message_comes_back_byte_for_byte(one: Message, unix_ns: int) -> None:
     schema = recording_schemas.schema_of(one.header.layout)
     stored = recording_schemas.encode(one, unix_ns)
     back = recording_schemas.decode(schema.name, memoryview(stored))
-    assert back.header == one.header
+    assert back.header == one.header == recording_schemas.decode_envelope(schema.name, memoryview(stored))
     assert back.data == one.data
 
 
@@ -232,6 +232,9 @@ def test_messages_and_beats_come_in_log_order_with_ties_by_index(tmp_path: Path)
     only = [one.header for one, _ in expected if one.header.stream == "a"]
     assert [pair[0].header for pair in read(path, streams=["a"], beats=True)] == only
     assert all(not pair[0].header.is_beat for pair in read(path))
+    with RecordingReader(path) as reader:
+        assert list(reader.headers(beats=True)) == [(one.header, at) for one, at in read(path, beats=True)]
+        assert [header for header, _ in reader.headers(["a"], beats=True)] == only
 
 
 def test_json_topics_and_labels(tmp_path: Path) -> None:
