@@ -232,7 +232,8 @@ def groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(table: list[dict[str, Any]]) -> None:
     print(f"{'':12}{'n':>5}{'error at 10 s':>17}{'at 60 s':>15}{'<1 ms':>7}{'drift 60 s':>13}{'<1 ppm':>7}{'limit':>6}"
-          f"{'inside':>8}{'ratio':>6}{'by case':>8}{'1 epoch':>8} | {'LSL':>7}{'centred':>16}{'<1 ms':>7}{'x':>7}")  # fmt: skip
+          f"{'inside':>8}{'ratio':>6}{'by case':>8}{'1 epoch':>8}"
+          f" | {'LSL':>7}{'centred':>16}{'<1 ms':>7}{'x':>7}")  # fmt: skip
     print(f"{'':17}{'median, p99 us':>17}{'us':>15}{'':7}{'ppm':>13}{'':42} | {'us':>7}{'median, p99 us':>16}")
     for r in table:
         line = (

@@ -59,12 +59,14 @@ _FIRST_BLOCK_NS = 20_000_000
 _REFIT_GROWTH = 0.06
 """A fit is made anew when the window has grown or moved by this part of its length."""
 _MIN_WINDOW_NS, _MAX_WINDOW_NS = 10e9, 90e9
+_LONGEST_BLOCK_NS = 2e9
 _STEP_NS = 4e6
 """A correction larger than this (eight seconds of slewing) opens a new epoch."""
 _SETTLING_NS = 500_000_000
 _ODD_IN_A_ROW = 3
 _LATE_PAIRS, _LATE_ROUNDS = 1024, 5
 _FIRST_UNCERTAINTY_NS = 50e6
+_WANDER_MOST = 5e-6
 _DRIFT_PRIOR, _DRIFT_PRIOR_AGAIN = 100e-6, 2e-6
 _ADC_GAP_NS = 3_000_000
 _TRUSTED_NS, _LONGEST_LOSS_NS = 1_000_000_000, 60e9
@@ -304,8 +306,10 @@ class Timebase:
         else:
             self._blocks.append((self._low_x, self._low_y, n))
         self._clear_block()
-        if len(self._blocks) > _MAX_BLOCKS:
+        if len(self._blocks) > _MAX_BLOCKS and self._length < _LONGEST_BLOCK_NS:
             self._merge()
+        elif len(self._blocks) > _MAX_BLOCKS:
+            del self._blocks[0]
         self._block_end, self._evidence_at = dx + self._length, dx + self._length // 2
         if len(self._blocks) >= MIN_BLOCKS and (dx >= self._refit_at or evidence):
             self._fit(dx)
@@ -344,9 +348,11 @@ class Timebase:
         self._value, self._slope, self._at = self._line.value, self._line.slope, self._line.at
         self._mean_count = float(n.mean())
         span = float(x[-1] - x[0])
-        self._refit_at = dx + _REFIT_GROWTH * span
+        self._refit_at = dx + _REFIT_GROWTH * min(span, _MAX_WINDOW_NS)
         self._span = span
-        if len(x) > _MAX_BLOCKS // 2 and span > _MIN_WINDOW_NS:
+        stale = int(np.searchsorted(x, x[-1] - 4 * _MAX_WINDOW_NS))
+        del self._blocks[: min(stale, len(x) - MIN_BLOCKS)]  # after a long silence, or of a stream slower than this
+        if len(self._blocks) > _MAX_BLOCKS // 2 and span > _MIN_WINDOW_NS:
             wander = self._wander * span**2 / 12
             if span > _MAX_WINDOW_NS or wander > sqrt(line.var_value):
                 del self._blocks[: max(1, round(2 * _REFIT_GROWTH * len(x)))]
@@ -357,7 +363,7 @@ class Timebase:
         spread = sqrt(line.var_value + max(2 * line.covariance * ahead, 0.0) + line.var_slope * ahead**2)
         noise = spread * line.bound99 / sqrt(line.var_value)
         span = self._span
-        wander = self._wander * (span**2 / 12 + ahead * (span + ahead) / 2)
+        wander = min(self._wander * (span + ahead), _WANDER_MOST) * (span / 12 + ahead / 2)
         self._bound = _STATED * hypot(noise, 2 * wander, self._half_tick)
         self._early = max(self._jump, 4 * self._bound)
         if self._jitter:
