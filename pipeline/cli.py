@@ -20,6 +20,9 @@ import typer
 
 from pipeline.errors import SensoriumError
 
+DIFFERENT = 3
+"""Exit code: verified, and found different."""
+
 app = typer.Typer(
     name="sensorium",
     help="Sensors into one stream of live predictions, with time you can trust.",
@@ -99,19 +102,25 @@ def replay(
     speed: Annotated[Speed, typer.Option(help="pace; changes nothing else")] = Speed.max,
     json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="write the JSON lines here")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="make the live session again and compare")] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Predict a recorded session again.
 
-    In event time: the windows and predictions are the same at any speed and under any load.
+    In event time: the windows and predictions are the same at any speed and under any load. With --verify instead by
+    the deadlines that the live session met: every window and every prediction is made again and compared with the
+    recorded one; exit code 3 if anything differs or cannot be verified.
 
     \b
     Example:
+      sensorium replay session.mcap --verify
       sensorium replay session.mcap
       sensorium replay recordings/demo.mcap --bundle models/demo --speed 1
     """
     from pipeline import commands
 
+    if verify:
+        raise typer.Exit(0 if commands.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
     pace = None if speed is Speed.max else float(speed.value)
     commands.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
 

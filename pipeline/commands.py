@@ -173,6 +173,29 @@ def replay(
     print_summary(summary, json)
 
 
+def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:
+    """``sensorium replay --verify``: whether everything was made again and nothing differs."""
+    from pipeline import verify as verifying
+    from pipeline.bundle import load_bundle
+    from pipeline.recording import RecordingReader
+    from pipeline.terminal import console, verification_text
+
+    screen = console(sys.stderr)
+    with RecordingReader(existing(recording)) as reader, screen.status("making it again") as status:
+        model = load_bundle(bundle or _own_bundle(recording, reader.info), allow_code)
+        found = verifying.verify(
+            reader,
+            model,
+            streams=_mapping(reader.info, recording, model),
+            progress=lambda window: status.update(f"making it again: window {window}"),
+        )
+    if json:
+        _print_json(msgspec.to_builtins(found) | {"holds": found.holds})
+    else:
+        console(sys.stdout).print(verification_text(found))
+    return found.holds
+
+
 def _say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 

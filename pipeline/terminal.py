@@ -24,6 +24,7 @@ from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Status, StreamStatus
     from pipeline.plan import Plan
+    from pipeline.verify import Verification
 
 BAR = 20
 VERDICT_STYLE = {"ok": "green", "partial": "yellow", "late": "magenta", "missing": "red"}
@@ -286,6 +287,20 @@ def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
     said = [Text(f"warning: {warning}", style="yellow") for warning in warnings]
     said = said or [Text("all is well", style="green")]
     return Group(Text(head), Text(), table, Text(), *said)
+
+
+def verification_text(found: Verification) -> RenderableType:
+    """What ``replay --verify`` says to a person: what holds, the first difference, and what nobody can know."""
+    how = {"equal": "exactly", "other": "equivalently, on another runtime", "none": ""}[found.fingerprint]
+    lines = [Text(f"made again: {found.windows} windows and {found.predictions} predictions {how}".rstrip())]
+    if found.first_difference is not None:
+        lines.append(Text(f"{found.differences} differ; the first: {found.first_difference}", style="red"))
+    if found.unverifiable_count:
+        lines.append(Text(f"{found.unverifiable_count} cannot be verified:", style="yellow"))
+        lines += [Text(f"  {text}") for text in found.unverifiable]
+        more = found.unverifiable_count - len(found.unverifiable)
+        lines += [Text(f"  and {more} more")] if more else []
+    return Group(*lines, Text("verified" if found.holds else "not verified", style="green" if found.holds else "red"))
 
 
 def _numbers(first: str, rest: Iterable[str]) -> Table:

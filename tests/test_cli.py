@@ -285,6 +285,22 @@ def test_a_replay_finds_the_sessions_own_model_and_is_the_same_at_any_speed(
     assert all(prediction["bundle"] == model for prediction in without_timing(quick.stdout))
 
 
+def test_a_session_is_verified_and_half_of_one_is_not(
+    place: Path, call: Call, session: subprocess.CompletedProcess[str]
+) -> None:
+    whole = sensorium(place, "replay", "session.mcap", "--verify", "--json")
+    assert whole.returncode == 0, whole.stdout
+    found = json.loads(whole.stdout)
+    assert found["holds"]
+    assert found["windows"] == found["predictions"] >= len(lines(session.stdout))
+    recorded = (place / "session.mcap").read_bytes()
+    (place / "half.mcap").write_bytes(recorded[: len(recorded) // 2])
+    code, out, _ = call(place, "replay", "half.mcap", "--verify")
+    assert code == 3
+    assert "cannot be verified" in out
+    assert out.rstrip().endswith("not verified")
+
+
 def test_a_replay_with_a_model_of_other_streams_names_both_sides(
     place: Path, session: subprocess.CompletedProcess[str]
 ) -> None:

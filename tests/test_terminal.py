@@ -10,7 +10,8 @@ from rich.console import Console, RenderableType
 
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.summary import Summary
-from pipeline.terminal import Lines, Screen, bar, closing, duration, recording_table, screen
+from pipeline.terminal import Lines, Screen, bar, closing, duration, recording_table, screen, verification_text
+from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
 
 
@@ -144,6 +145,19 @@ def test_lines_go_where_they_are_told(capsys: pytest.CaptureFixture[str]) -> Non
     lines.close()
     assert msgspec.json.decode(file.getvalue())["label"] == "yes"
     assert "imu: waiting for a device" in capsys.readouterr().err
+
+
+def test_a_verification_names_the_first_difference_and_what_nobody_can_know() -> None:
+    found = Verification(session="s", windows=5, predictions=4, fingerprint="other")
+    assert "5 windows and 4 predictions equivalently" in text(verification_text(found))
+    found.differ(Difference(7, "window", "imu", "verdict", "ok", "late"))
+    for window in range(30):
+        found.doubt(f"window {window} is not there")
+    shown = text(verification_text(found))
+    assert "1 differ; the first: window 7, stream imu, verdict: recorded ok, made again late" in shown
+    assert "30 cannot be verified" in shown
+    assert "and 10 more" in shown
+    assert shown.rstrip().endswith("not verified")
 
 
 def test_an_incomplete_recording_is_called_that() -> None:
