@@ -161,7 +161,7 @@ class Subscriber:
         self._clock = SystemClock()
 
     def receive(self, timeout_ms: int = 0) -> list[Received]:
-        """Everything that has come, in order of arrival, less what the policies drop; waits for the first of it.
+        """Everything that has come, in order of arrival, less what the policies drop; else waits for the next.
 
         Empty when the time is over, or when something came under a topic that is no stream (see ``parts``).
         """
@@ -171,7 +171,7 @@ class Subscriber:
             remaining_ms = -((self._clock.now_ns() - deadline_ns) // 1_000_000)
             if remaining_ms <= 0 or not self._inlet.wait(remaining_ms):
                 break
-            self._drain()
+            self._drain(1)  # at once to its reader: to ask whether there is a second takes as long as to read the first
         received = list(self._pending.values())
         self._pending.clear()
         for stream in self._streams.values():
@@ -215,8 +215,8 @@ class Subscriber:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _drain(self) -> None:
-        for _ in range(_DRAIN):
+    def _drain(self, most: int = _DRAIN) -> None:
+        for _ in range(most):
             parts = self._inlet.recv()
             if parts is None:
                 return

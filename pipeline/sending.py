@@ -57,19 +57,25 @@ class Publisher:
         the publisher is lossless and therefore waits, because ``stop`` was set. WireError if payload and header
         contradict each other, KeyError for a stream that the publisher was not opened for.
         """
-        header = message.header
+        header, data = message.header, message.data
         counters = self._sent[header.stream]
-        raw = _raw(message)
-        check_payload(header, raw.nbytes)
-        self._serve()
+        if data is None or header.is_beat:
+            raise ValueError(f"{header.stream}/{header.seq} has no payload: send it with beat()")
+        nbytes = data.nbytes if isinstance(data, np.ndarray | memoryview) else len(data)
+        check_payload(header, nbytes)
+        if not self._readers:
+            self._serve()
         counters.sent += 1
-        parts = self._parts(header, raw, counters)
+        parts = self._parts(header, data, nbytes, counters)
+        if parts is None:
+            self._serve()  # perhaps a reader has left
+            parts = self._parts(header, data, nbytes, counters)
         while parts is None and self._lossless and self._pause():
-            parts = self._parts(header, raw, counters)
-        if parts is None or not self._send(parts):
-            counters.dropped += 1
-            return False
-        return True
+            parts = self._parts(header, data, nbytes, counters)
+        sent = parts is not None and self._send(parts)
+        counters.dropped += not sent
+        self._serve()  # only now: what is ready to go must not wait for it
+        return sent
 
     def beat(self, header: Header) -> bool:
         """Sends a beat: a header without layout, whose ``seq`` is the number of the message to come."""
@@ -143,22 +149,22 @@ class Publisher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _parts(self, header: Header, raw: Bytes, counters: Sent) -> tuple[Any, ...] | None:
+    def _parts(self, header: Header, data: Any, nbytes: int, counters: Sent) -> tuple[Any, ...] | None:
         """What to send; None if it needs a slot and none is free."""
         topic, packed, ring = self._topics[header.stream], encode_header(header), self._ring
         if ring is not None:
-            index = ring.loaned(raw)
-            if index is None and raw.nbytes > INLINE_MAX:
-                if raw.nbytes <= ring.segment.stride:
+            index = ring.loaned(data)
+            if index is None and nbytes > INLINE_MAX:
+                if nbytes <= ring.segment.stride:
                     index = ring.acquire()
                     if index is None:
                         return None
-                    np.copyto(ring.memory(index, raw.nbytes), raw)
+                    np.copyto(ring.memory(index, nbytes), _bytes(data))
                 else:
                     counters.oversize += 1
             if index is not None:
-                return topic, SLOT + packed, encode_slot(ring.publish(index, header.stream, raw.nbytes))
-        return topic, INLINE + packed, raw.data
+                return topic, SLOT + packed, encode_slot(ring.publish(index, header.stream, nbytes))
+        return topic, INLINE + packed, _bytes(data).data
 
     def _wait_for_attached(self, timeout_s: float) -> None:
         """The end of a short import must not take away memory that a reader is yet to map."""
@@ -209,11 +215,8 @@ class Publisher:
             self._ring.remove_reader(row)
 
 
-def _raw(message: Message) -> Bytes:
-    """The payload, any C-contiguous buffer, as its bytes."""
-    data = message.data
-    if data is None or message.header.is_beat:
-        raise ValueError(f"{message.header.stream}/{message.header.seq} has no payload: send it with beat()")
+def _bytes(data: Any) -> Bytes:
+    """Any C-contiguous buffer as its bytes."""
     if isinstance(data, np.ndarray):
         return data.reshape(-1).view(np.uint8)
     return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)

@@ -148,6 +148,10 @@ def _geometry(spec: RingSpec) -> tuple[int, int, int]:
     return offset, stride, offset + spec.slots * stride
 
 
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
 def _allocate(fd: int, total: int) -> None:
     """Takes the memory now: a segment that is only promised kills its writer with SIGBUS when memory runs out."""
     if not hasattr(os, "posix_fallocate"):  # macOS, where shared memory is not a file system
@@ -270,13 +274,18 @@ class Ring:
         self._loans[index] = weakref.ref(memory)
         return memory
 
-    def loaned(self, data: Bytes) -> int | None:
-        """The slot whose loan begins where ``data`` begins; it stops being a loan. None for any other memory."""
-        if not self._loans:
-            return None
-        start = self.memory(0, 1).__array_interface__["data"][0]
-        index, inside = divmod(data.__array_interface__["data"][0] - start, self.segment.stride)
-        return index if inside == 0 and self._loans.pop(index, None) is not None else None
+    def loaned(self, data: Any) -> int | None:
+        """The slot whose loan this array is, or is a view of from its beginning; it stops being a loan. None for any
+        other memory."""
+        for index, loan in self._loans.items():
+            memory = loan()
+            if memory is None or (data is not memory and getattr(data, "base", None) is not memory):
+                continue
+            if data is not memory and not (data.flags.c_contiguous and _address(data) == _address(memory)):
+                return None
+            del self._loans[index]
+            return index
+        return None
 
     def publish(self, index: int, stream: str, nbytes: int) -> Slot:
         """Lends a filled slot to the present readers of ``stream`` and names it."""
