@@ -83,8 +83,10 @@ class ResampleTrack(Track):
         return header.t_capture_ns <= last_ns <= header.t_end_ns and header.bound_ns > last_ns
 
     def _well_formed_audio(self, header: Header, layout: AudioLayout, nbytes: int) -> bool:
-        if layout.samples < 1 or layout.channels != self.channels or nbytes != nbytes_of(layout) or layout.rate_hz < 1:
+        if layout.samples < 1 or layout.rate_hz < 1 or nbytes != nbytes_of(layout):
             return False
+        if layout.channels != self.channels and (self.channels != 1 or layout.channels < 1):
+            return False  # any number of channels is mixed to one; nothing else can be made of another number
         duration_ns = header.t_end_ns - header.t_capture_ns
         last_ns = header.t_capture_ns + (layout.samples - 1) * duration_ns // layout.samples
         if duration_ns <= 0 or header.bound_ns <= last_ns:

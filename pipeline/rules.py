@@ -83,7 +83,8 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
     payload: Payload
     rule: Rule
     channels: int = 0
-    """Columns of a resampled grid: 6 for imu (accel xyz, gyro xyz), the signal's or the audio's channel count."""
+    """Columns of a resampled grid: 6 for imu (accel xyz, gyro xyz), the signal's or the audio's channel count; audio of
+    any number of channels is mixed to one where this is 1."""
     idle_ns: int | None = 1_000_000_000
     """After how long without progress of its bound a stream is no longer waited for; None: never."""
     ordered: bool = True

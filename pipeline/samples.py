@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline import resample
-from pipeline.messages import AudioLayout, Message, signal_dtype
+from pipeline.messages import AudioLayout, Message, array, signal_dtype
 
 Array = np.ndarray[Any, Any]
 
@@ -164,8 +164,7 @@ class ManySamples:
         layout = messages[0].header.layout
         if type(layout) is AudioLayout:
             times = np.concatenate([_audio_times(m) for m in messages])
-            pcm = np.frombuffer(b"".join(m.data for m in messages), "<i2").reshape(-1, self._channels)
-            values = pcm * (1 / 32768)
+            values = np.concatenate([_pcm(m, self._channels) for m in messages])
             self._rates.extend(m.header.layout.rate_hz for m in messages)  # type: ignore[union-attr]
         else:
             packed = np.frombuffer(b"".join(m.data for m in messages), signal_dtype(self._channels))
@@ -282,6 +281,15 @@ class ManySamples:
 
 
 _NONE = np.empty(0, np.int64)
+
+
+def _pcm(message: Message, channels: int) -> Array:
+    """The samples of an audio block, f8 [samples, channels] in [-1, 1); mixed to one channel where that is asked."""
+    pcm = array(message)
+    if pcm.shape[1] != channels:
+        pcm = pcm.sum(axis=1, keepdims=True) / pcm.shape[1]
+    values: Array = pcm * (1 / 32768)
+    return values
 
 
 def _audio_times(message: Message) -> Array:
