@@ -1,0 +1,91 @@
+"""What a session says of itself: events as they happen, and how everything is at one moment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from pipeline.child import Child, NodeState
+from pipeline.life import AlignReport, SourceReport
+
+What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed"]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something happened to a node; ``text`` says it in words, with the last lines of a node that died."""
+
+    t_ns: int
+    node: str
+    kind: What
+    text: str
+
+
+class StreamStatus(msgspec.Struct, kw_only=True):
+    """One stream, as its source and the aligner see it. Counters are of the node's present life."""
+
+    node: str
+    payload: str
+    epoch: int | None = None
+    published: int = 0
+    rate_hz: float = 0.0
+    newest_ns: int | None = None
+    dropped: dict[str, int] = {}
+    note: str = ""
+    verdict: str | None = None
+    reason: str | None = None
+    age_ms: float | None = None
+    received: int = 0
+    used: int = 0
+    late: int = 0
+    superseded: int = 0
+    duplicate: int = 0
+    lost: int = 0
+    buffered: int = 0
+    rejected: dict[str, int] = {}
+
+
+class NodeStatus(msgspec.Struct, kw_only=True):
+    """One node."""
+
+    node: str
+    kind: str
+    state: NodeState
+    pid: int | None
+    restarts: int
+    note: str
+    log: str
+    counters: dict[str, float]
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """A session at one moment."""
+
+    session: str
+    now_ns: int
+    nodes: dict[str, NodeStatus]
+    streams: dict[str, StreamStatus]
+
+
+class SessionRef(msgspec.Struct, frozen=True):
+    """A session that runs on this host: where it is, and where its predictions come from."""
+
+    id: str
+    dir: str
+    rig: str
+    predictions: str
+
+
+def node_status(child: Child) -> NodeStatus:
+    """A node's own word, and what its launcher knows of its process."""
+    return NodeStatus(
+        node=child.name, kind=child.spec.kind, state=child.state,
+        pid=None if child.process is None else child.process.pid, restarts=child.restarts,
+        note=child.report.note, log=str(child.log), counters=child.report.counters,
+    )  # fmt: skip
+
+
+def merge(status: StreamStatus, report: SourceReport | AlignReport) -> None:
+    """Takes over the fields of a report, which have the same names."""
+    for name in report.__struct_fields__:
+        setattr(status, name, getattr(report, name))

@@ -1,0 +1,264 @@
+"""The thread that owns a session's processes: starts, watches, restarts and stops them.
+
+Consumers come first; when they are ready, the sources are started. A node that dies, or says nothing for too long, is
+started again with backoff and a limit, and before anything else the align node is told that its streams are dead, so
+that no window waits for them. Stopping goes the way of the data: sources, align, fusion, record.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from pipeline.child import Child, died_how
+from pipeline.clock import Clock
+from pipeline.errors import ConfigError
+from pipeline.life import NodeSpec, Order
+from pipeline.node import EXIT_SENSOR
+from pipeline.plan import Place, Plan, core_specs, source_specs
+from pipeline.status import Event, SessionRef, What
+from pipeline.transport import SessionFolder, remove_leftovers
+
+TURN_S = 0.1
+STOP_NS = {"record": 60_000_000_000}
+"""How long a node may take to stop before it is killed; the recorder must write what it holds."""
+STOP_DEFAULT_NS = 5_000_000_000
+LINGER_NS = 3_000_000_000
+"""How long after the data's end predictions may still come."""
+
+
+class Supervisor:
+    """Runs a plan's nodes. ``run`` is the thread's function; the rest of the public names may be used by others."""
+
+    def __init__(
+        self, plan: Plan, place: Place, ref: SessionRef, clock: Clock, on_event: Callable[[Event], None]
+    ) -> None:
+        self.plan, self.place, self.ref, self.clock = plan, place, ref, clock
+        self.rig = plan.rig_file.rig
+        self.children: dict[str, Child] = {}
+        self.lock = threading.RLock()
+        """Held while reports are taken in, and by who reads them."""
+        self.failure: str | None = None
+        self.crash: BaseException | None = None
+        """What went wrong in the thread itself, ``on_event`` included."""
+        self.started, self.over, self.hard = threading.Event(), threading.Event(), threading.Event()
+        self._stop = threading.Event()
+        self._on_event = on_event
+        self._wake: tuple[int, int] | None = None
+        self._selector: selectors.BaseSelector
+        self._stopping = False
+        self._start_ns = self._end_ns = 0
+
+    def stop(self) -> None:
+        """Asks the thread to stop everything."""
+        self._stop.set()
+        with self.lock:
+            if self._wake is not None:
+                os.write(self._wake[1], b"x")
+
+    def run(self) -> None:
+        """From the first node's start to the last one's end; nothing of the session is left afterwards."""
+        folder: SessionFolder | None = None
+        self._selector = selectors.DefaultSelector()
+        with self.lock:
+            wake = self._wake = os.pipe()
+        try:
+            folder = self._make_folder(self.place.folder)
+            self._selector.register(wake[0], selectors.EVENT_READ)
+            self._watch(self.place)
+            self._stop_all()
+        except BaseException as error:  # handed to the thread that waits for this one
+            self.crash = error
+        finally:
+            self._kill_all()
+            self._selector.close()
+            if folder is not None:
+                folder.close(remove=True)
+            with self.lock:
+                self._wake = None  # the numbers may soon be somebody else's files
+            for end in wake:
+                os.close(end)
+            self.over.set()
+
+    def _make_folder(self, path: Path) -> SessionFolder:
+        remove_leftovers(path.parent)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = SessionFolder(path)
+        (path / "session.json").write_bytes(msgspec.json.encode(self.ref))
+        return folder
+
+    def _watch(self, place: Place) -> None:
+        """From the first node's start until the session is over or is to be stopped."""
+        for spec in core_specs(self.plan, place):
+            self._launch(spec, required=True)
+        cores = list(self.children.values())
+        self._start_ns = self.clock.now_ns()
+        sources: list[Child] = []
+        while not self._stop.is_set() and self.failure is None and not self._drained(sources):
+            self._listen(TURN_S)
+            self._care()
+            if not sources and all(core.state == "ready" for core in cores):
+                for spec in source_specs(self.plan, place):
+                    self._launch(spec, self.rig.sources[spec.node].required)
+                sources = [child for child in self.children.values() if child not in cores]
+                self._start_ns = self.clock.now_ns()
+            if not self.started.is_set():
+                required = [child for child in sources if child.required]
+                self._check_start(required if sources else cores, launched=bool(sources))
+
+    def _check_start(self, awaited: list[Child], launched: bool) -> None:
+        """Whether those that must be ready are; they have a limited time for it."""
+        late = [child for child in awaited if child.state not in ("ready", "ended")]
+        if launched and not late:
+            self.started.set()
+        elif late and self.clock.now_ns() - self._start_ns > self.rig.restart.start_s * 1e9:
+            reasons = "; ".join(f"{child.name} ({child.report.note or child.state})" for child in late)
+            self.failure = f"not ready within {self.rig.restart.start_s:g} s: {reasons}."
+
+    def _launch(self, spec: NodeSpec, required: bool) -> None:
+        child = Child(spec, required, self.rig.restart, self.clock)
+        with self.lock:
+            self.children[spec.node] = child
+        self._begin(child)
+
+    def _begin(self, child: Child) -> None:
+        self._tell(child, "starting", "starts")
+        self._selector.register(child.start(), selectors.EVENT_READ, child)
+
+    def _listen(self, timeout_s: float) -> None:
+        """Hears what nodes say, for as long as nobody says anything at most ``timeout_s``."""
+        for key, _ in self._selector.select(timeout_s):
+            if isinstance(key.data, Child):
+                self._hear(key.data)
+            else:
+                os.read(key.fd, 4096)
+
+    def _hear(self, child: Child) -> None:
+        state = child.state
+        with self.lock:
+            reports, alive = child.listen()
+        for report in reports:
+            if report.state != state and report.state in ("ready", "waiting", "ended"):
+                if not self._stopping:
+                    self._tell(child, report.state, report.note or report.state)
+                if report.state == "ended":
+                    self._close_ended(child)
+                if child.name == "align" and report.state == "ready":
+                    self._close_what_is_gone()
+            state = report.state
+        if not alive:
+            self._died(child)
+
+    def _care(self) -> None:
+        """Does what time brings: kills nodes that hang, starts those again that are to be."""
+        for child in list(self.children.values()):
+            if child.process is not None and child.hangs():
+                self._tell(child, "hung", f"has said nothing for too long (it was: {child.report.note or child.state})")
+                child.kill()
+            if child.restart_at_ns is not None and self.clock.now_ns() >= child.restart_at_ns:
+                self._begin(child)
+            child.trim_log()
+
+    def _died(self, child: Child) -> None:
+        assert child.process is not None
+        self._close_dead(child)  # first of all: windows are waiting
+        self._selector.unregister(child.process.stdout)  # type: ignore[arg-type]
+        with self.lock:
+            ended, status = child.state == "ended", child.bury()
+            if self._stopping:
+                child.state = "stopped"
+        if self._stopping:
+            self._tell(child, "stopped", "stopped" if status == 0 else died_how(status))
+            return
+        if ended:
+            return  # it had nothing more to give
+        tail = child.tail()
+        self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
+        core_at_start = not self.started.is_set() and child.name not in self.rig.sources
+        if core_at_start or status == ConfigError.exit_code or not child.plan_restart(status == EXIT_SENSOR):
+            self._give_up(child, status, tail)
+        else:
+            self._tell(child, "restarting", "will be started again")
+
+    def _give_up(self, child: Child, status: int, tail: str) -> None:
+        with self.lock:
+            child.state = "failed"
+        said = f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else "")
+        self._tell(child, "gave_up", "is not started again")
+        sources = [c for c in self.children.values() if c.name in self.rig.sources]
+        if child.required or (sources and all(c.state == "failed" for c in sources)):
+            self.failure = said
+
+    # -- what the align node must know ------------------------------------------------------------------------------
+
+    def _close(self, child: Child, reason: Literal["dead", "ended"], at: dict[str, tuple[int, int]]) -> None:
+        align = self.children.get("align")
+        if align is None or self.plan.align is None:
+            return
+        for stream in self.plan.align.streams:
+            if stream.name in child.spec.streams and (reason == "dead" or stream.name in at):
+                epoch, seq = at.get(stream.name, (0, 0))
+                align.tell(Order(do="close", stream=stream.name, reason=reason, epoch=epoch, seq=seq))
+
+    def _close_dead(self, child: Child) -> None:
+        if child.state != "ended":
+            self._close(child, "dead", {})
+
+    def _close_ended(self, child: Child) -> None:
+        self._close(child, "ended", child.report.ended)
+
+    def _close_what_is_gone(self) -> None:
+        """A new life of the align node knows nothing of what came before."""
+        for child in self.children.values():
+            if child.state == "ended":
+                self._close_ended(child)
+            elif child.state in ("restarting", "failed"):
+                self._close_dead(child)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _drained(self, sources: list[Child]) -> bool:
+        """Whether all data came to their end, and what follows from them is out."""
+        states = {child.state for child in sources}
+        if not states or not states <= {"ended", "failed"}:
+            return False
+        self._end_ns = self._end_ns or self.clock.now_ns()
+        align, fusion = self.children.get("align"), self.children.get("fusion")
+        if align is None or fusion is None or self.clock.now_ns() - self._end_ns > LINGER_NS:
+            return True
+        said = fusion.report.counters.get("last_step", -1), align.report.counters.get("steps", 0)
+        return align.state == "ended" and said[0] >= said[1]
+
+    def _stop_all(self) -> None:
+        """Stops nodes in the order of the data, each when those before it are gone."""
+        self._stopping = True
+        sources = [child for child in self.children.values() if child.name in self.rig.sources]
+        cores = [self.children[name] for name in ("align", "fusion", "record") if name in self.children]
+        for stage in [sources, *([core] for core in cores)]:
+            for child in stage:
+                child.restart_at_ns = None
+                child.tell(Order(do="stop"))
+            begun_ns = self.clock.now_ns()
+            while living := [child for child in stage if child.process is not None]:
+                self._listen(TURN_S)
+                for child in living:
+                    late = self.clock.now_ns() - begun_ns > STOP_NS.get(child.name, STOP_DEFAULT_NS)
+                    if child.process is not None and (late or self.hard.is_set()):
+                        self._tell(child, "hung", "does not stop, and is killed")
+                        child.kill()
+                        self._died(child)
+
+    def _kill_all(self) -> None:
+        for child in self.children.values():
+            if child.process is not None:
+                child.kill()
+                child.bury()
+
+    def _tell(self, child: Child, kind: What, text: str) -> None:
+        self._on_event(Event(self.clock.now_ns(), child.name, kind, text))
