@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.experts.speech import INSTALL
 from pipeline.importing import import_file
-from pipeline.messages import AudioLayout, FrameLayout, Message, array
+from pipeline.messages import FrameLayout, Message, array
 from pipeline.prediction import Prediction
 from pipeline.recording import RecordingReader, RecordingWriter
 from pipeline.replay import replay_predictions
@@ -185,13 +185,6 @@ def silent(_: int, message: Message) -> Message:
     return Message(message.header, np.zeros_like(array(message)))
 
 
-def one_channel(_: int, message: Message) -> Message:
-    layout = message.header.layout
-    assert isinstance(layout, AudioLayout)
-    mixed = np.rint(array(message).mean(axis=1, keepdims=True)).astype("<i2")
-    return Message(msgspec.structs.replace(message.header, layout=msgspec.structs.replace(layout, channels=1)), mixed)
-
-
 def rewrite(source: Path, out: Path, **changes: Change | None) -> Path:
     """The recording with each stream's messages changed; None leaves the stream out."""
     index = dict.fromkeys(changes, 0)
@@ -208,12 +201,11 @@ def rewrite(source: Path, out: Path, **changes: Change | None) -> Path:
 
 @pytest.fixture(scope="module")
 def recordings(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The clips, imported once, with one channel of sound as the bundle's microphone has it."""
+    """The clips, imported once."""
     folder = tmp_path_factory.mktemp("clips")
     files = {name: shared_data / "av" / f"{name}.mpg" for name in CLIPS} | {"dog": shared_data / "av" / "dog.mp4"}
     for name, file in files.items():
-        import_file(file, folder / f"{name}.import.mcap")
-        rewrite(folder / f"{name}.import.mcap", folder / f"{name}.mcap", microphone=one_channel)
+        import_file(file, folder / f"{name}.mcap")
     return {name: folder / f"{name}.mcap" for name in files}
 
 
