@@ -147,14 +147,23 @@ def streams(status: Status | None, prediction: Prediction | None) -> Table:
         table.add_column(heading, justify="right" if right else "left", min_width=width, no_wrap=True)
     for name in {**sources, **reports}:
         report, source = reports.get(name), sources.get(name)
-        flow = (f"{source.rate_hz:.1f}/s", str(drops(source))) if source is not None else ()
+        flow = (rate(source, status), str(drops(source))) if source is not None and status is not None else ()
         table.add_row(name, *flow, *word(source, report), contribution(report))
     return table
 
 
+def rate(stream: StreamStatus, status: Status) -> str:
+    """Messages a second; what a node that is away did last says nothing of now."""
+    node = status.nodes.get(stream.node)
+    here = node is not None and node.state in ("ready", "waiting", "ended")
+    return f"{stream.rate_hz if here else 0.0:.1f}/s"
+
+
 def drops(stream: StreamStatus) -> int:
-    """Everything of a stream that no window will ever see: dropped at its source, lost, too late, or refused."""
-    return sum(stream.dropped.values()) + stream.lost + stream.late + sum(stream.rejected.values())
+    """What was sent or should have been and no window could use: dropped at its source, lost on the way, refused.
+
+    Late messages are not among them: a frame between two steps comes after the one and is too far from the other."""
+    return sum(stream.dropped.values()) + stream.lost + sum(stream.rejected.values())
 
 
 def word(source: StreamStatus | None, report: StreamReport | None) -> tuple[str, Text]:

@@ -31,10 +31,13 @@ def status() -> Status:
             verdict="ok",
             age_ms=12.3,
             dropped={"stale": 2},
+            rejected={"future": 1},
             lost=3,
             late=4,
         ),
-        "imu": StreamStatus(node="imu", payload="imu", verdict="missing", reason="dead", note="waiting for /dev/i2c-1"),
+        "imu": StreamStatus(
+            node="imu", payload="imu", rate_hz=100.0, verdict="missing", reason="dead", note="waiting for /dev/i2c-1"
+        ),
     }
     nodes = {
         "camera": NodeStatus(
@@ -51,7 +54,7 @@ def test_the_screen_shows_streams_verdicts_nodes_and_what_they_wait_for() -> Non
     shown = text(screen("demo", status(), prediction(wait=1.0, encode=2.0, total=3.5), Summary()))
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
     assert rows["demo"][-1] == "1:02:03"
-    assert rows["camera"][:6] == ["camera", "30.0/s", "9", "12", "ms", "ok"]
+    assert rows["camera"][:6] == ["camera", "30.0/s", "6", "12", "ms", "ok"]
     assert rows["camera"][6] == "+0.25"
     assert rows["imu"][:6] == ["imu", "0.0/s", "0", "–", "missing:", "dead"]
     assert rows["latency"][:9] == ["latency", "3.5", "ms", "=", "wait", "1.0", "+", "encode", "2.0"]
