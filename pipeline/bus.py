@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -71,8 +71,12 @@ def limit(delivery: Delivery) -> int | None:
 class Outlet(Protocol):
     """What a publisher needs of a carrier."""
 
-    def send(self, parts: Sequence[Any]) -> bool:
-        """Sends to all who subscribed to ``parts[0]``; False only if lossless and one of them has no room."""
+    def send(self, parts: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> bool:
+        """Sends to all who subscribed to ``parts[0]``; False only if lossless and one of them has no room.
+
+        ``meanwhile`` is what must be done before anyone receives the last part. It runs as late as it can, so that all
+        that need not wait for it does not.
+        """
 
     def events(self) -> list[bytes]:
         """Subscriptions since the last call: 1 or 0 (came, went) and the topic."""
@@ -87,11 +91,8 @@ class Outlet(Protocol):
 class Inlet(Protocol):
     """What a subscriber needs of a carrier."""
 
-    def recv(self) -> Sequence[Any] | None:
-        """The parts of the next message, or None."""
-
-    def wait(self, timeout_ms: int) -> bool:
-        """Waits for something to receive; False when nothing came."""
+    def recv(self, timeout_ms: int = 0) -> Sequence[Any] | None:
+        """The parts of the next message; None if none came in time."""
 
     def fileno(self) -> int:
         """Readable when something may have come."""

@@ -6,7 +6,7 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline.bus import HIGH_WATER, Delivery, merged, new_join, subscriptions
@@ -93,12 +93,14 @@ class _MemoryOutlet:
         self.inbox += events
         self.news.set()
 
-    def send(self, parts: Sequence[Any]) -> bool:
+    def send(self, parts: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> bool:
         owned = [part if isinstance(part, bytes) else bytes(part) for part in parts]
         with self._bus._lock:
             readers = [i for i in self._bus._inlets if self._endpoint in i.endpoints and owned[0] in i.topics]
             if self._lossless and any(len(i.queue) >= HIGH_WATER for i in readers):
                 return False
+            if meanwhile is not None:
+                meanwhile()
             for inlet in readers:
                 inlet.put(owned)
         return True
@@ -140,7 +142,9 @@ class _MemoryInlet:
             if len(self.queue) == 1:
                 os.write(self._write, b"x")
 
-    def recv(self) -> Sequence[Any] | None:
+    def recv(self, timeout_ms: int = 0) -> Sequence[Any] | None:
+        if timeout_ms:
+            select.select([self._read], [], [], timeout_ms / 1000)
         with self._bus._lock:
             if not self.queue:
                 return None
@@ -148,9 +152,6 @@ class _MemoryInlet:
             if not self.queue:
                 os.read(self._read, 1)
         return parts
-
-    def wait(self, timeout_ms: int) -> bool:
-        return bool(select.select([self._read], [], [], timeout_ms / 1000)[0])
 
     def fileno(self) -> int:
         return self._read

@@ -166,12 +166,17 @@ class Subscriber:
         Empty when the time is over, or when something came under a topic that is no stream (see ``parts``).
         """
         deadline_ns = self._clock.now_ns() + timeout_ms * 1_000_000
-        self._drain()
+        for _ in range(_DRAIN):
+            parts = self._inlet.recv()
+            if parts is None:
+                break
+            self._dispatch(parts)
         while not self._pending and not any(self._parts.values()):
             remaining_ms = -((self._clock.now_ns() - deadline_ns) // 1_000_000)
-            if remaining_ms <= 0 or not self._inlet.wait(remaining_ms):
+            parts = self._inlet.recv(remaining_ms) if remaining_ms > 0 else None
+            if parts is None:
                 break
-            self._drain(1)  # at once to its reader: to ask whether there is a second takes as long as to read the first
+            self._dispatch(parts)  # at once to its reader: to ask for a second takes as long as to read the first
         received = list(self._pending.values())
         self._pending.clear()
         for stream in self._streams.values():
@@ -215,22 +220,18 @@ class Subscriber:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _drain(self, most: int = _DRAIN) -> None:
-        for _ in range(most):
-            parts = self._inlet.recv()
-            if parts is None:
-                return
-            stream = self._streams.get(parts[0])
-            if stream is not None:
-                try:
-                    self._take(stream, parts)
-                except WireError:
-                    stream.counters.malformed += 1
-            elif parts[0] in self._parts:
-                self._take_parts(parts)
-            elif parts[0] == self._welcome_topic:
-                self._welcome(parts)
-            # Anything else is a topic that merely begins like one of ours.
+    def _dispatch(self, parts: Sequence[Any]) -> None:
+        stream = self._streams.get(parts[0])
+        if stream is not None:
+            try:
+                self._take(stream, parts)
+            except WireError:
+                stream.counters.malformed += 1
+        elif parts[0] in self._parts:
+            self._take_parts(parts)
+        elif parts[0] == self._welcome_topic:
+            self._welcome(parts)
+        # Anything else is a topic that merely begins like one of ours.
 
     def _take(self, stream: _Stream, parts: Sequence[Any]) -> None:
         """Checks everything before it counts or holds anything. WireError if the message is malformed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -66,13 +67,13 @@ class Publisher:
         if not self._readers:
             self._serve()
         counters.sent += 1
-        parts = self._parts(header, data, nbytes, counters)
-        if parts is None:
+        ready = self._prepare(header, data, nbytes, counters)
+        if ready is None:
             self._serve()  # perhaps a reader has left
-            parts = self._parts(header, data, nbytes, counters)
-        while parts is None and self._lossless and self._pause():
-            parts = self._parts(header, data, nbytes, counters)
-        sent = parts is not None and self._send(parts)
+            ready = self._prepare(header, data, nbytes, counters)
+        while ready is None and self._lossless and self._pause():
+            ready = self._prepare(header, data, nbytes, counters)
+        sent = ready is not None and self._send(*ready)
         counters.dropped += not sent
         self._serve()  # only now: what is ready to go must not wait for it
         return sent
@@ -149,22 +150,24 @@ class Publisher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _parts(self, header: Header, data: Any, nbytes: int, counters: Sent) -> tuple[Any, ...] | None:
-        """What to send; None if it needs a slot and none is free."""
+    def _prepare(
+        self, header: Header, data: Any, nbytes: int, counters: Sent
+    ) -> tuple[tuple[Any, ...], Callable[[], None] | None] | None:
+        """What to send, and how its slot is to be filled meanwhile; None if it needs a slot and none is free."""
         topic, packed, ring = self._topics[header.stream], encode_header(header), self._ring
         if ring is not None:
-            index = ring.loaned(data)
+            index, source = ring.loaned(data), None
             if index is None and nbytes > INLINE_MAX:
                 if nbytes <= ring.segment.stride:
-                    index = ring.acquire()
+                    index, source = ring.acquire(), _bytes(data)
                     if index is None:
                         return None
-                    np.copyto(ring.memory(index, nbytes), _bytes(data))
                 else:
                     counters.oversize += 1
             if index is not None:
-                return topic, SLOT + packed, encode_slot(ring.publish(index, header.stream, nbytes))
-        return topic, INLINE + packed, _bytes(data).data
+                slot = ring.lend(index, header.stream, nbytes)
+                return (topic, SLOT + packed, encode_slot(slot)), partial(ring.fill, slot, source)
+        return (topic, INLINE + packed, _bytes(data).data), None
 
     def _wait_for_attached(self, timeout_s: float) -> None:
         """The end of a short import must not take away memory that a reader is yet to map."""
@@ -173,8 +176,8 @@ class Publisher:
             if not self._pause():
                 return
 
-    def _send(self, parts: Sequence[Any]) -> bool:
-        while not self._outlet.send(parts):
+    def _send(self, parts: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> bool:
+        while not self._outlet.send(parts, meanwhile):
             if not self._pause():
                 return False
         return True

@@ -287,13 +287,18 @@ class Ring:
             return index
         return None
 
-    def publish(self, index: int, stream: str, nbytes: int) -> Slot:
-        """Lends a filled slot to the present readers of ``stream`` and names it."""
+    def lend(self, index: int, stream: str, nbytes: int) -> Slot:
+        """Lends an acquired slot to the present readers of ``stream`` and names it; ``fill`` makes it valid."""
         self._generation += 1
-        self.segment.words[_HEAD + index] = self._generation
         rows = tuple(row for row, streams in self._rows.items() if stream in streams)
         self._lent[index] = _Lent(self._generation, self._clock.now_ns(), rows)
         return Slot(self.segment.name, index, self._generation, nbytes)
+
+    def fill(self, slot: Slot, data: Bytes | None) -> None:
+        """Copies a payload into a lent slot (None: it is there already) and marks the slot's content as complete."""
+        if data is not None:
+            np.copyto(self.memory(slot.index, slot.length), data)
+        self.segment.words[_HEAD + slot.index] = slot.generation
 
     def attached(self) -> bool:
         """Whether every reader with a row has mapped the segment."""

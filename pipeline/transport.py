@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -308,15 +308,19 @@ class _ZmqOutlet:
     def __init__(self, socket: zmq.Socket[bytes], linger_ms: int, stop: threading.Event | None) -> None:
         self._socket, self._linger_ms, self._stop = socket, linger_ms, stop
 
-    def send(self, parts: Sequence[Any]) -> bool:
+    def send(self, parts: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> bool:
         send, flags = self._socket.send, _MORE | _AT_ONCE
         try:
             for part in parts[:-1]:
                 send(part, flags)
                 flags = _MORE  # only the first part of a message can find no room
-            send(parts[-1])
         except zmq.Again:
             return False
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            send(parts[-1])  # also when interrupted, or the next message would be taken for the rest of this one
         return True
 
     def events(self) -> list[bytes]:
@@ -336,17 +340,22 @@ class _ZmqOutlet:
 class _ZmqInlet:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
+        self._timeout_ms = -1
 
-    def recv(self) -> Sequence[Any] | None:
+    def recv(self, timeout_ms: int = 0) -> Sequence[Any] | None:
+        """Waits inside ZeroMQ rather than in a poll before it, and takes frames, which know whether more will come:
+        what runs between a wake-up and the reader runs with cold caches, and each call saved is some 20 us."""
+        if timeout_ms and timeout_ms != self._timeout_ms:
+            self._socket.rcvtimeo = self._timeout_ms = timeout_ms
         try:
-            return self._socket.recv_multipart(_AT_ONCE)
+            frame = self._socket.recv(0 if timeout_ms else _AT_ONCE, False)
         except zmq.Again:
             return None
-
-    def wait(self, timeout_ms: int) -> bool:
-        return bool(self._poller.poll(timeout_ms))
+        parts = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(0, False)
+            parts.append(frame.bytes)
+        return parts
 
     def fileno(self) -> int:
         return int(self._socket.get(zmq.FD))
@@ -479,12 +488,10 @@ class JsonSubscription:
         """The next object; None if none came in time."""
         clock = SystemClock()
         while True:
-            parts = self._inlet.recv()
+            parts = self._inlet.recv(max(0, timeout_ms - clock.now_ns() // 1_000_000))
             if parts is None:
-                remaining_ms = timeout_ms - clock.now_ns() // 1_000_000
-                if remaining_ms <= 0 or not self._inlet.wait(remaining_ms):
-                    return None
-            elif parts[0] == self._topic:
+                return None
+            if parts[0] == self._topic:
                 found = _json_object(parts[1]) if len(parts) == 2 else None
                 if found is not None:
                     return found

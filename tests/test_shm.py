@@ -40,8 +40,9 @@ def put(ring: Ring, content: int, stream: str = "camera") -> Slot | None:
     index = ring.acquire()
     if index is None:
         return None
-    ring.memory(index, 5000)[:] = content
-    return ring.publish(index, stream, 5000)
+    slot = ring.lend(index, stream, 5000)
+    ring.fill(slot, np.full(5000, content, np.uint8))
+    return slot
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no folder /dev/shm on this system")
@@ -234,7 +235,8 @@ def test_a_loan_is_published_without_a_copy_and_returns_when_forgotten() -> None
     index = made.loaned(view.reshape(-1))
     assert index is not None
     assert made.loaned(view.reshape(-1)) is None  # published once only
-    slot = made.publish(index, "camera", view.nbytes)
+    slot = made.lend(index, "camera", view.nbytes)
+    made.fill(slot, None)
     assert RingReader(made.segment).hold(slot)[3999] == 7
 
 
@@ -273,8 +275,8 @@ def test_no_interleaving_overwrites_what_is_held(data: st.DataObject) -> None:
             if index is None:
                 assert len(busy) == 3
                 continue
-            made.memory(index, 64)[:] = content
-            slot = made.publish(index, "camera", 64)
+            slot = made.lend(index, "camera", 64)
+            made.fill(slot, np.full(64, content, np.uint8))
             for w in (0, 1):
                 sent[w].append((slot, content))
         elif action == "take" and sent[who]:
