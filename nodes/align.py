@@ -52,6 +52,7 @@ class Align:
             publisher = bus.publisher(self.life.spec.node, stop=self.life.stop)
             self.join(bus, publisher)
             wait_for_readers(publisher, self.life)
+            self.life.wait_to_begin(Report(state="ready"))
             self.begin()
             while not self.life.stop.is_set():
                 self.turn()

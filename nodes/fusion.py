@@ -118,6 +118,7 @@ class Fusion:
             publisher = bus.publisher(spec.node, stop=self.life.stop, tcp=settings.tcp, curve=self._curve())
             self.join(bus, publisher)
             wait_for_readers(publisher, self.life)
+            self.life.wait_to_begin(Report(state="ready"))
             while not self.life.stop.is_set():
                 self.turn()
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import msgspec
 
+from pipeline.clock import SystemClock
 from pipeline.errors import RecordingError, WireError
 from pipeline.life import Life, Report
 from pipeline.messages import Message
@@ -75,16 +76,19 @@ class Record:
     def join(self, bus: Bus) -> None:
         """Opens the file and subscribes to all that goes into it. Raises RecordingError."""
         spec, settings = self.life.spec, self.settings
-        session = SessionInfo(
-            session=spec.session, unix_ns=spec.origin.unix_ns, rig=settings.rig, bundle=settings.bundle
-        )
-        self.writer = RecordingWriter(free_path(settings.path), session, settings.compression)
-        self.queue = BoundedWriter(settings.queue_bytes)
+        path = free_path(settings.path)
         self.subscriber = bus.subscriber(
             spec.node,
             {node: {s: Lossless() for s in streams} for node, streams in settings.wiring.items() if streams},
             topics={node: {t: Lossless() for t in topics} for node, topics in settings.topics.items()},
         )
+        self.life.wait_to_begin(Report(state="ready", note=str(path)))
+        origin = self.clock.origin if isinstance(self.clock, SystemClock) else spec.origin
+        session = SessionInfo(
+            session=spec.session, unix_ns=origin.unix_ns, rig=settings.rig, bundle=settings.bundle
+        )
+        self.writer = RecordingWriter(path, session, settings.compression)
+        self.queue = BoundedWriter(settings.queue_bytes)
 
     def finish(self) -> None:
         """Writes what waits and closes the file, which says whether anything is missing. Raises RecordingError."""

@@ -90,6 +90,7 @@ class Replay:
                 spec.node, sorted(self.streams), ring_spec(spec), lossless=True, stop=self.life.stop
             )
             wait_for_readers(publisher, self.life)
+            self.life.wait_to_begin(Report(state="loaded"))
             self.play(publisher)
 
     def play(self, publisher: Publisher) -> None:

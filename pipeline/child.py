@@ -17,7 +17,7 @@ from pipeline.clock import Clock
 from pipeline.config import RestartEntry
 from pipeline.life import NodeSpec, Order, Report
 
-NodeState = Literal["starting", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
+NodeState = Literal["starting", "loaded", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
 SENSOR_BACKOFF_NS = 1_000_000_000
 TAIL_LINES = 12
 LOG_LIMIT = 4 << 20

@@ -48,6 +48,10 @@ class SystemClock:
     def now_ns(self) -> int:
         return time.monotonic_ns() - self.origin.monotonic_ns
 
+    def begin(self, origin: Origin) -> None:
+        """Lays time 0 at ``origin``. Once, before anything has been stamped: a session begins when its nodes are up."""
+        self.origin = origin
+
     def wait_until(self, t_ns: int, stop: threading.Event | None = None) -> bool:
         remaining = t_ns - self.now_ns()
         while remaining > 0:

@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.clock import Origin, SystemClock
+from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, RigFile, check_environment
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
@@ -86,14 +86,13 @@ class Session:
         ConfigError, BundleError, RecordingError."""
         self.rig = rig_file.rig
         self.plan = make_plan(rig_file, allow_code, record)
-        self.origin = Origin.now()
-        self.clock = SystemClock(self.origin)
-        began = datetime.fromtimestamp(self.origin.unix_ns / 1e9, tz=UTC)
+        self.clock = SystemClock()  # its time 0 is laid anew when all nodes are up
+        began = datetime.fromtimestamp(self.clock.origin.unix_ns / 1e9, tz=UTC)
         self.id = f"{began:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self.dir = (root or sessions_root()) / self.id
         endpoint_path(self.dir, "m" * 32)  # the longest name of a source: too long a folder is found before the start
         place, ref = (
-            Place(self.id, self.dir, self.origin),
+            Place(self.id, self.dir, self.clock.origin),
             SessionRef(self.id, str(self.dir), self.rig.name, self.predictions),
         )
         self._supervisor = Supervisor(self.plan, place, ref, self.clock, on_event)

@@ -48,6 +48,8 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     import_paths: tuple[str, ...] = ()
     life: int = 0
     """How often this node has been restarted."""
+    begun: bool = True
+    """Whether the session has begun; else ``origin`` is provisional, and the node waits for the order to begin."""
     readers_s: float = 10.0
     """How long to wait for ``readers`` before sending without them."""
     lease_ms: int = 1000
@@ -80,11 +82,11 @@ class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     rejected: dict[str, int] = {}
 
 
-State = Literal["starting", "waiting", "ready", "ended"]
+State = Literal["starting", "loaded", "waiting", "ready", "ended"]
 
 
 class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What a node says of itself. ``waiting``: it lives but has nothing to give, for the reason in ``note``; ``ended``:
+    """What a node says of itself. ``loaded``: a source that could begin; ``waiting``: it lives but has nothing to give, for the reason in ``note``; ``ended``:
     its data came to their natural end (``ended`` holds the epoch and the number of the message that will not come)."""
 
     state: State
@@ -96,10 +98,11 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Order(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What the launcher tells a node. ``close`` goes to the align node: a stream is dead, or ended before message
-    ``seq`` of ``epoch``."""
+    """What the launcher tells a node. ``begin``: all are up, and the session's time 0 lies at ``origin``; ``close``
+    goes to the align node: a stream is dead, or ended before message ``seq`` of ``epoch``."""
 
-    do: Literal["stop", "close"]
+    do: Literal["begin", "stop", "close"]
+    origin: Origin | None = None
     stream: str = ""
     reason: Literal["dead", "ended"] = "dead"
     epoch: int = 0
@@ -118,6 +121,9 @@ class Life:
         self.spec = spec
         self.clock: Clock = clock or SystemClock(spec.origin)
         self.stop = threading.Event()
+        self.begun = threading.Event()
+        if spec.begun:
+            self.begun.set()
         self.ordered = False
         """Whether it is the launcher that wants it to stop; otherwise the node will be started again."""
         self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
@@ -137,6 +143,20 @@ class Life:
             self._unsaid = line if line is self._unsaid else b""
         except BrokenPipeError:
             self.stop.set()  # the launcher is gone
+
+    def wait_to_begin(self, report: Report) -> None:
+        """Says ``report`` until the session begins. Nothing may be stamped before: its time 0 is not known until every
+        node is up, so that no window is lost to the start of a process."""
+        while not self.begun.is_set() and not self.stop.is_set():
+            self.report(report)
+            self.begun.wait(REPORT_EVERY_NS / 1e9)
+
+    def begin(self, origin: Origin) -> None:
+        """The order to begin."""
+        if isinstance(self.clock, SystemClock):
+            self.clock.begin(origin)
+        self._next_report_ns = 0
+        self.begun.set()
 
     @property
     def due(self) -> bool:
@@ -217,6 +237,8 @@ def _listen(life: Life) -> None:
             if order.do == "stop":
                 life.ordered = True
                 life.stop.set()
+            elif order.do == "begin" and order.origin is not None:
+                life.begin(order.origin)
             else:
                 life.orders.put(order)
     life.stop.set()

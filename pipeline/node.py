@@ -94,14 +94,15 @@ class SourceShell:
         self._open = False
         self._failures = 0
         self._retry_ns = 0
-        self._last_sent_ns = life.clock.now_ns()
+        self._last_sent_ns = 0
         self._trouble = ""
 
     def run(self) -> None:
         """Turns until the life says stop. When the whole session stops that is the stream's end: nobody need wait for
         more. Raises SensorError after ``FAILURES``."""
         try:
-            self.stamper.open(self.life.clock.now_ns())
+            self._last_sent_ns = self.life.clock.now_ns()
+            self.stamper.open(self._last_sent_ns)
             self._report(force=True)
             while not self.life.stop.is_set():
                 self.turn()
@@ -247,6 +248,7 @@ def run_source(source_class: type[Source], life: Life) -> None:
         settings = decode_settings(source_class, spec.settings)
         shell = SourceShell(source_class, settings, life, publisher, spec.node)
         wait_for_readers(publisher, life)
+        life.wait_to_begin(Report(state="loaded"))
         shell.run()
 
 

@@ -197,7 +197,7 @@ def source_specs(plan: Plan, place: Place) -> list[NodeSpec]:
 def _spec(plan: Plan, place: Place, name: str, settings: dict[str, Any], readers: tuple[str, ...]) -> NodeSpec:
     rig = plan.rig_file.rig
     return NodeSpec(
-        session=place.session, origin=place.origin, session_dir=str(place.folder), node=name, kind=name,
+        session=place.session, origin=place.origin, begun=False, session_dir=str(place.folder), node=name, kind=name,
         settings=settings, readers=readers, import_paths=import_paths(plan.rig_file),
         lease_ms=rig.transport.lease_ms, ring_mib=rig.transport.ring_mib, readers_s=rig.restart.start_s,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """The thread that owns a session's processes: starts, watches, restarts and stops them.
 
-Consumers come first; when they are ready, the sources are started. A node that dies, or says nothing for too long, is
-started again with backoff and a limit, and before anything else the align node is told that its streams are dead, so
-that no window waits for them. Stopping goes the way of the data: sources, align, fusion, record.
+Consumers come first; when they are ready, the sources are started, and when these are loaded too, the session begins:
+its time 0 is the moment at which all processes are up, and none has stamped anything before. A node that dies, or says
+nothing for too long, is started again with backoff and a limit, and before anything else the align node is told that
+its streams are dead, so that no window waits for them. Stopping goes the way of the data: sources, align, fusion,
+record.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Literal
 import msgspec
 
 from pipeline.child import Child, died_how
-from pipeline.clock import Clock
+from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
 from pipeline.life import NodeSpec, Order
 from pipeline.node import EXIT_SENSOR
@@ -29,6 +31,8 @@ TURN_S = 0.1
 STOP_NS = {"record": 60_000_000_000}
 """How long a node may take to stop before it is killed; the recorder must write what it holds."""
 STOP_DEFAULT_NS = 5_000_000_000
+LOAD_NS = 10_000_000_000
+"""How long the beginning waits for sources to be loaded."""
 LINGER_NS = 3_000_000_000
 """How long after the data's end predictions may still come."""
 
@@ -37,9 +41,10 @@ class Supervisor:
     """Runs a plan's nodes. ``run`` is the thread's function; the rest of the public names may be used by others."""
 
     def __init__(
-        self, plan: Plan, place: Place, ref: SessionRef, clock: Clock, on_event: Callable[[Event], None]
+        self, plan: Plan, place: Place, ref: SessionRef, session_clock: SystemClock, on_event: Callable[[Event], None]
     ) -> None:
-        self.plan, self.place, self.ref, self.clock = plan, place, ref, clock
+        self.plan, self.place, self.ref, self.session_clock = plan, place, ref, session_clock
+        self.clock = SystemClock()  # of what is done here: the session's own jumps when it begins
         self.rig = plan.rig_file.rig
         self.children: dict[str, Child] = {}
         self.lock = threading.RLock()
@@ -54,6 +59,7 @@ class Supervisor:
         self._selector: selectors.BaseSelector
         self._stopping = False
         self._start_ns = self._end_ns = 0
+        self._begun = False
 
     def stop(self) -> None:
         """Asks the thread to stop everything."""
@@ -108,9 +114,23 @@ class Supervisor:
                     self._launch(spec, self.rig.sources[spec.node].required)
                 sources = [child for child in self.children.values() if child not in cores]
                 self._start_ns = self.clock.now_ns()
+            if sources and not self._begun:
+                self._begin_session(sources)
             if not self.started.is_set():
                 required = [child for child in sources if child.required]
                 self._check_start(required if sources else cores, launched=bool(sources))
+
+    def _begin_session(self, sources: list[Child]) -> None:
+        """Begins as soon as every source is loaded; one that takes too long for that will come later."""
+        loading = [child for child in sources if child.state == "starting" and child.process is not None]
+        if loading and self.clock.now_ns() - self._start_ns < LOAD_NS:
+            return
+        self._begun = True
+        origin = Origin.now()
+        self.session_clock.begin(origin)
+        for child in self.children.values():
+            child.spec = msgspec.structs.replace(child.spec, origin=origin, begun=True)
+            child.tell(Order(do="begin", origin=origin))
 
     def _check_start(self, awaited: list[Child], launched: bool) -> None:
         """Whether those that must be ready are; they have a limited time for it."""
@@ -261,4 +281,4 @@ class Supervisor:
                 child.bury()
 
     def _tell(self, child: Child, kind: What, text: str) -> None:
-        self._on_event(Event(self.clock.now_ns(), child.name, kind, text))
+        self._on_event(Event(self.session_clock.now_ns(), child.name, kind, text))
