@@ -87,8 +87,8 @@ State = Literal["starting", "loaded", "waiting", "ready", "ended"]
 
 class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a node says of itself. ``loaded``: a source that could begin; ``waiting``: it lives but has nothing to give,
-    for the reason in ``note``; ``ended``: its data came to their natural end (``ended`` holds the epoch and the number of
-    the message that will not come)."""
+    for the reason in ``note``; ``ended``: its data came to their natural end (``ended`` holds the epoch and the number
+    of the message that will not come)."""
 
     state: State
     note: str = ""
