@@ -143,8 +143,8 @@ class StreamManifest(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """Losses learnt of since the last manifest: (first ns, end ns, count)."""
     overflows: tuple[tuple[int, int, int], ...] = ()
     """What was turned away since then because the buffer was full: (first ns, last ns, count) by capture time."""
-    gap: tuple[int, int] | None = None
-    """A loss whose end is not known yet: (first ns, count)."""
+    gaps: tuple[tuple[int, int], ...] = ()
+    """Losses whose end is not known yet: (first ns, count)."""
 
 
 class Manifest(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -434,7 +434,7 @@ class Aligner:
             track.first_ns if track.first_ns < FOREVER else None,
             tuple(track.losses[-track.fresh_losses :]) if track.fresh_losses else (),
             tuple(track.overflows[-track.fresh_overflows :]) if track.fresh_overflows else (),
-            track.gap,
+            tuple(track.gaps),
         )
 
     def _advance(self) -> None:

@@ -138,7 +138,7 @@ class Stated(Protocol):
     @property
     def overflows(self) -> tuple[tuple[int, int, int], ...]: ...
     @property
-    def gap(self) -> tuple[int, int] | None: ...
+    def gaps(self) -> tuple[tuple[int, int], ...]: ...
 
 
 LAYOUTS: dict[str, type[Layout]] = {
@@ -193,10 +193,10 @@ class Track:
         self.fresh: list[Message] = []  # taken since the last manifest
         self.fresh_losses = 0  # how many of ``losses`` are newer than the last manifest
         self.next_seq = 0
-        self.gap: tuple[int, int] | None = None  # (first ns, count) of a loss whose end is not known yet
+        self.gaps: list[tuple[int, int]] = []  # (first ns, count) of losses whose end is not known yet
         self.last_capture_ns = -FOREVER
         self.sequence = None if spec.ordered else _Unordered(self.memory)
-        self.ordinary = spec.ordered  # nothing out of the ordinary is going on: no gap open, not closed
+        self.ordinary = False  # ordered, has begun, is not closed, and no loss is open
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
         self.overflows: list[tuple[int, int, int]] = []  # (first ns, last ns, count) of what was turned away
         self.fresh_overflows = 0
@@ -287,7 +287,7 @@ class Track:
             self.counters.beats += 1
         else:
             self.received += 1
-            self._reject(message.header, "overflow")
+            self._overflow(message.header)
 
     def _open(self, epoch: int) -> None:
         if self.sequence is not None:
@@ -313,10 +313,9 @@ class Track:
             count = header.seq - self.next_seq
             self.counters.lost += count
             # What is lost was promised to lie at or above the bound that held until now; its end is the next message.
-            if self.gap is None:
-                self.gap = (max(self.last_capture_ns + 1, self.bound_ns), count)
-            else:
-                self.gap = (self.gap[0], self.gap[1] + count)
+            if len(self.gaps) >= self.memory:
+                count += self.gaps.pop()[1]
+            self.gaps.append((max(self.last_capture_ns + 1, self.bound_ns), count))
             self.ordinary = False
         self.next_seq = max(self.next_seq, header.seq if beat else header.seq + 1)
 
@@ -341,25 +340,29 @@ class Track:
         """The message keeps the stream's promises: it ends a gap, whatever becomes of it."""
         self.first_ns = min(self.first_ns, header.t_capture_ns)
         self.last_capture_ns = header.t_capture_ns
-        if self.gap is not None:
-            self._remember_loss(self.gap[0], header.t_capture_ns, self.gap[1])
-            self.gap = None
-            self.ordinary = self.sequence is None and self.closed is None
+        for first_ns, count in self.gaps:
+            self._remember_loss(first_ns, header.t_capture_ns, count)
+        self.gaps.clear()
+        self.ordinary = self.sequence is None and self.closed is None
 
     def _sort_in(self, message: Message) -> None:
         header = message.header
         if self.is_late(message):
             self.counters.late += 1
         elif len(self.buffer) >= self.max_buffer:
-            self._reject(header, "overflow")
-            first_ns, count = header.t_capture_ns, 1
-            if len(self.overflows) >= self.memory:
-                before = self.overflows.pop()
-                first_ns, count = before[0], before[2] + 1
-            self.overflows.append((first_ns, header.t_end_ns, count))
-            self.fresh_overflows += 1
+            self._overflow(header)
         else:
             self._keep(message)
+
+    def _overflow(self, header: Header) -> None:
+        """Rejects a message for which there is no room, and marks what it would have covered."""
+        self._reject(header, "overflow")
+        first_ns, count = header.t_capture_ns, 1
+        if len(self.overflows) >= self.memory:
+            before = self.overflows.pop()
+            first_ns, count = before[0], before[2] + 1
+        self.overflows.append((first_ns, header.t_end_ns, count))
+        self.fresh_overflows += 1
 
     def _keep(self, message: Message) -> None:
         self._reopen()
@@ -391,7 +394,7 @@ class Track:
     def _reopen(self) -> None:
         if self.closed == "dead":
             self.closed = None
-            self.ordinary = self.sequence is None and self.gap is None
+            self.ordinary = self.sequence is None and not self.gaps and self.first_ns < FOREVER
 
     # --- the step that is next -------------------------------------------------------------------------------------
 
@@ -416,7 +419,7 @@ class Track:
     def lost_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages may have been lost in [first, end)."""
         count = sum(n for a, b, n in self.losses if max(a, first_ns) < min(b, end_ns)) if self.losses else 0
-        return count + self.gap[1] if self.gap is not None and self.gap[0] < end_ns else count
+        return count + sum(n for a, n in self.gaps if a < end_ns) if self.gaps else count
 
     def overflowed_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages were turned away there because the buffer was full."""
@@ -463,7 +466,7 @@ class Track:
         self.fresh_losses = len(stated.losses)
         self.overflows.extend(stated.overflows)
         self.fresh_overflows = len(stated.overflows)
-        self.gap = stated.gap
+        self.gaps = list(stated.gaps)
         self.limit()
         self.proven = self.bound_ns >= self.interesting_ns and (self.closed == "ended" or self.prove())
 
