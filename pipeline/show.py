@@ -85,7 +85,10 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
     if status is not None:
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
     to_person = sys.stdout.isatty() and not json
-    console(sys.stdout if to_person else sys.stderr).print("\n" if to_person else "", closing(summary), sep="", end="")
+    screen = console(sys.stdout if to_person else sys.stderr)
+    if to_person:
+        screen.print()  # a blank line below the table
+    screen.print(closing(summary))
 
 
 def _counters(stream: StreamStatus) -> Counters:

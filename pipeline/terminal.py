@@ -7,7 +7,6 @@ return renderables; only ``Screen`` and ``Lines`` write.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TextIO
@@ -191,7 +190,7 @@ def latency(prediction: Prediction, summary: Summary) -> Text:
     """The newest prediction's latency by stage, and the quantiles of all of them."""
     values = prediction.timing.latency_ms
     parts = " + ".join(f"{stage} {values[stage]:.1f}" for stage in ordered(values) if stage != "total")
-    text = Text(f"latency {values.get('total', math.nan):.1f} ms = {parts}")
+    text = Text(f"latency {values['total']:.1f} ms = {parts}" if "total" in values else f"latency, ms  {parts}")
     if "total" in summary.latency_ms:
         q = quantiles(summary.latency_ms["total"])
         text.append(f"\n        p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")

@@ -84,6 +84,12 @@ def test_what_fusion_could_not_use_is_said() -> None:
     )
 
 
+def test_a_replay_has_no_latency_of_its_own() -> None:
+    assert "latency, ms  wait 1.0 + encode 2.0\n" in text(
+        screen("demo", None, prediction(wait=1.0, encode=2.0), Summary())
+    )
+
+
 def test_before_the_first_prediction_the_screen_says_what_is_waited_for() -> None:
     shown = text(screen("demo", status(), None, Summary()))
     assert "no prediction yet" in shown
