@@ -231,12 +231,12 @@ def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: i
     from pipeline.subscriber import Subscription
     from pipeline.summary import Summary
 
-    title, endpoint = _session(endpoint, session)
+    title, endpoint, folder = _session(endpoint, session)
     summary = Summary()
     with Subscription(endpoint) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)
         try:
-            while count is None or summary.predictions < count:
+            while (count is None or summary.predictions < count) and (folder is None or folder.exists()):
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)
@@ -249,19 +249,20 @@ def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: i
     print_summary(summary, json)
 
 
-def _session(endpoint: str | None, session: str | None) -> tuple[str, str]:
-    """A title and an endpoint: the one given, or that of the session meant. Raises ConfigError."""
+def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path | None]:
+    """A title, the endpoint given or that of the session meant, and the folder that is gone when that session is over.
+    Raises ConfigError."""
     from pipeline.launch import live_sessions
 
     if endpoint is not None:
-        return endpoint, endpoint
+        return endpoint, endpoint, None
     live = {found.id: found for found in live_sessions()}
     if session is not None and session not in live:
         raise ConfigError(f"no session `{session}` runs here.{nearest(session, live)} {_running(live)}")
     if session is None and len(live) != 1:
         raise ConfigError(f"{_running(live)} Name one with --session, or start one: sensorium run RIG.")
     found = live[session] if session is not None else next(iter(live.values()))
-    return f"{found.rig}   session {found.id}", found.predictions
+    return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
 
 
 def _running(live: dict[str, Any]) -> str:

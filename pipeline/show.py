@@ -28,7 +28,12 @@ class Show:
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary()
         self._session = session
-        self._output = output_for(json, f"{session.rig.name}   session {session.id}   Ctrl-C stops", self.summary)
+        where = (
+            f"predictions at {session.predictions}" if session.rig.bundle is not None else "no model, no predictions"
+        )
+        self._output = output_for(
+            json, f"{session.rig.name}   session {session.id}   Ctrl-C stops", self.summary, where
+        )
         self._lock = threading.Lock()
         self._last_round = threading.Event()
         self._error: BaseException | None = None
@@ -75,9 +80,13 @@ class Show:
             self._error = error
 
 
-def output_for(json: bool, title: str, summary: Summary) -> Output:
+def output_for(json: bool, title: str, summary: Summary, about: str = "") -> Output:
     """A live table where standard output is a terminal, lines elsewhere."""
-    return Lines() if json or not sys.stdout.isatty() else Screen(title, summary)
+    if json or not sys.stdout.isatty():
+        if about:
+            print(f"{title.split('   Ctrl')[0]}   {about}", file=sys.stderr, flush=True)
+        return Lines()
+    return Screen(title, summary, about)
 
 
 def print_summary(summary: Summary, json: bool, status: Status | None = None) -> None:

@@ -68,5 +68,5 @@ class Subscription:
 
 def subscribe(endpoint: str, timeout_s: float | None = None) -> Subscription:
     """The predictions published at ``endpoint``, such as ``tcp://127.0.0.1:5599`` or ``ipc:///path``; see
-    ``Subscription``. What endpoint a session has says ``sensorium run`` when it starts. Raises ConfigError."""
+    ``Subscription``. ``sensorium run`` says which endpoint its session has. Raises ConfigError."""
     return Subscription(endpoint, timeout_s)

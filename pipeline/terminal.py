@@ -78,8 +78,8 @@ class Lines:
 class Screen:
     """The live table."""
 
-    def __init__(self, title: str, summary: Summary, on: Console | None = None) -> None:
-        self.title, self._summary = title, summary
+    def __init__(self, title: str, summary: Summary, about: str = "", on: Console | None = None) -> None:
+        self._title, self._about, self._summary = title, about, summary
         self._prediction: Prediction | None = None
         self._live = Live(console=on or console(sys.stdout), auto_refresh=False, vertical_overflow="crop")
         self._live.start()
@@ -92,7 +92,7 @@ class Screen:
             self._live.console.print(Text(event_line(event), style="dim"))
 
     def refresh(self, status: Status | None = None) -> None:
-        self._live.update(screen(self.title, status, self._prediction, self._summary), refresh=True)
+        self._live.update(screen(self._title, status, self._prediction, self._summary, self._about), refresh=True)
 
     def close(self) -> None:
         self._live.stop()
@@ -103,11 +103,15 @@ def event_line(event: Event) -> str:
     return f"{event.t_ns / 1e9:8.1f} s  {event.node}: {event.text}"
 
 
-def screen(title: str, status: Status | None, prediction: Prediction | None, summary: Summary) -> RenderableType:
+def screen(
+    title: str, status: Status | None, prediction: Prediction | None, summary: Summary, about: str = ""
+) -> RenderableType:
     """Everything that the terminal shows at one moment. Without ``status`` (a replay, a session that somebody else
     runs) only what predictions say of themselves."""
     now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
-    parts: list[RenderableType] = [Text.assemble((title, "bold"), f"   {duration(now_ns)}"), Text(), answer(prediction)]
+    parts: list[RenderableType] = [Text.assemble((title, "bold"), f"   {duration(now_ns)}")]
+    parts += [Text(about, style="dim")] if about else []
+    parts += [Text(), answer(prediction)]
     if status is not None or prediction is not None:
         parts += [Text(), streams(status, prediction)]
     if prediction is not None:

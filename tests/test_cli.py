@@ -328,9 +328,13 @@ def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(pl
         code, _, err = call(place, "subscribe", "--session", "other")
         assert code == 2
         assert first["session"] in err
-        out, err_bytes, code = running.stop(signal.SIGINT)
+        with Running(place, "subscribe", "--json") as to_the_end:
+            to_the_end.line()
+            out, err_bytes, code = running.stop(signal.SIGINT)
+            assert to_the_end.process.wait(PATIENCE_S) == 0
     assert code == 0, err_bytes
     assert b"predictions over" in err_bytes
+    assert f"session {first['session']}   predictions at ipc://".encode() in err_bytes
     assert all(line["session"] == first["session"] for line in lines(out.decode()))
     assert not list((place / "sensorium").glob("*/*"))
 

@@ -132,7 +132,7 @@ def test_a_session_without_predictions_says_so() -> None:
 
 def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
     console = Console(file=io.StringIO(), width=100, color_system=None)
-    shown = Screen("demo", Summary(), console)
+    shown = Screen("demo", Summary(), on=console)
     shown.event(Event(t_ns=1_500_000_000, node="imu", kind="died", text="killed by signal 9"))
     shown.event(Event(t_ns=1_600_000_000, node="imu", kind="ready", text="ready"))
     shown.prediction(prediction(total=1.0))
