@@ -402,7 +402,7 @@ class Aligner:
         if content is not None:
             verdict = "ok" if track.proven and content.complete else "partial"
             coverage, newest_ns = content.coverage, content.newest_ns
-            used = ranges(content.messages)
+            used = ranges(content.messages, track.ordered)
             for message in content.messages:
                 if message.header.uncertainty_ns > uncertainty_ns:
                     uncertainty_ns = message.header.uncertainty_ns
@@ -424,7 +424,7 @@ class Aligner:
             coverage,
             track.proven,
             used,
-            ranges(track.fresh),
+            ranges(track.fresh, track.ordered),
             track.epoch if track.epoch > -FOREVER else None,
             track.promised_ns if track.promised_ns > -FOREVER else None,
             newest_ns,

@@ -41,7 +41,7 @@ from pipeline.messages import (
 )
 
 Array = np.ndarray[Any, Any]
-FOREVER = 1 << 62
+FOREVER = 1 << 63
 """Beyond every time of a session: the bound of a stream that has ended."""
 
 
@@ -151,12 +151,12 @@ LAYOUTS: dict[str, type[Layout]] = {
 }
 
 
-def ranges(messages: list[Message] | tuple[Message, ...]) -> tuple[Range, ...]:
-    """The (epoch, seq) of ``messages`` as ranges."""
+def ranges(messages: list[Message] | tuple[Message, ...], ordered: bool) -> tuple[Range, ...]:
+    """The (epoch, seq) of ``messages`` as ranges; ``ordered``: numbers are known to increase."""
     if not messages:
         return ()
     first, last = messages[0].header, messages[-1].header
-    if first.epoch == last.epoch and last.seq - first.seq + 1 == len(messages) and last.seq >= first.seq:
+    if ordered and first.epoch == last.epoch and last.seq - first.seq + 1 == len(messages):
         return ((first.epoch, first.seq, last.seq),)  # all in one, as nearly always
     result: list[Range] = []
     for epoch, seq in sorted((m.header.epoch, m.header.seq) for m in messages):
@@ -238,8 +238,8 @@ class Track:
             self.received += 1
         if (reason := self._refusal(message, arrival_ns)) is not None:
             self._reject(header, reason)
-            self._skip_number(header)
-            return False
+            self._skip_number(header, arrival_ns)
+            return self.bound_ns >= self.interesting_ns
         if header.epoch < self.epoch:
             self._reject(header, "epoch")
             return False
@@ -272,12 +272,13 @@ class Track:
         if header.layout is not None:
             self.counters.rejected[reason] = self.counters.rejected.get(reason, 0) + 1
 
-    def _skip_number(self, header: Header) -> None:
+    def _skip_number(self, header: Header, arrival_ns: int) -> None:
         """A refused message has come all the same: it is not also counted as lost."""
         if header.layout is None or header.epoch != self.epoch:
             return
         if self.sequence is not None:
             self.sequence.come(header.seq)
+            self._raise_bound(self.sequence.released(), arrival_ns)
         elif header.seq == self.next_seq:
             self.next_seq += 1
 
@@ -375,9 +376,13 @@ class Track:
 
     def _promise(self, header: Header, arrival_ns: int) -> None:
         """The header's bound, once nothing with a lower number is outstanding."""
-        bound_ns = header.bound_ns
-        if self.sequence is not None:
-            bound_ns = self.sequence.promise(header)
+        if self.sequence is None:
+            self._raise_bound(header.bound_ns, arrival_ns)
+        else:
+            self.sequence.promise(header)
+            self._raise_bound(self.sequence.released(), arrival_ns)
+
+    def _raise_bound(self, bound_ns: int, arrival_ns: int) -> None:
         if bound_ns > self.bound_ns:
             self.bound_ns = self.promised_ns = bound_ns
             self.advanced_ns = arrival_ns
@@ -653,15 +658,18 @@ class _Unordered:
             self._seen.discard(self._floor)
             self._floor += 1
 
-    def promise(self, header: Header) -> int:
-        """The greatest bound that holds now, ``header``'s included if nothing below it is outstanding."""
+    def promise(self, header: Header) -> None:
+        """Takes note of a bound; it holds as soon as nothing below the header's number is outstanding."""
         needed = header.seq if header.layout is None else header.seq + 1
         heapq.heappush(self._promises, (needed, header.bound_ns))
+        if len(self._promises) > 2 * self._limit:
+            self._promises = heapq.nsmallest(self._limit, self._promises)
+
+    def released(self) -> int:
+        """The greatest bound that has come to hold since the last call."""
         best = -FOREVER
         while self._promises and self._promises[0][0] <= self._floor:
             best = max(best, heapq.heappop(self._promises)[1])
-        if len(self._promises) > 2 * self._limit:
-            self._promises = heapq.nsmallest(self._limit, self._promises)
         return best
 
 

@@ -219,7 +219,7 @@ class ManySamples:
     def settled(self, beyond_ns: int, bound_ns: int) -> tuple[int | None, int | None]:
         """(the first sample at or after ``beyond_ns``, the owner of the newest sample), if below ``bound_ns``."""
         times = self.times
-        first, below = int(times.searchsorted(beyond_ns)), int(times.searchsorted(bound_ns))
+        first, below = int(times.searchsorted(beyond_ns)), int(times.searchsorted(min(bound_ns, _LAST)))
         owner = int(self._owners[self._first + below - 1]) - self._dropped if below else None
         return int(times[first]) if first < below else None, owner
 
@@ -281,6 +281,7 @@ class ManySamples:
 
 
 _NONE = np.empty(0, np.int64)
+_LAST = np.iinfo(np.int64).max
 
 
 def _pcm(message: Message, channels: int) -> Array:

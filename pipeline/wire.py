@@ -16,6 +16,9 @@ import numpy as np
 from pipeline.errors import WireError
 from pipeline.messages import FrameLayout, Header, Message, array, nbytes_of
 
+_LIMIT = 1 << 62
+"""146 years in ns: beyond it arithmetic in int64 is not safe, and no honest clock gets there."""
+
 INLINE, SLOT = b"\x00", b"\x01"
 
 
@@ -44,7 +47,10 @@ def decode_header(data: Any) -> Header:
         header = _header.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise WireError(f"a message header is not valid msgpack of a Sensorium header: {error}") from None
-    if header.t_end_ns < header.t_capture_ns or header.seq < 0 or header.uncertainty_ns < 0:
+    times = (header.t_capture_ns, header.t_end_ns, header.bound_ns, header.epoch)
+    if max(times) >= _LIMIT or min(times) <= -_LIMIT or not 0 <= header.seq < _LIMIT:
+        raise WireError(f"header {header.stream}/{header.seq} states a time or number beyond 2^62: {times}")
+    if header.t_end_ns < header.t_capture_ns or header.uncertainty_ns < 0:
         raise WireError(
             f"header {header.stream}/{header.seq} contradicts itself: capture {header.t_capture_ns} ns, "
             f"end {header.t_end_ns} ns, uncertainty {header.uncertainty_ns} ns; end must not lie before capture"
