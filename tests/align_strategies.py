@@ -7,6 +7,7 @@ the time and not once in a million.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -112,6 +113,17 @@ def beat(stream: str, seq: int, bound: int, epoch: int = 0) -> Message:
     )
 
 
+def ramps(spec: StreamSpec, batches: list[list[int]]) -> list[Message]:
+    """Batches of samples at these times, whose values are the times."""
+    out = []
+    for seq, times in enumerate(b for b in batches if b):
+        m = message(spec, seq, times[0], offsets=tuple(t - times[0] for t in times))
+        rows = np.frombuffer(m.data, [("offset_ns", "<i8"), ("value", "<f4")]).copy()
+        rows["value"] = times
+        out.append(Message(m.header, rows.tobytes()))
+    return out
+
+
 # -- sources ----------------------------------------------------------------------------------------------------------
 
 GAPS = (1, 7, 10, 20, 25, 33, 34, 50, 51, 99, 100, 101, 250)
@@ -132,11 +144,19 @@ class Event(NamedTuple):
 
 
 def events(kinds: tuple[str, ...], most: int) -> st.SearchStrategy[list[Event]]:
-    one = st.builds(
-        Event, st.sampled_from(kinds), st.sampled_from(GAPS), st.booleans(), st.sampled_from(OFFSETS),
-        st.sampled_from(DELAYS), st.sampled_from(PROMISES),
-    )  # fmt: skip
-    return st.integers(0, most).flatmap(lambda n: st.lists(one, min_size=n, max_size=n))
+    """Up to ``most`` events, each drawn as one number: one draw each is what keeps long histories quick to make."""
+    fields = (kinds, GAPS, (False, True), OFFSETS, DELAYS, PROMISES)
+    numbers = st.integers(0, math.prod(map(len, fields)) - 1)
+
+    def event(number: int) -> Event:
+        chosen = []
+        for field in reversed(fields):
+            number, i = divmod(number, len(field))
+            chosen.append(field[i])
+        return Event(*reversed(chosen))
+
+    lists = st.integers(0, most).flatmap(lambda n: st.lists(numbers, min_size=n, max_size=n))
+    return lists.map(lambda drawn: [event(n) for n in drawn])
 
 
 @dataclass
@@ -306,7 +326,7 @@ def arrivals(sent: list[Sent], ordered: bool) -> list[tuple[int, Message]]:
 
 
 @st.composite
-def live_cases(draw: st.DrawFn, most_events: int = 20) -> Case:
+def live_cases(draw: st.DrawFn, most_events: int = 30) -> Case:
     """A live rig in trouble: every limit and fault, ticks and closes at any time; finished unless stamps are wild."""
     spec, scale = draw(rigs())
     wild = spec.max_future_ns is None and draw(st.integers(0, 9)) == 0
@@ -329,7 +349,7 @@ def live_cases(draw: st.DrawFn, most_events: int = 20) -> Case:
 
 
 @st.composite
-def event_time_orders(draw: st.DrawFn, most_events: int = 14) -> tuple[AlignSpec, list[list[Message]]]:
+def event_time_orders(draw: st.DrawFn, most_events: int = 20) -> tuple[AlignSpec, list[list[Message]]]:
     """A rig without limits, and several orders of the same messages that its streams allow."""
     spec, scale = draw(rigs(limits=False))
     queues: list[list[Message]] = []
