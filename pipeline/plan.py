@@ -6,7 +6,7 @@ matched, a replay's file opened. What passes here fails later only for what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ import msgspec
 from pipeline.align import AlignSpec, Resample
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.clock import Origin
-from pipeline.config import RecordEntry, RigFile, SourceEntry
+from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
@@ -137,20 +137,34 @@ def _model(
         return None, {}, None
     with placed(rig_file, ("bundle", "path")):
         bundle = load_bundle(rig_file.resolve(rig.bundle.path), allow_code)
-    align = rig.align
-    limits = align.streams
     with placed(rig_file, ("bundle",)):
         mapping = bundle.rig_streams(rig.bundle.streams, streams)
-        spec = bundle.align_spec(
-            rig.bundle.streams,
-            align.max_delay_ms * 1_000_000,
-            available=streams,
-            idle_ns={name: (_idle_ms(limits.get(name)) or align.idle_ms) * 1_000_000 for name in streams},
-            max_buffer={name: entry.max_buffer for name, entry in limits.items() if entry.max_buffer is not None},
-            max_future_ns=align.max_future_ms * 1_000_000,
-            max_open=align.max_open,
-        )
+        spec = live_spec(bundle, rig.align, rig.bundle.streams, streams, available=streams)
     return bundle, mapping, spec
+
+
+def live_spec(
+    bundle: Bundle,
+    align: AlignEntry,
+    mapping: Mapping[str, str | None],
+    streams: Collection[str],
+    *,
+    available: Mapping[str, Payload] | None = None,
+    unordered: frozenset[str] = frozenset(),
+) -> AlignSpec:
+    """How a bundle's windows are made live under the limits that a rig states. Raises ConfigError as
+    ``Bundle.align_spec`` does."""
+    limits = align.streams
+    return bundle.align_spec(
+        mapping,
+        align.max_delay_ms * 1_000_000,
+        available=available,
+        idle_ns={name: (_idle_ms(limits.get(name)) or align.idle_ms) * 1_000_000 for name in streams},
+        max_buffer={name: entry.max_buffer for name, entry in limits.items() if entry.max_buffer is not None},
+        unordered=unordered,
+        max_future_ns=align.max_future_ms * 1_000_000,
+        max_open=align.max_open,
+    )
 
 
 def _idle_ms(entry: Any) -> int | None:
