@@ -6,7 +6,6 @@ asked wrongly or it failed.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -15,38 +14,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from pipeline.errors import ConfigError
-from pipeline.strict import listed, nearest
+from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
+from pipeline.strict import nearest
 
 if TYPE_CHECKING:
-    from pipeline.bundle import Bundle
     from pipeline.config import RecordEntry, RigFile
-    from pipeline.recording import SessionInfo
-
-HOUSE = Path(__file__).resolve().parent.parent
-"""The checkout: the shipped rigs are in its ``configs``, the shipped bundles in its ``models``."""
-
-
-def find_rig(name: str | None) -> Path:
-    """The rig file that ``name`` means: a path, or the name of a file in ``configs`` here or in the checkout. Raises
-    ConfigError, which says which rigs there are."""
-    rigs = _rigs()
-    if name is None:
-        raise ConfigError(f"name a rig, which is one YAML file. {_known(rigs)}")
-    stem = Path(name).name.removesuffix(".yaml")
-    if Path(name).is_file():
-        return Path(name)
-    if name in (stem, f"configs/{stem}.yaml") and stem in rigs:
-        return rigs[stem]
-    raise ConfigError(f"{name}: there is no such file.{nearest(stem, rigs)} {_known(rigs)}")
-
-
-def _rigs() -> dict[str, Path]:
-    folders = (HOUSE / "configs", Path("configs"))  # those here come last, and so hide shipped ones of the same name
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
-
-
-def _known(rigs: dict[str, Path]) -> str:
-    return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
 
 
 def run(
@@ -104,23 +76,6 @@ def _record_entry(rig_file: RigFile, out: Path) -> RecordEntry:
     return msgspec.structs.replace(rig_file.rig.record or RecordEntry(path=""), path=str(path))
 
 
-def new_file(path: Path) -> Path:
-    """``path``, absolute, if something can be written there that destroys nothing. Raises ConfigError."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already, and is not overwritten; name another file, or remove it.")
-    if not path.resolve().parent.is_dir():
-        raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
-    return path.resolve()
-
-
-def existing(path: Path) -> Path:
-    """``path``, if there is such a file. Raises ConfigError."""
-    if not path.is_file():
-        names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
-        raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
-    return path
-
-
 def _run(
     rig_file: RigFile, entry: RecordEntry | None, *, json: bool, duration_s: float | None, allow_code: bool
 ) -> None:
@@ -154,10 +109,12 @@ def replay(
 
     summary = Summary()
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
-        model = load_bundle(bundle or _own_bundle(recording, reader.info), allow_code)
+        model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
-        predictions = replay_predictions(reader, model, streams=_mapping(reader.info, recording, model), note=_say)
+        predictions = replay_predictions(
+            reader, model, streams=recorded_mapping(reader.info, recording, model), note=_say
+        )
         shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
         refreshed = SystemClock()
         with suppress(KeyboardInterrupt):
@@ -178,15 +135,16 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     from pipeline import verify as verifying
     from pipeline.bundle import load_bundle
     from pipeline.recording import RecordingReader
-    from pipeline.terminal import console, verification_text
+    from pipeline.reports import verification_text
+    from pipeline.terminal import console
 
     screen = console(sys.stderr)
     with RecordingReader(existing(recording)) as reader, screen.status("making it again") as status:
-        model = load_bundle(bundle or _own_bundle(recording, reader.info), allow_code)
+        model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         found = verifying.verify(
             reader,
             model,
-            streams=_mapping(reader.info, recording, model),
+            streams=recorded_mapping(reader.info, recording, model),
             progress=lambda window: status.update(f"making it again: window {window}"),
         )
     if json:
@@ -198,31 +156,6 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
 
 def _say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
-
-
-def _own_bundle(recording: Path, info: SessionInfo) -> Path:
-    """The bundle that ran when the session was recorded, if it is a shipped one. Raises ConfigError."""
-    shipped = sorted(file.parent for file in (HOUSE / "models").glob("*/model.yaml"))
-    for folder in shipped:
-        if hashlib.sha256((folder / "model.yaml").read_bytes()).hexdigest() == info.bundle:
-            return folder
-    ran = f"ran a bundle that is not among the shipped ones (SHA-256 {info.bundle})" if info.bundle else "ran no bundle"
-    raise ConfigError(
-        f"{recording}: its session {ran}, so name one: --bundle PATH. Shipped are {listed(map(str, shipped))}."
-    )
-
-
-def _mapping(info: SessionInfo, recording: Path, model: Bundle) -> dict[str, str | None]:
-    """Which stream served which when the session ran, from the rig in the recording, as far as the model has them."""
-    from pipeline.config import check_rig
-    from pipeline.strict import Document
-
-    if info.rig is None:
-        return {}
-    with suppress(ConfigError):  # a rig of another version tells nothing, and nothing is instantiated from it
-        entry = check_rig(Document(info.rig, recording)).rig.bundle
-        return {name: rig for name, rig in (entry.streams if entry else {}).items() if name in model.streams}
-    return {}
 
 
 def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: int | None) -> None:
@@ -285,7 +218,8 @@ def info(recording: Path, *, json: bool) -> None:
     if json:
         _print_json(found)
         return
-    from pipeline.terminal import console, recording_table
+    from pipeline.reports import recording_table
+    from pipeline.terminal import console
 
     console(sys.stdout).print(recording_table(found))
 
@@ -302,7 +236,8 @@ def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     if json:
         _print_json({"rig": rig_file.rig.name, "streams": plan.streams, "mapping": plan.mapping, "warnings": warnings})
         return
-    from pipeline.terminal import console, plan_table
+    from pipeline.reports import plan_table
+    from pipeline.terminal import console
 
     console(sys.stdout).print(plan_table(plan, warnings))
 

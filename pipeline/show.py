@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.align import Counters
+from pipeline.reports import closing
 from pipeline.subscriber import Subscription
 from pipeline.summary import Summary
-from pipeline.terminal import Lines, Output, Screen, closing, console
+from pipeline.terminal import Lines, Output, Screen, console
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, Session, Status, StreamStatus

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
+from pipeline.reports import closing, recording_table, verification_text
 from pipeline.summary import Summary
-from pipeline.terminal import Lines, Screen, bar, closing, duration, recording_table, screen, verification_text
+from pipeline.terminal import Lines, Screen, bar, duration, screen
 from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
 

@@ -1,0 +1,83 @@
+"""Files and folders that a user names: the rig meant, a recording that is there, a place for a new one, the bundle that
+ran."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import ConfigError
+from pipeline.strict import Document, listed, nearest
+
+if TYPE_CHECKING:
+    from pipeline.bundle import Bundle
+    from pipeline.recording import SessionInfo
+
+HOUSE = Path(__file__).resolve().parent.parent
+"""The checkout: the shipped rigs are in its ``configs``, the shipped bundles in its ``models``."""
+
+
+def find_rig(name: str | None) -> Path:
+    """The rig file that ``name`` means: a path, or the name of a file in ``configs`` here or in the checkout. Raises
+    ConfigError, which says which rigs there are."""
+    rigs = _rigs()
+    if name is None:
+        raise ConfigError(f"name a rig, which is one YAML file. {_known(rigs)}")
+    stem = Path(name).name.removesuffix(".yaml")
+    if Path(name).is_file():
+        return Path(name)
+    if name in (stem, f"configs/{stem}.yaml") and stem in rigs:
+        return rigs[stem]
+    raise ConfigError(f"{name}: there is no such file.{nearest(stem, rigs)} {_known(rigs)}")
+
+
+def _rigs() -> dict[str, Path]:
+    folders = (HOUSE / "configs", Path("configs"))  # those here come last, and so hide shipped ones of the same name
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+
+
+def _known(rigs: dict[str, Path]) -> str:
+    return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
+
+
+def new_file(path: Path) -> Path:
+    """``path``, absolute, if something can be written there that destroys nothing. Raises ConfigError."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already, and is not overwritten; name another file, or remove it.")
+    if not path.resolve().parent.is_dir():
+        raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
+    return path.resolve()
+
+
+def existing(path: Path) -> Path:
+    """``path``, if there is such a file. Raises ConfigError."""
+    if not path.is_file():
+        names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
+    return path
+
+
+def own_bundle(recording: Path, info: SessionInfo) -> Path:
+    """The bundle that ran when the session was recorded, if it is a shipped one. Raises ConfigError."""
+    shipped = sorted(file.parent for file in (HOUSE / "models").glob("*/model.yaml"))
+    for folder in shipped:
+        if hashlib.sha256((folder / "model.yaml").read_bytes()).hexdigest() == info.bundle:
+            return folder
+    ran = f"ran a bundle that is not among the shipped ones (SHA-256 {info.bundle})" if info.bundle else "ran no bundle"
+    raise ConfigError(
+        f"{recording}: its session {ran}, so name one: --bundle PATH. Shipped are {listed(map(str, shipped))}."
+    )
+
+
+def recorded_mapping(info: SessionInfo, recording: Path, model: Bundle) -> dict[str, str | None]:
+    """Which stream served which when the session ran, from the rig in the recording, as far as the model has them."""
+    from pipeline.config import check_rig
+
+    if info.rig is None:
+        return {}
+    with suppress(ConfigError):  # a rig of another version tells nothing, and nothing is instantiated from it
+        entry = check_rig(Document(info.rig, recording)).rig.bundle
+        return {name: rig for name, rig in (entry.streams if entry else {}).items() if name in model.streams}
+    return {}

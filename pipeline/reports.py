@@ -1,0 +1,123 @@
+"""What commands say when they are done: summaries, recordings, checks and verifications as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
+from pipeline.terminal import number
+
+if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
+    from pipeline.plan import Plan
+    from pipeline.verify import Verification
+
+
+def closing(summary: Summary) -> RenderableType:
+    """The summary at the end of a run or a replay."""
+    if not summary.predictions:
+        head = "no predictions: the session was shorter than one window, or no stream ever came"
+        return Group(Text(head), messages(summary)) if summary.counters else Text(head)
+    parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
+    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()))
+
+
+def headline(summary: Summary) -> str:
+    """How many predictions, what they said, and how many were right."""
+    said = ", ".join(f"{label} {count}" for label, count in summary.labels.most_common(6))
+    line = f"{summary.predictions} predictions over {summary.span_s:.1f} s"
+    line += f" ({said})" if said else ""
+    line += f"; abstained {summary.abstained} times" if summary.abstained else ""
+    if summary.with_truth:
+        share = summary.correct / summary.with_truth
+        line += f"; accuracy {share:.3f}: {summary.correct} of {summary.with_truth} with a known truth"
+    return line
+
+
+def latencies(summary: Summary) -> Table:
+    """Quantiles of every stage."""
+    table = _numbers("latency, ms", ("p50", "p95", "p99", "max"))
+    for stage in ordered(summary.latency_ms):
+        values = quantiles(summary.latency_ms[stage])
+        table.add_row(stage, *(f"{values[q]:.1f}" for q in ("p50", "p95", "p99", "max")))
+    return table
+
+
+def windows(summary: Summary) -> Table:
+    """How many windows had each verdict, per stream, with the reasons that there were."""
+    seen = {kind for counts in summary.verdicts.values() for kind in counts}
+    kinds = sorted(seen | {"ok"}, key=lambda kind: (VERDICTS.index(kind.partition("(")[0]), kind))
+    table = _numbers("windows", [kind.replace("(", " ").replace("_", " ").strip(")") for kind in kinds])
+    for stream, counts in summary.verdicts.items():
+        table.add_row(stream, *(str(counts[kind]) for kind in kinds))
+    return table
+
+
+def messages(summary: Summary) -> Table:
+    """Where every message went: sent = received + lost, and received = used + all that stands to the right of it."""
+    places = ("sent", "lost", "received", "used", "late", "superseded", "duplicate", "rejected", "buffered")
+    table = _numbers("messages", places)
+    for stream, counters in summary.counters.items():
+        numbers = account(counters)
+        table.add_row(stream, *(str(numbers[place]) for place in places))
+    return table
+
+
+def recording_table(info: dict[str, Any]) -> RenderableType:
+    """What ``sensorium info`` says to a person."""
+    state = "" if info["complete"] else "   incomplete: it holds gaps, or its end is missing"
+    head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
+    columns = ("messages", "samples", "rate", "lost", "gaps", "max gap", "delay", "max delay")
+    table = _numbers("stream", ("payload", *columns))
+    for name, stream in info["streams"].items():
+        gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
+        row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
+        row += [str(stream["lost"]), str(stream["gaps"]), *(f"{number(v, 1)} ms" for v in (gap, *delay.values()))]
+        table.add_row(name, stream["payload"], *row)
+    return Group(head, Text(), table)
+
+
+def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
+    """What ``sensorium check`` says to a person: sources and what the model takes of them."""
+    rig, bundle = plan.rig_file.rig, plan.bundle
+    table = _numbers("stream", ())
+    for heading in ("payload", "source", "kind", "in the model as"):
+        table.add_column(heading)
+    of_model = {stream: name for name, stream in plan.mapping.items()}
+    for source in plan.sources:
+        for stream, payload in source.streams.items():
+            table.add_row(stream, payload, source.name, source.kind, of_model.get(stream, "–"))
+    head = f"{rig.name}: {len(plan.sources)} sources"
+    if bundle is not None:
+        window, left_out = bundle.window, [name for name in bundle.streams if name not in plan.mapping]
+        head += f"; model {bundle.name} looks at {window.steps} steps of {window.hop_ns / 1e6:g} ms"
+        head += f"; always masked: {', '.join(left_out)}" if left_out else ""
+    said = [Text(f"warning: {warning}", style="yellow") for warning in warnings]
+    said = said or [Text("all is well", style="green")]
+    return Group(Text(head), Text(), table, Text(), *said)
+
+
+def verification_text(found: Verification) -> RenderableType:
+    """What ``replay --verify`` says to a person: what holds, the first difference, and what nobody can know."""
+    how = {"equal": "exactly", "other": "equivalently, on another runtime", "none": ""}[found.fingerprint]
+    lines = [Text(f"made again: {found.windows} windows and {found.predictions} predictions {how}".rstrip())]
+    if found.first_difference is not None:
+        lines.append(Text(f"{found.differences} differ; the first: {found.first_difference}", style="red"))
+    if found.unverifiable_count:
+        lines.append(Text(f"{found.unverifiable_count} cannot be verified:", style="yellow"))
+        lines += [Text(f"  {text}") for text in found.unverifiable]
+        more = found.unverifiable_count - len(found.unverifiable)
+        lines += [Text(f"  and {more} more")] if more else []
+    return Group(*lines, Text("verified" if found.holds else "not verified", style="green" if found.holds else "red"))
+
+
+def _numbers(first: str, rest: Iterable[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    table.add_column(first, no_wrap=True)
+    for heading in rest:
+        table.add_column(heading, justify="right", no_wrap=" " not in heading)
+    return table
