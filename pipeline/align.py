@@ -190,6 +190,7 @@ class Aligner:
         self._heard_ns = 0  # of the last feed or close
         self._emitted_ns = 0
         self._pending = False
+        self._deserted = False  # nothing but the life of a stream is missing: whoever speaks next completes the step
         self._inbox: deque[tuple[Message | _Close, int]] = deque()
         self._inbox_limit = sum(s.max_buffer for s in spec.streams)
         self._wake_ns = 0
@@ -206,7 +207,7 @@ class Aligner:
         if track is None:
             raise ValueError(f"stream {message.header.stream!r} was not declared; there are {sorted(self._tracks)}")
         arrival_ns = max(arrival_ns, self._time_ns)
-        if arrival_ns >= self._wake_ns or self._pending or track.closed is not None:
+        if arrival_ns >= self._wake_ns or self._pending or self._deserted or track.closed is not None:
             self._hold(track, message, arrival_ns)
             return self._work(arrival_ns)
         self._time_ns = self._heard_ns = arrival_ns
@@ -322,7 +323,7 @@ class Aligner:
         return None
 
     def _proven_at(self, now_ns: int) -> Cause | None:
-        expired_ns = -1
+        expired_ns, self._deserted = -1, False
         if self._unproven:
             for track in self._tracks.values():
                 if track.proven or track.closed == "dead":
@@ -338,6 +339,7 @@ class Aligner:
                 break
         else:  # nobody lives who could say more: what has ended speaks for itself as far as anything was said
             if not ended or self._next > self._last_whole_step():
+                self._deserted = True
                 return None
         return "idle" if expired_ns > self._heard_ns else "proven"
 
