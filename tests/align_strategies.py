@@ -272,7 +272,7 @@ def rules(scale: int) -> st.SearchStrategy[tuple[Any, str, int]]:
     everything = st.builds(lambda p: (All(), p, 0), st.sampled_from(("frame", "text", "audio")))
     resample = st.builds(
         lambda n, gap, pc: (Resample(n * 10**9 // (HOP * scale), gap * scale), *pc),
-        st.sampled_from((1, 2, 3, 5)), times["gap"], st.sampled_from((("imu", 6), ("signal", 2), ("audio", 1))),
+        st.sampled_from((1, 2, 3, 5, 50)), times["gap"], st.sampled_from((("imu", 6), ("signal", 2), ("audio", 1))),
     )  # fmt: skip
     return st.one_of(nearest, latest, everything, resample, resample)
 

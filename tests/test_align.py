@@ -133,6 +133,19 @@ def test_every_step_comes_once_and_in_order(case: Case, most: int, first: int) -
             expected += 1
 
 
+@settings(phases=PHASES, max_examples=100)
+@given(live_cases(), st.integers(1, 3))
+def test_how_many_steps_a_call_may_return_changes_only_when_they_are_handed_out(case: Case, most: int) -> None:
+    roomy = tuple(msgspec.structs.replace(s, max_buffer=10**6) for s in case.spec.streams)
+    calls = tuple(c for c in case.calls if not far(c))
+    few, many = (
+        told(run(Case(msgspec.structs.replace(case.spec, streams=roomy, max_steps_per_call=n), calls)))
+        for n in (most, 10**6)
+    )
+    assert few == many[: len(few)]
+    assert len(few) == len(many) or case.calls[-1][0] != "finish"
+
+
 # (6) ------------------------------------------------------------------------------------------------------------------
 
 
@@ -228,3 +241,25 @@ def test_the_cases_reach_every_verdict_reason_cause_and_rejection() -> None:
         ("partial", True), ("partial", False),
         "epoch", "bound", "future", "malformed", "used", "superseded", "duplicate", "lost", "beats",
     }  # fmt: skip
+
+
+# Manifests ------------------------------------------------------------------------------------------------------------
+
+
+@settings(phases=PHASES, max_examples=100)
+@given(live_cases())
+def test_a_manifest_is_enough_to_make_the_step_again(case: Case) -> None:
+    """From the messages that the manifests list as received, and nothing else."""
+    sent: dict[tuple[str, int, int], Message] = {}
+    aligner, again = Aligner(case.spec), Aligner(case.spec)
+    for c in case.calls:
+        if c[0] == "feed" and not c[1].header.is_beat:
+            sent.setdefault((c[1].header.stream, c[1].header.epoch, c[1].header.seq), c[1])
+        for step in call(aligner, c):
+            received = {
+                name: [sent[name, epoch, seq] for epoch, seq in sorted(expand(s.received))]
+                for name, s in step.manifest.streams.items()
+            }
+            made = again.obey(step.manifest, received)
+            assert made.manifest.digest == step.manifest.digest
+            assert grid_bytes(made) == grid_bytes(step)
