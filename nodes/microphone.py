@@ -1,0 +1,302 @@
+"""A microphone, or any other sound input that PortAudio knows.
+
+    sources:
+      microphone: {kind: microphone}                                         # the system's default input
+      room:       {kind: microphone, device: USB, channels: 2, rate_hz: 48000}
+
+``device`` is a part of the name that `sensorium devices` shows, or its number. PortAudio's thread hands over blocks of
+10 ms; each is placed by the fit of the sample count against ADC time (``pipeline.soundblocks``), never by when it
+arrived. The clock that ADC times are meant on is found out at the first block, and a step of the wall clock is
+followed. Where the device lacks the rate or the number of channels it is opened with its own and the sound is converted
+here: band-limited, or mixed to mono.
+
+A device that is unplugged ends its stream without an error, and a sound server that hangs says nothing at all, so the
+age of the last block decides. PortAudio lists devices once; it is started anew at each opening, so that a device that
+returned is seen. Calls that a hung server could block for ever run in a thread of their own, with a limit.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from pipeline.clock import Origin
+from pipeline.errors import SensorError
+from pipeline.hosttime import Domain, domain_of, host_zero
+from pipeline.messages import AudioLayout, Payload
+from pipeline.soundblocks import Block, BlockClock, Converter, Regroup, mix
+from pipeline.source import Reading, Source, SourceContext
+
+_MS, _NS = 1_000_000, 1_000_000_000
+_BLOCK_S = 0.01
+_WAIT_S = 0.05
+_SILENT_NS = 1_000 * _MS
+"""A stream that delivers nothing for this long hangs; sound comes every 10 ms."""
+_DRIVER_S = 3.0
+_QUEUE = 200
+"""Two seconds of blocks; a node that was stopped for longer loses sound, which is counted."""
+_STEP_NS = 2 * _MS
+_MOST_CHANNELS = 8
+
+
+class _Raw(msgspec.Struct, frozen=True, gc=False):
+    """What a callback got: the number of the block's first sample, PortAudio's ADC time, the receipt, and how far
+    the wall clock was ahead of the monotonic one."""
+
+    data: bytes
+    count: int
+    adc_ns: int
+    t_receipt_ns: int
+    wall_ns: int
+
+
+class Microphone(Source):
+    """One sound input, 16-bit PCM."""
+
+    payload: ClassVar[Payload] = "audio"
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``block_ms`` is the length of a message. ``delay_ms``: a constant delay between the air and the ADC time
+        that you have measured (nobody else can know it); it is taken off all times."""
+
+        device: int | str | None = None
+        rate_hz: Annotated[int, msgspec.Meta(ge=4000, le=192_000)] = 16_000
+        channels: Annotated[int, msgspec.Meta(ge=1, le=8)] = 1
+        block_ms: Annotated[int, msgspec.Meta(ge=10, le=1000)] = 20
+        delay_ms: Annotated[float, msgspec.Meta(ge=-1000, le=1000)] = 0.0
+
+    def __init__(self, settings: Any, context: SourceContext) -> None:
+        super().__init__(settings, context)
+        self._blocks: queue.SimpleQueue[_Raw] = queue.SimpleQueue()
+        self._finished = threading.Event()
+        self._stream: Any = None
+        self._busy: threading.Thread | None = None  # a call into PortAudio that has not come back
+
+    def open(self) -> None:
+        self.close()
+        try:
+            import sounddevice
+        except (ImportError, OSError) as error:
+            raise SensorError(
+                f"the sound driver cannot be loaded: {error}. It needs the package `sounddevice` and the library "
+                "PortAudio (Debian, Ubuntu: apt-get install libportaudio2)."
+            ) from error
+        # Each stream has a queue of its own, so that a late callback of the last one is not heard in this one.
+        self._blocks, self._finished = queue.SimpleQueue(), threading.Event()
+        self._count = self._counted = 0
+        self._zero = host_zero(self.context.clock)
+        self._domain: Domain | None = None
+        self._clock: BlockClock | None = None
+        self._end_ns = 0
+        self._within(lambda: self._start(sounddevice), "opening it")
+        self._last_ns = self.context.clock.now_ns()
+
+    def read(self) -> list[Reading] | None:
+        try:
+            raw = [self._blocks.get(timeout=_WAIT_S)]
+        except queue.Empty:
+            self._check_alive()
+            return None
+        while not self._blocks.empty():
+            raw.append(self._blocks.get_nowait())
+        self._last_ns = raw[-1].t_receipt_ns
+        readings = [reading for item in raw for reading in self._take(item)]
+        self._count_losses()
+        return readings
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return
+
+        def stop() -> None:
+            # A device that is gone refuses both; the stream is given up either way.
+            stream.abort(ignore_errors=True)
+            stream.close(ignore_errors=True)
+
+        self._run(stop)
+
+    # -- PortAudio ---------------------------------------------------------------------------------------------------
+
+    def _start(self, driver: Any) -> None:
+        """Opens and starts the stream. Runs in a thread of its own; a result that comes too late is closed again."""
+        blocks, finished = self._blocks, self._finished
+        driver._terminate()
+        driver._initialize()
+        index = self._find(driver)
+        info = driver.query_devices(index)
+        rate, channels = self._format(driver, index, info)
+        self._rate, self._channels = rate, channels
+        stream = driver.RawInputStream(
+            samplerate=rate, channels=channels, dtype="int16", device=index, blocksize=round(rate * _BLOCK_S),
+            callback=self._callback(blocks), finished_callback=finished.set,
+        )  # fmt: skip
+        stream.start()
+        if blocks is self._blocks:
+            self._stream = stream
+        else:
+            stream.close(ignore_errors=True)
+
+    def _find(self, driver: Any) -> int:
+        """The index of the device that is asked for. Raises SensorError."""
+        wanted = self.settings.device
+        inputs = {i: d["name"] for i, d in enumerate(driver.query_devices()) if d["max_input_channels"] > 0}
+        here = ", ".join(f"{i}: {name}" for i, name in inputs.items()) or "no sound input at all"
+        if wanted is None:
+            default = driver.default.device[0]
+            if default in inputs:
+                return int(default)
+            raise SensorError(f"there is no default sound input; here are {here}.")
+        if isinstance(wanted, int):
+            if wanted in inputs:
+                return wanted
+            raise SensorError(f"sound device {wanted} is no input or is not here; here are {here}.")
+        exact = [i for i, name in inputs.items() if name == wanted]
+        found = exact or [i for i, name in inputs.items() if wanted.lower() in name.lower()]
+        if len(found) == 1 or exact:
+            return found[0]
+        if not found:
+            raise SensorError(f"no sound input has `{wanted}` in its name; here are {here}.")
+        many = ", ".join(inputs[i] for i in found)
+        raise SensorError(f"`{wanted}` is in the names of several sound inputs: {many}. Give more of the name.")
+
+    def _format(self, driver: Any, index: int, info: Any) -> tuple[int, int]:
+        """The rate and the channels to open it with: those asked for, or else as few changes as it takes."""
+        settings = self.settings
+        most = min(info["max_input_channels"], _MOST_CHANNELS)
+        if settings.channels > most:
+            raise SensorError(
+                f"the sound input {info['name']} has {most} channels where the rig asks for {settings.channels}; "
+                f"set `channels: {most}` or fewer."
+            )
+        own = round(info["default_samplerate"])
+        trouble: Exception | None = None
+        for rate, channels in dict.fromkeys(
+            [(settings.rate_hz, settings.channels), (settings.rate_hz, most), (own, settings.channels), (own, most)]
+        ):
+            try:
+                driver.check_input_settings(device=index, channels=channels, dtype="int16", samplerate=rate)
+            except driver.PortAudioError as error:
+                trouble = trouble or error
+            else:
+                return rate, channels
+        raise SensorError(
+            f"the sound input {info['name']} can be opened neither at {settings.rate_hz} Hz nor at its own {own} Hz: "
+            f"{trouble}. Another program may use it, or its sound server is down."
+        )
+
+    def _callback(self, blocks: queue.SimpleQueue[_Raw]) -> Callable[[Any, int, Any, Any], None]:
+        clock = self.context.clock
+
+        def take(data: Any, frames: int, times: Any, status: Any) -> None:
+            now = clock.now_ns()
+            if blocks is not self._blocks:
+                return
+            host = Origin.now()
+            if blocks.qsize() < _QUEUE:
+                adc = round(times.inputBufferAdcTime * _NS)
+                blocks.put(_Raw(bytes(data), self._count, adc, now, host.unix_ns - host.monotonic_ns))
+            self._count += frames  # also of a block that found the queue full: the clock sees the gap
+
+        return take
+
+    def _within(self, action: Callable[[], None], doing: str) -> None:
+        """Runs a call into PortAudio with a limit. Raises SensorError, also while an earlier call has not come back."""
+        if self._busy is not None and self._busy.is_alive():
+            self._busy.join(_WAIT_S)
+            if self._busy.is_alive():
+                raise SensorError("the sound system hangs: a call has not come back; it is tried again when it has.")
+        outcome = self._run(action)
+        if isinstance(outcome, SensorError):
+            raise outcome
+        if outcome is not None:
+            raise SensorError(f"the sound input fails at {doing}: {outcome}. Is it plugged in, and its sound server "
+                              "running?") from outcome  # fmt: skip
+        if self._busy is not None:
+            raise SensorError(f"the sound input does not answer at {doing}: nothing for {_DRIVER_S:g} s.")
+
+    def _run(self, action: Callable[[], None]) -> Exception | None:
+        """Runs ``action`` in a thread; what it raised. ``_busy`` stays set while it has not come back."""
+        raised: list[Exception] = []
+
+        def guarded() -> None:
+            try:
+                action()
+            except Exception as error:  # sounddevice raises its own kinds, ValueError and OSError alike
+                raised.append(error)
+
+        self._busy = threading.Thread(target=guarded, name="portaudio", daemon=True)
+        self._busy.start()
+        self._busy.join(_DRIVER_S)
+        if not self._busy.is_alive():
+            self._busy = None
+        return raised[0] if raised else None
+
+    def _check_alive(self) -> None:
+        if self._finished.is_set():
+            raise SensorError("the sound input ended: unplugged, or its sound server was stopped.")
+        silent = self.context.clock.now_ns() - self._last_ns
+        if silent > _SILENT_NS:
+            raise SensorError(f"the sound input hangs: it is open, but nothing came for {silent / _NS:.1f} s.")
+
+    # -- from blocks to readings ---------------------------------------------------------------------------------------
+
+    def _take(self, raw: _Raw) -> list[Reading]:
+        """The readings that are complete with this block."""
+        data = np.frombuffer(raw.data, "<i2").reshape(-1, self._channels)
+        if self._clock is None:
+            self._begin(raw)
+        assert self._clock is not None
+        adc = self._adc_ns(raw)
+        device = None if self._domain is None else raw.adc_ns
+        placed = self._clock.update(data, adc, device, raw.t_receipt_ns, raw.count)
+        groups = [group for block in placed for group in self._regroup.update(block)]
+        converted = [self._convert(group) for group in groups]
+        return [self._reading(block) for block in converted if block is not None]
+
+    def _begin(self, raw: _Raw) -> None:
+        """What the first block shows: the clock of ADC times."""
+        self._domain = domain_of(raw.adc_ns, raw.t_receipt_ns, self._zero)
+        self._wall_ns = raw.wall_ns
+        self._clock = BlockClock(self._rate, self._domain is not None)
+        self._regroup = Regroup(round(self._rate * self.settings.block_ms / 1000))
+        same = self._rate == self.settings.rate_hz
+        self._converter = None if same else Converter(self._rate, self.settings.rate_hz, self.settings.channels)
+
+    def _adc_ns(self, raw: _Raw) -> int | None:
+        """The block's ADC time on the session clock."""
+        if self._domain is None:
+            return None
+        if self._domain == "monotonic":
+            return raw.adc_ns - self._zero.monotonic_ns
+        if abs(raw.wall_ns - self._wall_ns) > _STEP_NS:
+            self._wall_ns = raw.wall_ns
+        return raw.adc_ns - self._wall_ns - self._zero.monotonic_ns
+
+    def _convert(self, block: Block) -> Block | None:
+        block = msgspec.structs.replace(block, data=mix(block.data, self.settings.channels))
+        return block if self._converter is None else self._converter.update(block)
+
+    def _reading(self, block: Block) -> Reading:
+        delay = round(self.settings.delay_ms * _MS)
+        begin = block.t_capture_ns - delay
+        if not block.new_epoch:  # a correction of the clock may move a gap's end by less than a sample
+            begin = max(begin, self._end_ns)
+        self._end_ns = max(block.t_end_ns - delay, begin + 1)
+        samples = len(block.data)
+        layout = AudioLayout(self.settings.rate_hz, self.settings.channels, samples)
+        return Reading(
+            layout=layout, data=np.ascontiguousarray(block.data), t_capture_ns=begin, t_end_ns=self._end_ns,
+            t_receipt_ns=block.t_receipt_ns, t_device_ns=block.t_device_ns, uncertainty_ns=block.uncertainty_ns,
+            new_epoch=block.new_epoch,
+        )  # fmt: skip
+
+    def _count_losses(self) -> None:
+        if self._clock is not None and (lost := self._clock.lost) > self._counted:
+            self.context.count("lost_samples", lost - self._counted)
+            self._counted = lost

@@ -1,0 +1,108 @@
+"""What other clocks say, on the session clock: the host's own two, and a video sender's wall clock. Pure, but for
+``host_zero``, which asks the host.
+
+A driver that stamps its data names no clock: V4L2 means CLOCK_MONOTONIC, PortAudio CLOCK_MONOTONIC on a sound card and
+CLOCK_REALTIME through a sound server. Which one it is shows in the numbers, which lie decades apart. An RTSP sender
+says its wall clock in RTCP sender reports, and FFmpeg hands that out with each packet.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+from pipeline.clock import Clock, Origin
+from pipeline.timebase import Timebase
+
+Domain = Literal["monotonic", "realtime"]
+
+_MS = 1_000_000
+_TRIES = 5
+_PLAUSIBLE_NS = 5_000_000_000
+"""A stamp of data that just came lies no further from now than this, on the clock that it is meant on."""
+AHEAD_NS = 100 * _MS
+"""A synchronised sender's clock may run ahead of ours by this much."""
+_DOUBTS = 3
+
+
+def host_zero(clock: Clock) -> Origin:
+    """Where session time 0 lies on the host's clocks as they stand now: a wall clock that was stepped since the session
+    began has moved its 0. Good to about a microsecond: the quickest of several readings."""
+    best, quickest = Origin(0, 0), None
+    for _ in range(_TRIES):
+        before = clock.now_ns()
+        now = Origin.now()
+        after = clock.now_ns()
+        if quickest is None or after - before < quickest:
+            quickest, middle = after - before, (before + after) // 2
+            best = Origin(now.monotonic_ns - middle, now.unix_ns - middle)
+    return best
+
+
+def domain_of(stamp_ns: int, now_ns: int, zero: Origin) -> Domain | None:
+    """On which of the host's clocks ``stamp_ns``, taken about ``now_ns`` of session time, was meant; None: on none."""
+    if abs(stamp_ns - zero.monotonic_ns - now_ns) < _PLAUSIBLE_NS:
+        return "monotonic"
+    return "realtime" if abs(stamp_ns - zero.unix_ns - now_ns) < _PLAUSIBLE_NS else None
+
+
+def prft_unix_ns(data: bytes) -> int:
+    """The sender's wall clock in FFmpeg's side data ``prft`` (AVProducerReferenceTime): its first eight bytes are
+    microseconds since 1970. Source: libavcodec/defs.h."""
+    return int(struct.unpack_from("=q", data)[0]) * 1000
+
+
+class Moment(msgspec.Struct, frozen=True, gc=False):
+    """When a frame was taken, as far as it can be known. ``late_ns``: how much longer than usual it was on its way
+    (sender's clock: how long in all). ``by`` says whose clock it is."""
+
+    t_capture_ns: int
+    uncertainty_ns: int
+    new_epoch: bool
+    late_ns: int
+    by: Literal["sender", "stream", "arrival"]
+
+
+class FrameClock:
+    """The moments of one stream's frames, by the best that each brings with it:
+
+    ========== ============================================= ======================================================
+    by          known                                         uncertainty
+    ========== ============================================= ======================================================
+    sender      the sender's wall clock (RTCP)                ``sender_ns``: what two synchronised hosts differ by
+    stream      the stream's own clock (RTP, time stamps)     ``arrival_ns``: the least time on the way is unknown;
+                mapped by its least delays                    jitter is taken out
+    arrival     nothing                                       ``arrival_ns``
+    ========== ============================================= ======================================================
+
+    A sender whose wall clock is not synchronised with ours (frames from the future, or older than 5 s three times in a
+    row) is not believed. Its clock then counts as a stream's. A change of clocks opens an epoch.
+    """
+
+    def __init__(self, unix_zero_ns: int, sender_ns: int, arrival_ns: int) -> None:
+        self._zero, self._sender_ns, self._arrival_ns = unix_zero_ns, sender_ns, arrival_ns
+        self._base = Timebase()
+        self._by: str | None = None
+        self._doubts = 0
+
+    def update(self, stamp_ns: int | None, sender_unix_ns: int | None, receipt_ns: int) -> Moment:
+        """The moment of the next frame: its stamp on the stream's clock, the sender's wall clock, its receipt."""
+        if sender_unix_ns is not None and self._doubts < _DOUBTS:
+            captured = sender_unix_ns - self._zero
+            way = receipt_ns - captured
+            if -AHEAD_NS <= way <= _PLAUSIBLE_NS:
+                self._doubts = 0
+                return Moment(min(captured, receipt_ns), self._sender_ns, self._changed("sender"), way, "sender")
+            self._doubts += 1
+        if stamp_ns is None:
+            return Moment(receipt_ns, self._arrival_ns, self._changed("arrival"), 0, "arrival")
+        mapped = self._base.update(stamp_ns, receipt_ns)
+        doubt = max(mapped.uncertainty_ns, self._arrival_ns)
+        fresh = self._changed("stream") or mapped.new_epoch
+        return Moment(min(mapped.t_capture_ns, receipt_ns), doubt, fresh, mapped.residual_ns, "stream")
+
+    def _changed(self, by: str) -> bool:
+        changed, self._by = self._by is not None and self._by != by, by
+        return changed

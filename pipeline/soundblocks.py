@@ -1,0 +1,225 @@
+"""Blocks of sound from a driver's callback to messages: when each was taken, what is missing, at which rate. Pure.
+
+A sound card only counts. ``BlockClock`` fits the count against the driver's ADC times (``pipeline.timebase``):
+
+* The first blocks after a start are distrusted and dropped; they only show how far ADC times lie in the future (a
+  sound server states some that end after they arrived, which cannot be: all are moved back by the most of that).
+* One ADC time that is too early is a bad stamp (PortAudio gives a few a minute): its block keeps its length.
+* A block whose ADC time is suddenly late means lost samples, or one bad stamp. It is held back for a few blocks until
+  that is sure, so that sound after a gap is never published as if it belonged before it.
+
+``Regroup`` joins small blocks to messages of equal length, never across a gap. ``Converter`` changes the rate where a
+device lacks the one that was asked for: band-limited, by the same filter as the aligner's.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from math import gcd
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pipeline.resample import band_limited, half_taps
+from pipeline.timebase import MappedBlock, SampleClock
+
+Array = np.ndarray[Any, Any]
+
+SETTLING_BLOCKS = 15
+_SUSPECT_NS = 3_000_000
+_HELD = 8
+"""The sample clock needs six late blocks to be sure."""
+_NS = 1_000_000_000
+
+
+class Block(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """Sound i2 [samples, channels] with its place on the session clock (first sample, one period after the last).
+    ``gap``: it does not follow the block before it. ``t_device_ns``: the driver's ADC time, raw."""
+
+    data: Array
+    t_capture_ns: int
+    t_end_ns: int
+    t_receipt_ns: int
+    t_device_ns: int | None
+    uncertainty_ns: int
+    new_epoch: bool = False
+    gap: bool = False
+
+
+class BlockClock:
+    """Places blocks in time. ``rate_hz`` is the device's nominal rate. ``adc``: the driver gives ADC times; else only
+    receipts are known."""
+
+    def __init__(self, rate_hz: int, adc: bool) -> None:
+        self.lost = 0
+        self._rate, self._adc = rate_hz, adc
+        self._clock = SampleClock(rate_hz, noise="jitter" if adc else "delay")
+        self._settling = SETTLING_BLOCKS
+        self._ahead = self._count = self._base = 0
+        self._end = 0
+        self._found = 0  # samples that the driver lost without counting them
+        self._held: deque[tuple[Block, MappedBlock]] = deque()
+
+    def update(
+        self, data: Array, t_adc_ns: int | None, t_device_ns: int | None, t_receipt_ns: int, count: int
+    ) -> list[Block]:
+        """Takes the next block: its ADC time on the session clock (None: only the receipt counts), the driver's own
+        number of its first sample. Returns the blocks whose times are sure, in order."""
+        length = len(data) * _NS // self._rate
+        end = t_receipt_ns if t_adc_ns is None else t_adc_ns + length
+        if self._settling:
+            self._settling -= 1
+            self._ahead = max(self._ahead, end - t_receipt_ns)
+            self._count = self._base = count + len(data)
+            return []
+        skipped, self._count = count - self._count, count + len(data)
+        mapped = self._clock.update(len(data), end - self._ahead, count=count - self._base + self._found)
+        found = mapped.lost - max(skipped, 0)
+        self._found += found
+        self.lost += mapped.lost
+        begin, self._end = self._place(mapped, length)
+        block = Block(data=data, t_capture_ns=begin, t_end_ns=self._end, t_receipt_ns=t_receipt_ns,
+                      t_device_ns=t_device_ns, uncertainty_ns=mapped.uncertainty_ns, new_epoch=mapped.new_epoch,
+                      gap=mapped.new_epoch or skipped > 0)  # fmt: skip
+        self._held.append((block, mapped))
+        if (found > 0 or mapped.new_epoch) and len(self._held) > 1:
+            return self._moved()
+        if found > 0:
+            self._held[0] = (msgspec.structs.replace(block, gap=True), mapped)
+        elif self._adc and mapped.residual_ns > _SUSPECT_NS and len(self._held) < _HELD:
+            return []
+        return self._release()
+
+    def _place(self, mapped: MappedBlock, length_ns: int) -> tuple[int, int]:
+        """A block's begin and end: where the last one ended, unless something is missing. One stamp that is too early
+        would squeeze its block and stretch the next; such a block keeps its length."""
+        if mapped.new_epoch or mapped.lost:
+            return mapped.t_capture_ns, mapped.t_end_ns
+        odd = abs(mapped.t_end_ns - self._end - length_ns) > length_ns // 20
+        return self._end, self._end + length_ns if odd else mapped.t_end_ns
+
+    def _release(self) -> list[Block]:
+        blocks = [block for block, _ in self._held]
+        self._held.clear()
+        return blocks
+
+    def _moved(self) -> list[Block]:
+        """The held blocks came after what got lost: they end where the newest one begins, not where they seemed to."""
+        end = self._held[-1][0].t_capture_ns
+        last = self._held[-1][0]
+        moved = [msgspec.structs.replace(last, new_epoch=False, gap=False)]
+        for block, _ in list(self._held)[-2::-1]:
+            length = block.t_end_ns - block.t_capture_ns
+            moved.append(msgspec.structs.replace(block, t_capture_ns=end - length, t_end_ns=end, gap=False,
+                                                 uncertainty_ns=last.uncertainty_ns))  # fmt: skip
+            end -= length
+        moved.reverse()
+        fresh = any(block.new_epoch for block, _ in self._held)
+        moved[0] = msgspec.structs.replace(moved[0], gap=True, new_epoch=fresh)
+        self._held.clear()
+        return moved
+
+
+class Regroup:
+    """Joins blocks to groups of exactly ``samples`` samples. What stands before a gap goes out as it is."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._parts: list[Block] = []
+        self._length = 0
+
+    def update(self, block: Block) -> list[Block]:
+        """Takes the next block; returns the groups that are full."""
+        full = self._flush() if (block.gap or block.new_epoch) and self._parts else []
+        self._parts.append(block)
+        self._length += len(block.data)
+        while self._length >= self._samples:
+            full.append(self._cut())
+        return full
+
+    def _flush(self) -> list[Block]:
+        joined = _join(self._parts)
+        self._parts, self._length = [], 0
+        return [joined]
+
+    def _cut(self) -> Block:
+        last = self._parts[-1]
+        excess = self._length - self._samples
+        self._parts[-1], rest = split(last, len(last.data) - excess)
+        group = _join(self._parts)
+        self._parts, self._length = ([rest], excess) if excess else ([], 0)
+        return group
+
+
+def split(block: Block, at: int) -> tuple[Block, Block]:
+    """``block`` before and from its sample ``at``."""
+    middle = block.t_capture_ns + (block.t_end_ns - block.t_capture_ns) * at // len(block.data)
+    first = msgspec.structs.replace(block, data=block.data[:at], t_end_ns=middle)
+    rest = msgspec.structs.replace(block, data=block.data[at:], t_capture_ns=middle, new_epoch=False, gap=False)
+    return first, rest
+
+
+def _join(parts: list[Block]) -> Block:
+    return msgspec.structs.replace(
+        parts[0],
+        data=np.concatenate([part.data for part in parts]),
+        t_end_ns=parts[-1].t_end_ns,
+        t_receipt_ns=parts[-1].t_receipt_ns,
+        uncertainty_ns=max(part.uncertainty_ns for part in parts),
+    )
+
+
+def mix(data: Array, channels: int) -> Array:
+    """i2 [samples, any] as i2 [samples, channels]: the mean for one channel, else the first ones."""
+    if data.shape[1] == channels:
+        return data
+    if channels == 1:
+        mean: Array = np.rint(data.mean(axis=1, dtype=np.float64)).astype("<i2")[:, None]
+        return mean
+    return np.ascontiguousarray(data[:, :channels])
+
+
+class Converter:
+    """Changes the rate of contiguous sound, block by block; times stay where they are. What it gives out lags behind
+    by half its filter (2 ms from 48 kHz to 16 kHz at most), in arrival and not in the stated times."""
+
+    def __init__(self, source_hz: int, target_hz: int, channels: int) -> None:
+        common = gcd(source_hz, target_hz)
+        self._source, self._target = source_hz, target_hz
+        self._up, self._down = target_hz // common, source_hz // common
+        self._half = half_taps(source_hz, target_hz)
+        self._channels = channels
+        self._reset()
+
+    def _reset(self) -> None:
+        """Silence before the first sample, so that the filter has a left half."""
+        self._values = np.zeros((self._half, self._channels))
+        self._first = -self._half  # the number of the first kept sample
+        self._next = 0  # the number of the next point of the new rate
+
+    def update(self, block: Block) -> Block | None:
+        """The sound that became complete with ``block``; None if none did."""
+        if block.gap or block.new_epoch:
+            self._reset()
+        self._values = np.concatenate([self._values, block.data])
+        end = self._first + len(self._values)
+        stop = max(self._next, -(-((end - self._half) * self._up) // self._down))
+        numbers = np.arange(self._next, stop, dtype=np.int64)
+        if not len(numbers):
+            return None
+        points = numbers * self._down - self._first * self._up
+        times = np.arange(len(self._values), dtype=np.int64) * self._up
+        left = points // self._up
+        none = np.empty(0, np.int64)
+        values = band_limited(times, self._values, none, left, left + 1, points, self._source, self._target)
+        period = (block.t_end_ns - block.t_capture_ns) / len(block.data)
+        begin, finish = (
+            block.t_end_ns - round((end - number * self._down / self._up) * period) for number in (self._next, stop)
+        )
+        self._next = stop
+        surplus = max(0, stop * self._down // self._up - self._half - self._first)
+        self._values, self._first = self._values[surplus:], self._first + surplus
+        data = np.clip(np.rint(values), -32768, 32767).astype("<i2")
+        return msgspec.structs.replace(block, data=data, t_capture_ns=begin, t_end_ns=finish,
+                                       gap=block.gap)  # fmt: skip
