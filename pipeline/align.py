@@ -206,7 +206,8 @@ class Aligner:
         track = self._tracks.get(message.header.stream)
         if track is None:
             raise ValueError(f"stream {message.header.stream!r} was not declared; there are {sorted(self._tracks)}")
-        arrival_ns = max(arrival_ns, self._time_ns)
+        if arrival_ns < self._time_ns:
+            arrival_ns = self._time_ns
         if arrival_ns >= self._wake_ns or self._pending or self._deserted or track.closed is not None:
             self._hold(track, message, arrival_ns)
             return self._work(arrival_ns)

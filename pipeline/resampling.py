@@ -8,9 +8,12 @@ import numpy as np
 
 from pipeline import resample
 from pipeline.errors import ConfigError
-from pipeline.messages import AudioLayout, Header, Message, SignalLayout, nbytes_of, signal_dtype
+from pipeline.messages import AudioLayout, Header, ImuLayout, Message, SignalLayout, nbytes_of, signal_dtype
 from pipeline.rules import FOREVER, Content, Resample, StreamSpec, Track, by_time
 from pipeline.samples import FewSamples, ManySamples, last_sample_ns
+
+IMU_CHANNELS = 6
+_AT_ONCE = bytes(8)  # an offset of 0
 
 FEW = 256
 """Up to so many numbers a step lists are faster than arrays (measured with ``benchmarks/align.py``)."""
@@ -65,8 +68,18 @@ class ResampleTrack(Track):
         layout = header.layout
         if layout is None:
             return True
-        if data is None:
-            return False
+        if type(data) is bytes and len(data) == self.sample_bytes and data[:8] == _AT_ONCE:
+            # One sample at the capture time: the commonest message of all.
+            return (
+                type(layout) is ImuLayout
+                and layout.samples == 1
+                and header.t_capture_ns < header.bound_ns
+                and self.channels == IMU_CHANNELS
+            ) or self._well_formed(message)
+        return data is not None and self._well_formed(message)
+
+    def _well_formed(self, message: Message) -> bool:
+        header, data, layout = message.header, message.data, message.header.layout
         nbytes = len(data) if type(data) is bytes else memoryview(data).nbytes
         if type(layout) is AudioLayout:
             return self._well_formed_audio(header, layout, nbytes)
@@ -186,7 +199,10 @@ class ResampleTrack(Track):
         limit_ns = self.late_below_ns
         count = 0
         for message in self.buffer:
-            if message.header.t_capture_ns >= limit_ns or last_sample_ns(message, self.channels) >= limit_ns:
+            header = message.header
+            if header.t_end_ns >= limit_ns and (
+                header.t_capture_ns >= limit_ns or last_sample_ns(message, self.channels) >= limit_ns
+            ):
                 break
             count += 1
         if count:

@@ -183,7 +183,7 @@ class Track:
         self.epoch = -FOREVER
         self.epoch_floor_ns = -FOREVER
         self.bound_ns = -FOREVER  # FOREVER once the stream has ended
-        self.promised_ns = -FOREVER  # the greatest finite bound
+        self.last_bound_ns = -FOREVER  # the greatest finite bound of a stream that has ended
         self.advanced_ns = 0  # arrival time of the header that last moved the bound
         self.closed: str | None = None
         self.first_ns = FOREVER  # least capture time of what has come and kept the stream's promises
@@ -208,14 +208,14 @@ class Track:
         """Takes one message or beat; True if the bound has reached the point from which the step may be proven."""
         header = message.header
         if (
-            0 < header.seq == self.next_seq
+            header.seq == self.next_seq
+            and self.ordinary
             and header.epoch == self.epoch
             and type(header.layout) is self.layout_type
             and header.bound_ns >= header.t_end_ns >= header.t_capture_ns >= self.bound_ns
             and header.t_capture_ns >= self.late_below_ns
             and header.bound_ns - arrival_ns <= self.max_future_ns
             and len(self.buffer) < self.max_buffer
-            and self.ordinary
             and (not self.looks_inside or self.well_formed(message))
         ):
             self.received += 1
@@ -224,7 +224,7 @@ class Track:
             self.buffer.append(message)
             self.fresh.append(message)
             if header.bound_ns > self.bound_ns:
-                self.bound_ns = self.promised_ns = header.bound_ns
+                self.bound_ns = header.bound_ns
                 self.advanced_ns = arrival_ns
             return self.bound_ns >= self.interesting_ns
         return self._take_with_care(message, arrival_ns)
@@ -294,6 +294,7 @@ class Track:
         if self.sequence is not None:
             self.counters.lost += self.sequence.missing
             self.sequence = _Unordered(self.memory)
+        self.ordinary = False  # until its first message has come
         self.epoch = epoch
         self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
@@ -384,7 +385,7 @@ class Track:
 
     def _raise_bound(self, bound_ns: int, arrival_ns: int) -> None:
         if bound_ns > self.bound_ns:
-            self.bound_ns = self.promised_ns = bound_ns
+            self.bound_ns = bound_ns
             self.advanced_ns = arrival_ns
             self._reopen()
 
@@ -393,8 +394,8 @@ class Track:
         self.ordinary = False
         if self.closed != "ended":
             self.closed = reason
-        if reason == "ended":
-            self.bound_ns = FOREVER
+        if reason == "ended" and self.bound_ns < FOREVER:
+            self.last_bound_ns, self.bound_ns = self.bound_ns, FOREVER
 
     def _reopen(self) -> None:
         if self.closed == "dead":
@@ -415,6 +416,11 @@ class Track:
     def idle_at(self, now_ns: int) -> bool:
         """Whether the stream has made no progress for its limit."""
         return self.closed != "ended" and now_ns >= self.expiry_ns
+
+    @property
+    def promised_ns(self) -> int:
+        """The greatest finite bound."""
+        return self.bound_ns if self.bound_ns < FOREVER else self.last_bound_ns
 
     @property
     def expiry_ns(self) -> int:
@@ -464,8 +470,8 @@ class Track:
             self._keep(message)
         self.epoch = -FOREVER if stated.epoch is None else stated.epoch
         self.closed = stated.closed
-        self.promised_ns = -FOREVER if stated.bound_ns is None else stated.bound_ns
-        self.bound_ns = FOREVER if stated.closed == "ended" else self.promised_ns
+        self.last_bound_ns = -FOREVER if stated.bound_ns is None else stated.bound_ns
+        self.bound_ns = FOREVER if stated.closed == "ended" else self.last_bound_ns
         self.first_ns = FOREVER if stated.first_ns is None else stated.first_ns
         self.losses.extend(stated.losses)
         self.fresh_losses = len(stated.losses)
