@@ -1,0 +1,421 @@
+"""The constant offset between two streams of a recording, found from events that both have seen, or a plain refusal.
+
+``compare`` brings two streams down to tracks (``pipeline.events``) and slides one over the other. The score of a lag
+is the correlation of the tracks, summed over the kinds of tracks that go together; it is weighted by how much of them
+overlaps, so that a few moments at the edge cannot win. Its greatest value within the range asked for is taken for the
+offset only if everything below holds, and else the answer is "undecidable", with the first reason why:
+
+1. there is enough: ``MIN_OVERLAP_S`` of both streams, and the score comes from at least ``MIN_PLACES`` places of the
+   recording (one clap and one door are no evidence);
+2. it is no chance: among ``SURROGATES`` surrogates, in which pieces of one stream are shuffled so that events stay what
+   they are and only their moments are lost, less than 1 in 100 reaches such a score anywhere in the range;
+3. it is alone: no other lag, also beyond the range up to three times as far, comes near it. Steps, music and a swinging
+   pendulum fit at every period, and an offset beyond the range is not to be taken for what happens to lie in it;
+4. all parts of the recording say the same: in bootstrap samples of its segments the best lag stays where it is;
+5. the 95 % interval, which comes from the same bootstrap, is narrow enough to be of use.
+
+**Sign.** ``offset_ns`` is what must be *added* to the capture times of ``stream`` so that its events coincide with
+those of ``reference``: a stream that is stamped 80 ms late gets -80 ms. It is what a rig takes as ``offset_ms``.
+
+What no correlation can tell apart stands in the offset: the way of sound through air (3 ms a metre), the middle of a
+motion against the beginning of its sound. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pipeline.errors import ConfigError, WireError
+from pipeline.events import Array, Track, extractor
+from pipeline.recording import RecordingReader, reading
+from pipeline.strict import listed, nearest
+
+WITHIN_NS = 500_000_000
+"""How far an offset is looked for, either way."""
+
+MIN_OVERLAP_S = 2.0
+MIN_PLACES = 3.0
+SURROGATES = 300
+CHANCE = 0.01
+RIVAL = 0.8
+"""A second peak above this share of the first makes the answer ambiguous."""
+AGREEMENT = 0.75
+WIDEST_NS = 30_000_000
+"""A half interval wider than this, and wider than a period of the coarser stream, is of no use."""
+
+_BOOTSTRAPS = 500
+_FAR = 3
+_SEGMENT_S, _SEGMENTS = 0.5, (6, 60)
+_CLIP = 6.0
+_PAIRS = (("strength", "strength"), ("level", "strength"), ("strength", "level"), ("rotation", "rotation"))
+
+
+class Offset(msgspec.Struct, frozen=True, kw_only=True):
+    """What can be said of one pair of streams. Where ``decided`` is false, ``offset_ns`` is null."""
+
+    reference: str
+    stream: str
+    decided: bool
+    offset_ns: int | None = None
+    """To be added to the capture times of ``stream``."""
+    interval_ns: tuple[int, int] | None = None
+    """95 % interval of it."""
+    reason: str = ""
+    """Why it is undecidable."""
+    events: tuple[str, ...] = ()
+    """What was compared."""
+    before: float | None = None
+    """Correlation with the times as recorded."""
+    after: float | None = None
+    """Correlation at the best lag."""
+    chance: float | None = None
+    """The share of surrogates that reach as high a score."""
+    rival: float | None = None
+    """The second peak, as a share of the first."""
+    places: float | None = None
+    """From how many places of the recording the score comes."""
+
+    @property
+    def uncertainty_ns(self) -> int | None:
+        """Half the interval."""
+        return None if self.interval_ns is None else (self.interval_ns[1] - self.interval_ns[0] + 1) // 2
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Two tracks on a common grid: standardised values [n, c], 0 where unknown, and what is known."""
+
+    x: Array
+    y: Array
+    x_known: Array
+    y_known: Array
+
+
+def tracks_of(
+    recording: str | Path | RecordingReader,
+    streams: Collection[str] | None = None,
+    progress: Callable[[int], Any] = lambda t_ns: None,
+) -> dict[str, list[Track]]:
+    """The tracks of every stream of a recording, or of ``streams``; none for streams of text and for damaged frames.
+    ``progress`` is called with the session time reached. RecordingError; ConfigError for a stream that is not there."""
+    with reading(recording) as reader:
+        for name in streams or ():
+            if name not in reader.streams:
+                raise ConfigError(
+                    f"{reader.path} has no stream `{name}`; it has {listed(sorted(reader.streams))}."
+                    f"{nearest(name, reader.streams)}"
+                )
+        found = {n: extractor(p) for n, p in sorted(reader.streams.items()) if streams is None or n in streams}
+        takers = {name: taker for name, taker in found.items() if taker is not None}
+        for message, _ in reader.messages(set(takers)):
+            try:
+                takers[message.header.stream].add(message)
+            except WireError:  # a frame that cannot be read is a frame that is not there
+                continue
+            progress(message.header.t_end_ns)
+    return {name: takers[name].tracks() if name in takers else [] for name in found}
+
+
+def calibrate(
+    recording: str | Path | RecordingReader,
+    streams: Collection[str] | None = None,
+    within_ns: int = WITHIN_NS,
+    progress: Callable[[int], Any] = lambda t_ns: None,
+) -> list[Offset]:
+    """Every pair of the recording's streams (or of ``streams``), compared. RecordingError, ConfigError."""
+    tracks = tracks_of(recording, streams, progress)
+    return [compare(a, tracks[a], b, tracks[b], within_ns) for a, b in combinations(tracks, 2)]
+
+
+def compare(
+    reference: str, of_reference: list[Track], stream: str, of_stream: list[Track], within_ns: int = WITHIN_NS
+) -> Offset:
+    """The offset of ``stream`` against ``reference``. Of several ways to compare them the decided ones must agree; the
+    one with the narrowest interval is taken."""
+    found = [_compare(reference, stream, pairs, within_ns) for pairs in _ways(of_reference, of_stream) if pairs]
+    if not found:
+        without = " and ".join(n for n, t in ((reference, of_reference), (stream, of_stream)) if not t)
+        reason = (
+            f"{without} holds nothing that could be compared" if without else "they have no kind of event in common"
+        )
+        return Offset(reference=reference, stream=stream, decided=False, reason=reason)
+    decided = sorted((f for f in found if f.decided), key=lambda f: f.uncertainty_ns or 0)
+    if not decided:
+        return min(found, key=lambda f: 1.0 if f.chance is None else f.chance)
+    for other in decided[1:]:
+        apart = abs((decided[0].offset_ns or 0) - (other.offset_ns or 0))
+        if apart > (decided[0].uncertainty_ns or 0) + (other.uncertainty_ns or 0) + WIDEST_NS:
+            reason = (
+                f"{' and '.join(decided[0].events)} say {_ms(decided[0].offset_ns)}, "
+                f"but {' and '.join(other.events)} say {_ms(other.offset_ns)}"
+            )
+            return msgspec.structs.replace(decided[0], decided=False, offset_ns=None, interval_ns=None, reason=reason)
+    return decided[0]
+
+
+def _ways(of_x: list[Track], of_y: list[Track]) -> list[list[tuple[Track, Track]]]:
+    """Pairs of tracks to be compared together: those of events, and those of rotation."""
+    pairs = [(x, y) for x in of_x for y in of_y if (x.kind, y.kind) in _PAIRS]
+    coarse = any("picture" in t.what or "surroundings" in t.what for t in (*of_x, *of_y))
+    # Loudness helps where the other side is slow; beside a sharp jolt it would only blur.
+    events = [p for p in pairs if p[0].kind != "rotation" and (coarse or "level" not in (p[0].kind, p[1].kind))]
+    return [events, [p for p in pairs if p[0].kind == "rotation"]]
+
+
+# -- one way of comparing ----------------------------------------------------------------------------------------------
+
+
+def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], within_ns: int) -> Offset:
+    events = tuple(dict.fromkeys(f"{x.what} / {y.what}" for x, y in pairs))
+    span_ns = max(max(x.span_ns, y.span_ns) for x, y in pairs)
+    step_ns = 1_000_000 if span_ns <= 12_000_000 else 2_000_000
+
+    def refused(reason: str, **known: Any) -> Offset:
+        return Offset(reference=reference, stream=stream, decided=False, reason=reason, events=events, **known)
+
+    gridded = [on_grid for x, y in pairs if (on_grid := _gridded(x, y, step_ns)) is not None]
+    overlap_s = min((int((g.x_known & g.y_known).sum()) * step_ns / 1e9 for g in gridded), default=0.0)
+    if not gridded or overlap_s < MIN_OVERLAP_S:
+        return refused(f"only {overlap_s:.1f} s of both overlap, and {MIN_OVERLAP_S:g} s are needed")
+    if any(not g.x.any() or not g.y.any() for g in gridded):
+        return refused("nothing changes in one of them")
+    within = round(within_ns / step_ns)
+    scores = _Scores(gridded, min(_FAR * within, len(gridded[0].x) - 1), round(_SEGMENT_S * 1e9 / step_ns))
+    curve = scores.total()
+    inside = np.abs(scores.lags) <= within
+    best = int(np.argmax(np.where(inside, curve, -np.inf)))
+    if curve[best] <= 0:
+        return refused("what happens in one has nothing to do with what happens in the other")
+    rng = np.random.default_rng(7)
+    null = scores.surrogates(within, rng)
+    lobe = _lobe(curve, best, round(span_ns / step_ns))
+    rival = max(float(np.delete(curve, lobe).max(initial=0.0)), 0.0) / float(curve[best])
+    moved = scores.resampled(rng, _BOOTSTRAPS)
+    spots = np.array([_vertex(one, int(np.argmax(np.where(inside, one, -np.inf)))) for one in moved]) + scores.lags[0]
+    lag = _vertex(curve, best) + scores.lags[0]
+    near = np.abs(spots - lag) <= max(2.0 * WIDEST_NS, 0.75 * span_ns) / step_ns
+    places = scores.places(best)
+    half_ns = _half_interval(spots[near], lag, places) * step_ns if near.any() else np.inf
+    chance = (1 + int((null >= curve[best]).sum())) / (1 + len(null))
+    zero = int(np.searchsorted(scores.lags, 0))
+    known: dict[str, Any] = {
+        "before": _round(scores.correlation(curve, zero)), "after": _round(scores.correlation(curve, best)),
+        "chance": _round(chance), "rival": _round(rival), "places": round(float(places), 1),
+    }  # fmt: skip
+    if places < MIN_PLACES:
+        return refused(f"too few events: what fits comes from {places:.1f} places of {MIN_PLACES:g} needed", **known)
+    if chance > CHANCE:
+        return refused(f"chance does as well: {chance:.0%} of shuffled recordings fit as well somewhere", **known)
+    beyond = int(scores.lags[int(np.argmax(curve))]) * step_ns
+    if abs(beyond) > within_ns + span_ns:
+        return refused(f"what fits best lies beyond the range, at {_ms(-beyond)}", **known)
+    if rival > RIVAL:
+        return refused(f"another offset fits nearly as well ({rival:.0%}): the events repeat, or are too few", **known)
+    if min(best - np.flatnonzero(inside)[0], np.flatnonzero(inside)[-1] - best) * step_ns < 2 * step_ns:
+        return refused("what fits best lies at the edge of the range", **known)
+    if near.mean() < AGREEMENT:
+        return refused(f"parts of the recording disagree: {near.mean():.0%} of its samples say the same", **known)
+    if half_ns > max(WIDEST_NS, span_ns):
+        return refused(f"it would be known only to +-{half_ns / 1e6:.0f} ms", **known)
+    offset = -round(lag * step_ns)
+    interval = (offset - round(half_ns), offset + round(half_ns))
+    return Offset(
+        reference=reference, stream=stream, decided=True, offset_ns=offset, interval_ns=interval, events=events, **known
+    )
+
+
+def _half_interval(spots: Array, lag: float, places: float) -> float:
+    """Half the 95 % interval from bootstrap estimates: their spread about the estimate, widened as Student's t is for
+    few places; never less than a tenth of a step."""
+    spread = float(np.sqrt(np.mean((spots - lag) ** 2)))
+    free = max(places - 1.0, 1.0)
+    return max(spread * (1.96 + 2.4 / free + 3.0 / free**2), 0.1)
+
+
+def _lobe(curve: Array, best: int, span: int) -> slice:
+    """The peak itself: down to half its height on both sides, and at least a span."""
+    low = curve < 0.5 * curve[best]
+    left, right = np.flatnonzero(low[:best]), np.flatnonzero(low[best:])
+    begin = int(left[-1]) if len(left) else 0
+    end = best + int(right[0]) if len(right) else len(curve)
+    return slice(max(0, min(begin, best - span)), max(end, best + span + 1))
+
+
+def _vertex(curve: Array, best: int) -> float:
+    """The top of the parabola through the greatest value and its neighbours, in steps."""
+    if not 0 < best < len(curve) - 1:
+        return float(best)
+    a, b, c = curve[best - 1 : best + 2]
+    bend = a - 2 * b + c
+    return best + float(np.clip(0.5 * (a - c) / bend, -0.5, 0.5)) if bend < 0 else float(best)
+
+
+# -- tracks on a grid --------------------------------------------------------------------------------------------------
+
+
+def _gridded(x: Track, y: Track, step_ns: int) -> _Comparison | None:
+    """Both on one grid, each as coarse as the coarser of them."""
+    begin, end = max(x.t_ns[0], y.t_ns[0]), min(x.t_ns[-1], y.t_ns[-1])
+    if end <= begin:
+        return None
+    begin, end = min(x.t_ns[0], y.t_ns[0]), max(x.t_ns[-1], y.t_ns[-1])
+    grid = np.arange(int(begin), int(end), step_ns, dtype=np.int64)
+    span = max(x.span_ns, y.span_ns)
+    (x_value, x_known), (y_value, y_known) = (_on(t, grid, step_ns, span) for t in (x, y))
+    return _Comparison(_standard(x_value, x_known), _standard(y_value, y_known), x_known, y_known)
+
+
+def _on(track: Track, grid: Array, step_ns: int, span_ns: float) -> tuple[Array, Array]:
+    """A track's values on the grid, smoothed over ``span_ns`` where it is finer than that, and where it is known."""
+    after = np.clip(np.searchsorted(track.t_ns, grid), 1, len(track.t_ns) - 1)
+    known = (track.t_ns[after] - track.t_ns[after - 1] <= track.max_gap_ns) & (grid >= track.t_ns[0])
+    known &= grid <= track.t_ns[-1]
+    value = np.stack([np.interp(grid, track.t_ns, channel) for channel in track.value.T], axis=1)
+    width = 2 * round(span_ns / step_ns / 2) + 1
+    if track.span_ns < 0.7 * span_ns and width > 1 and len(grid) > width:
+        value[~known] = 0.0
+        sums = np.stack([np.convolve(c, np.ones(width), "same") for c in value.T], axis=1)
+        value = sums / np.maximum(np.convolve(known, np.ones(width), "same"), 1.0)[:, None]
+    return value, known
+
+
+def _standard(value: Array, known: Array) -> Array:
+    """Mean 0 and power 1 over all channels together where known, else 0; single moments cannot outweigh all."""
+    if not known.any():
+        return np.zeros_like(value)
+    value = value - value[known].mean(axis=0)
+    for _ in range(2):
+        scale = float(np.sqrt((value[known] ** 2).sum(axis=1).mean()))
+        if scale < 1e-12:
+            return np.zeros_like(value)
+        value = np.clip(value / scale, -_CLIP, _CLIP)
+        value = value - value[known].mean(axis=0)
+    value[~known] = 0.0
+    return value
+
+
+class _Scores:
+    """Correlations of all pairs of tracks at every lag, in whole and by segment.
+
+    ``parts`` [segments, lags, products]: sums of products of x at t and y at t + lag over the t of a segment. One
+    channel against one gives a signed score; vectors, whose axes nobody has aligned, the norm of all products."""
+
+    def __init__(self, gridded: list[_Comparison], far: int, segment: int) -> None:
+        self._gridded, self._far = gridded, far
+        self.lags = np.arange(-far, far + 1)
+        n = max(len(g.x) for g in gridded)
+        count = int(np.clip(n // segment, *_SEGMENTS))
+        self._edges = np.linspace(0, n, count + 1).astype(int)
+        self._parts = [self._segments(g) for g in gridded]
+        self._overlaps = [self._overlap(g) for g in gridded]
+
+    def _segments(self, g: _Comparison) -> Array:
+        far, n = self._far, len(g.x)
+        padded = np.pad(g.y, ((far, far), (0, 0)))
+        parts = []
+        for a, b in zip(self._edges, np.minimum(self._edges[1:], n), strict=False):
+            x, y = g.x[a:b], padded[a : b + 2 * far]
+            parts.append(_products(x, y, 2 * far + 1))
+        return np.stack(parts)
+
+    def _overlap(self, g: _Comparison) -> Array:
+        """The weight of each lag: by it a sum of products becomes a correlation times the root of the overlap's
+        share."""
+        known = np.pad(g.y_known.astype(float), self._far)[:, None]
+        count = _products(g.x_known.astype(float)[:, None], known, 2 * self._far + 1)[:, 0]
+        return np.asarray(1.0 / np.sqrt(np.maximum(count, 0.02 * count.max()) * count.max()))
+
+    def _score(self, sums: list[Array]) -> Array:
+        """From summed products [..., lags, products] of each pair of tracks to one score [..., lags]."""
+        total: Array = np.zeros(())
+        for products, weight in zip(sums, self._overlaps, strict=True):
+            one = products[..., 0] if products.shape[-1] == 1 else np.sqrt((products**2).sum(axis=-1))
+            total = total + one * weight
+        return total / len(sums)
+
+    def total(self) -> Array:
+        return self._score([parts.sum(axis=0) for parts in self._parts])
+
+    def correlation(self, curve: Array, at: int) -> float:
+        """The plain correlation at a lag, without the weight for its overlap."""
+        weight = float(np.mean([w[at] / w.min() for w in self._overlaps]))
+        return float(curve[at]) * weight
+
+    def resampled(self, rng: np.random.Generator, times: int) -> Array:
+        """The score of bootstrap samples of the segments, [times, lags]."""
+        segments = len(self._parts[0])
+        weights = rng.multinomial(segments, np.full(segments, 1 / segments), times).astype(float)
+        return self._score([np.tensordot(weights, parts, axes=(1, 0)) for parts in self._parts])
+
+    def places(self, best: int) -> float:
+        """How many segments the score at a lag comes from, counted by how much each gives (inverse participation)."""
+        gives: Array = np.zeros(())
+        for parts, weight in zip(self._parts, self._overlaps, strict=True):
+            at = parts[:, best, :]
+            whole = at.sum(axis=0)
+            gives = gives + (at @ whole) / max(float(np.linalg.norm(whole)), 1e-12) * weight[best]
+        positive = np.maximum(gives, 0.0)
+        return float(positive.sum() ** 2 / max(float((positive**2).sum()), 1e-30))
+
+    def surrogates(self, within: int, rng: np.random.Generator) -> Array:
+        """The greatest score within the range of each of ``SURROGATES`` recordings in which pieces of the second stream
+        are shuffled."""
+        n = max(len(g.x) for g in self._gridded)
+        size = _fast(n + 2 * within)
+        spectra = [np.conj(np.fft.rfft(g.x, size, axis=0)) for g in self._gridded]
+        near = slice(self._far - within, self._far + within + 1) if within <= self._far else slice(None)
+        within = min(within, self._far)
+        greatest = []
+        for _ in range(SURROGATES):
+            order = _shuffled(n, within, rng)
+            sums = []
+            for g, spectrum in zip(self._gridded, spectra, strict=True):
+                moved = np.fft.rfft(g.y[order], size, axis=0)
+                product = (spectrum[:, :, None] * moved[:, None, :]).reshape(len(moved), -1)
+                back = np.fft.irfft(product, size, axis=0)
+                sums.append(np.concatenate([back[size - within :], back[: within + 1]]))
+            score: Array = np.zeros(())
+            for products, weight in zip(sums, self._overlaps, strict=True):
+                one = products[:, 0] if products.shape[1] == 1 else np.sqrt((products**2).sum(axis=1))
+                score = score + one * weight[near]
+            greatest.append(float(score.max()) / len(sums))
+        return np.array(greatest)
+
+
+def _products(x: Array, y: Array, lags: int) -> Array:
+    """Sums over t of x[t] y[t + lag], lag 0 ... lags - 1, for all pairs of channels, [lags, pairs]."""
+    size = _fast(len(y))
+    product = np.conj(np.fft.rfft(x, size, axis=0))[:, :, None] * np.fft.rfft(y, size, axis=0)[:, None, :]
+    return np.asarray(np.fft.irfft(product.reshape(len(product), -1), size, axis=0)[:lags])
+
+
+def _fast(n: int) -> int:
+    """A length of at least ``n`` for which FFTs are fast."""
+    power = 1 << max(0, (n - 1).bit_length())
+    return min(m for m in (power, power // 4 * 3, power // 8 * 5) if m >= n)
+
+
+def _shuffled(n: int, within: int, rng: np.random.Generator) -> Array:
+    """Indices 0 ... n - 1 in pieces whose order is lost: turned by a random amount first, so that the cuts lie
+    elsewhere each time, and each piece either way round."""
+    pieces = int(np.clip(n / max(1, within) * 1.25, 5, 60))
+    cuts = np.sort(rng.choice(np.arange(1, n), pieces - 1, replace=False))
+    turned = np.roll(np.arange(n), int(rng.integers(n)))
+    parts = np.split(turned, cuts)
+    mixed = [parts[i][::-1] if rng.random() < 0.5 else parts[i] for i in rng.permutation(len(parts))]
+    return np.concatenate(mixed)
+
+
+def _round(value: float) -> float:
+    return round(float(value), 4)
+
+
+def _ms(ns: float | None) -> str:
+    return "–" if ns is None else f"{ns / 1e6:+.1f} ms"
