@@ -103,26 +103,34 @@ def replay(
     json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="write the JSON lines here")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="make the live session again and compare")] = False,
+    faults: Annotated[
+        Path | None, typer.Option("--faults", metavar="FILE", help="compare with what faults would have done")
+    ] = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Predict a recorded session again.
 
     In event time: the windows and predictions are the same at any speed and under any load. With --verify instead by
     the deadlines that the live session met: every window and every prediction is made again and compared with the
-    recorded one; exit code 3 if anything differs or cannot be verified.
+    recorded one; exit code 3 if anything differs or cannot be verified. With --faults by the live rules, once without
+    and once with each of the faults in FILE, and what that did to windows, predictions and accuracy.
 
     \b
     Example:
       sensorium replay session.mcap --verify
       sensorium replay session.mcap
       sensorium replay recordings/demo.mcap --bundle models/demo --speed 1
+      sensorium replay recordings/demo.mcap --bundle models/demo --faults examples/faults.yaml
     """
     from pipeline import commands
 
     if verify:
         raise typer.Exit(0 if commands.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
-    pace = None if speed is Speed.max else float(speed.value)
-    commands.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
+    if faults is not None:
+        commands.faults(recording, faults, bundle, json=json, allow_code=allow_code)
+    else:
+        pace = None if speed is Speed.max else float(speed.value)
+        commands.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
 
 
 @app.command()
@@ -175,6 +183,30 @@ def info(recording: Recording, json: Json = False) -> None:
     from pipeline import commands
 
     commands.info(recording, json=json)
+
+
+@app.command()
+def explain(
+    recording: Recording,
+    window: Annotated[int | None, typer.Option("--window", metavar="N", help="what window N was made of")] = None,
+    bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
+    json: Json = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Explain where every message of a session went.
+
+    Per stream: sent, lost, used, late and so on; rates, jitter, delays; which stream the windows waited for, and how
+    long. With --window the messages that one window was made of, and why something is missing in it.
+
+    \b
+    Example:
+      sensorium explain session.mcap
+      sensorium explain session.mcap --window 40
+      sensorium explain recordings/demo.mcap --bundle models/demo --json
+    """
+    from pipeline import commands
+
+    commands.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
 
 
 @app.command("import")

@@ -18,7 +18,9 @@ from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_ma
 from pipeline.strict import nearest
 
 if TYPE_CHECKING:
+    from pipeline.align import AlignSpec
     from pipeline.config import RecordEntry, RigFile
+    from pipeline.recording import RecordingReader
 
 
 def run(
@@ -154,6 +156,65 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     return found.holds
 
 
+def faults(recording: Path, file: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> None:
+    """``sensorium replay --faults``."""
+    from pipeline.bundle import load_bundle
+    from pipeline.faultbench import fault_bench
+    from pipeline.faults import load_faults
+    from pipeline.findings import fault_text
+    from pipeline.recording import RecordingReader
+    from pipeline.terminal import console
+
+    screen = console(sys.stderr)
+    with RecordingReader(existing(recording)) as reader, screen.status("running without faults") as status:
+        model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
+        mapping = recorded_mapping(reader.info, recording, model)
+        used = set(model.rig_streams(mapping).values())
+        found = fault_bench(
+            reader,
+            model,
+            load_faults(file, used & set(reader.streams)),
+            streams=mapping,
+            progress=lambda run, window: status.update(f"{run}: window {window}"),
+        )
+    if json:
+        _print_json(found)
+    else:
+        console(sys.stdout).print(fault_text(found))
+
+
+def explain(recording: Path, bundle: Path | None, *, window: int | None, json: bool, allow_code: bool) -> None:
+    """``sensorium explain``."""
+    from pipeline import explain as explaining
+    from pipeline.explain_window import explain_window
+    from pipeline.findings import explanation_text, window_text
+    from pipeline.recording import RecordingReader
+    from pipeline.terminal import console
+
+    with RecordingReader(existing(recording)) as reader, console(sys.stderr).status("reading"):
+        session = explaining.Session(reader, _aligned_by(reader, recording, bundle, allow_code))
+    found: Any = explaining.explain(session) if window is None else explain_window(session, window)
+    if json:
+        _print_json(found)
+    else:
+        console(sys.stdout).print(explanation_text(found) if window is None else window_text(found))
+
+
+def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, allow_code: bool) -> AlignSpec | None:
+    """The rules and limits of the session's windows, or of the bundle's that is named; None if nobody knows them."""
+    from pipeline.bundle import load_bundle
+    from pipeline.faultbench import limits_of
+    from pipeline.plan import live_spec
+
+    if bundle is None:
+        try:
+            bundle = own_bundle(recording, reader.info)
+        except ConfigError:
+            return None
+    model = load_bundle(bundle, allow_code)
+    return live_spec(model, limits_of(reader), recorded_mapping(reader.info, recording, model), reader.streams)
+
+
 def _say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
@@ -212,9 +273,13 @@ def print_schema(name: str) -> None:
 
 def info(recording: Path, *, json: bool) -> None:
     """``sensorium info``."""
-    from pipeline.recording import summarise
+    from pipeline.explain import latency_ms, recorded_predictions
+    from pipeline.recording import RecordingReader, summarise
 
-    found = summarise(existing(recording))
+    with RecordingReader(existing(recording)) as reader:
+        found = summarise(reader)
+        if latency := latency_ms(recorded_predictions(reader)):
+            found["latency_ms"] = latency
     if json:
         _print_json(found)
         return

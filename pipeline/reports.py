@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -40,9 +40,13 @@ def headline(summary: Summary) -> str:
 
 def latencies(summary: Summary) -> Table:
     """Quantiles of every stage."""
-    table = _numbers("latency, ms", ("p50", "p95", "p99", "max"))
-    for stage in ordered(summary.latency_ms):
-        values = quantiles(summary.latency_ms[stage])
+    return latency_table({stage: quantiles(summary.latency_ms[stage]) for stage in ordered(summary.latency_ms)})
+
+
+def latency_table(latency_ms: Mapping[str, Mapping[str, float]]) -> Table:
+    """The same of numbers that are known already."""
+    table = numbers("latency, ms", ("p50", "p95", "p99", "max"))
+    for stage, values in latency_ms.items():
         table.add_row(stage, *(f"{values[q]:.1f}" for q in ("p50", "p95", "p99", "max")))
     return table
 
@@ -51,7 +55,7 @@ def windows(summary: Summary) -> Table:
     """How many windows had each verdict, per stream, with the reasons that there were."""
     seen = {kind for counts in summary.verdicts.values() for kind in counts}
     kinds = sorted(seen | {"ok"}, key=lambda kind: (VERDICTS.index(kind.partition("(")[0]), kind))
-    table = _numbers("windows", [kind.replace("(", " ").replace("_", " ").strip(")") for kind in kinds])
+    table = numbers("windows", [kind.replace("(", " ").replace("_", " ").strip(")") for kind in kinds])
     for stream, counts in summary.verdicts.items():
         table.add_row(stream, *(str(counts[kind]) for kind in kinds))
     return table
@@ -60,10 +64,10 @@ def windows(summary: Summary) -> Table:
 def messages(summary: Summary) -> Table:
     """Where every message went: sent = received + lost, and received = used + all that stands to the right of it."""
     places = ("sent", "lost", "received", "used", "late", "superseded", "duplicate", "rejected", "buffered")
-    table = _numbers("messages", places)
+    table = numbers("messages", places)
     for stream, counters in summary.counters.items():
-        numbers = account(counters)
-        table.add_row(stream, *(str(numbers[place]) for place in places))
+        amounts = account(counters)
+        table.add_row(stream, *(str(amounts[place]) for place in places))
     return table
 
 
@@ -72,19 +76,20 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     state = "" if info["complete"] else "   incomplete: it holds gaps, or its end is missing"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
     columns = ("messages", "samples", "rate", "lost", "gaps", "max gap", "delay", "max delay")
-    table = _numbers("stream", ("payload", *columns))
+    table = numbers("stream", ("payload", *columns))
     for name, stream in info["streams"].items():
         gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
         row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
         row += [str(stream["lost"]), str(stream["gaps"]), *(f"{number(v, 1)} ms" for v in (gap, *delay.values()))]
         table.add_row(name, stream["payload"], *row)
-    return Group(head, Text(), table)
+    latency = info.get("latency_ms")
+    return Group(head, Text(), table, *((Text(), latency_table(latency)) if latency else ()))
 
 
 def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
     """What ``sensorium check`` says to a person: sources and what the model takes of them."""
     rig, bundle = plan.rig_file.rig, plan.bundle
-    table = _numbers("stream", ())
+    table = numbers("stream", ())
     for heading in ("payload", "source", "kind", "in the model as"):
         table.add_column(heading)
     of_model = {stream: name for name, stream in plan.mapping.items()}
@@ -115,7 +120,8 @@ def verification_text(found: Verification) -> RenderableType:
     return Group(*lines, Text("verified" if found.holds else "not verified", style="green" if found.holds else "red"))
 
 
-def _numbers(first: str, rest: Iterable[str]) -> Table:
+def numbers(first: str, rest: Iterable[str]) -> Table:
+    """An empty table of numbers under headings."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     table.add_column(first, no_wrap=True)
     for heading in rest:

@@ -49,6 +49,15 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     stats: dict[str, Statistics] | msgspec.UnsetType = msgspec.UNSET
 
 
+class Stage(msgspec.Struct, frozen=True):
+    """Latency of one stage, in ms."""
+
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+
 class Info(msgspec.Struct, frozen=True, kw_only=True):
     """What ``sensorium info RECORDING --json`` prints."""
 
@@ -56,6 +65,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     session: str
     complete: bool
     streams: dict[str, StreamInfo]
+    latency_ms: dict[str, Stage] | msgspec.UnsetType = msgspec.UNSET
+    """By stage, where the recording holds predictions."""
 
 
 def _info() -> dict[str, Any]:
