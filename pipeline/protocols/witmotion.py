@@ -1,0 +1,79 @@
+"""WitMotion's serial protocol: frames of 11 bytes, ``0x55 type 8 data bytes sum``.
+
+Of the frames that a sensor may be set to send (time, acceleration, rates, angles, field, ...) two make a sample here:
+``0x51`` acceleration, full scale 16 g, and ``0x52`` angular rate, full scale 2000 deg/s, in this order, each three
+little-endian i2. Source: WitMotion, "WT901C-TTL Datasheet" (standard protocol).
+"""
+
+from __future__ import annotations
+
+import struct
+from math import nan, radians
+from typing import Any
+
+import numpy as np
+
+FRAME_BYTES = 11
+HEAD, ACCEL, GYRO = 0x55, 0x51, 0x52
+TYPES = range(0x50, 0x60)
+G = 9.80665
+ACCEL_SCALE = 16 * G / 32768
+"""m/s^2 per count."""
+GYRO_SCALE = radians(2000) / 32768
+"""rad/s per count."""
+
+_THREE = struct.Struct("<hhh")
+_ALONE = 10
+"""So many accelerations in a row without a rate: the sensor is set to send no rates."""
+
+
+class WitMotion:
+    """Bytes in, samples out. ``damaged`` counts the stretches of bytes that were no frame (a checksum that fails, a
+    byte that is missing); those before the first frame, where the listener joined in the middle of one, are not."""
+
+    def __init__(self) -> None:
+        self.damaged = 0
+        self._rest = b""
+        self._in_step, self._joined = True, False
+        self._accel: tuple[float, float, float] | None = None
+        self._alone = 0
+
+    def feed(self, data: bytes) -> np.ndarray[Any, Any]:
+        """The samples that ``data`` completes: f4 [n, 6], acceleration in m/s^2 and rate in rad/s, NaN where a frame
+        of the sample was damaged or is not sent."""
+        buffer = self._rest + data
+        at, last = 0, len(buffer) - FRAME_BYTES
+        samples: list[tuple[float, ...]] = []
+        while at <= last:
+            if buffer[at] == HEAD and buffer[at + 1] in TYPES and self._sums(buffer, at):
+                self._in_step = self._joined = True
+                self._frame(buffer[at + 1], _THREE.unpack_from(buffer, at + 2), samples)
+                at += FRAME_BYTES
+                continue
+            if self._in_step and self._joined:
+                self.damaged += 1
+            self._in_step = False
+            at += 1
+        self._rest = buffer[at:]
+        return np.array(samples, np.float32).reshape(-1, 6)
+
+    @staticmethod
+    def _sums(buffer: bytes, at: int) -> bool:
+        return sum(buffer[at : at + FRAME_BYTES - 1]) & 0xFF == buffer[at + FRAME_BYTES - 1]
+
+    def _frame(self, kind: int, counts: tuple[int, ...], samples: list[tuple[float, ...]]) -> None:
+        """Pairs an acceleration with the rate that follows it."""
+        x, y, z = counts
+        if kind == ACCEL:
+            if self._accel is not None:
+                samples.append((*self._accel, nan, nan, nan))
+                self._alone += 1
+            self._accel = (x * ACCEL_SCALE, y * ACCEL_SCALE, z * ACCEL_SCALE)
+            if self._alone >= _ALONE:  # do not hold each back for a rate that will not come
+                samples.append((*self._accel, nan, nan, nan))
+                self._accel = None
+        elif kind == GYRO:
+            rate = (x * GYRO_SCALE, y * GYRO_SCALE, z * GYRO_SCALE)
+            if self._alone < _ALONE:
+                samples.append((*(self._accel or (nan, nan, nan)), *rate))
+            self._accel, self._alone = None, 0
