@@ -9,10 +9,25 @@ import pytest
 
 import pipeline
 
-PUBLIC = """
-    AlignSpec Aligner Fuser Header Message Prediction Reading RecordingReader RecordingWriter SensoriumError Source
-    StreamSpec array check_source load_bundle replay_predictions subscribe
-""".split()
+PUBLIC = [
+    "AlignSpec",
+    "Aligner",
+    "Fuser",
+    "Header",
+    "Message",
+    "Prediction",
+    "Reading",
+    "RecordingReader",
+    "RecordingWriter",
+    "SensoriumError",
+    "Source",
+    "StreamSpec",
+    "array",
+    "check_source",
+    "load_bundle",
+    "replay_predictions",
+    "subscribe",
+]
 
 
 def test_the_public_names_are_these_and_no_others() -> None:
