@@ -1,0 +1,345 @@
+"""Lines of text: a transcript, an operator's notes, commands. From a file that grows, HTTP on loopback, or a pipe.
+
+    sources:
+      notes:    {kind: text, file: ../notes.txt}
+      commands: {kind: text, http: 8765}           # curl --data 'stop' http://127.0.0.1:8765
+      words:    {kind: text, stdin: true}          # transcribe | sensorium run rig.yaml
+
+A line counts as captured when it was complete: of a file and a pipe that is when it was found, at most
+``uncertainty_ns`` after it was written. Empty lines are passed over. What is no UTF-8 is refused and counted as
+``utf8``, a line longer than ``max_bytes`` as ``overlong``. While nothing is said the source promises so, and nobody
+waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import stat
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Protocol
+
+import msgspec
+
+from pipeline.errors import SensorError
+from pipeline.messages import Payload, TextLayout
+from pipeline.source import Reading, Source, SourceContext
+
+_MS = 1_000_000
+_PATIENCE_S = 0.05
+_POLL_NS = 5 * _MS
+_CHUNK = 1 << 16
+_LARGEST_POST = 1 << 20
+_POST_TIMEOUT_S = 5.0
+
+Line = tuple[bytes, int, int]
+"""A line without its end, when it was complete (session time), and how sure that is in ns."""
+
+
+class Text(Source):
+    """Lines of text."""
+
+    payload: ClassVar[Payload] = "text"
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """Exactly one of ``file`` (followed from its end, or ``from_start``, also when it is replaced), ``http`` (a
+        port of 127.0.0.1 that takes POSTs) and ``stdin`` (what is piped into the program that started this node)."""
+
+        file: Path | None = None
+        from_start: bool = False
+        http: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+        stdin: bool = False
+        max_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 4096
+
+        def __post_init__(self) -> None:
+            given = [name for name in ("file", "http", "stdin") if getattr(self, name) not in (None, False)]
+            if len(given) != 1:
+                raise ValueError(
+                    f"a text source needs exactly one of `file`, `http` and `stdin`, and has "
+                    f"{' and '.join(given) or 'none'}; write for example `file: notes.txt`"
+                )
+            if self.from_start and self.file is None:
+                raise ValueError("`from_start` is for `file`; lines of the other two have no past")
+
+    def __init__(self, settings: Any, context: SourceContext) -> None:
+        super().__init__(settings, context)
+        self._input: _Input | None = None
+        self._place: tuple[int, int] | None = None
+        self._last_ns = -1
+
+    def open(self) -> None:
+        self.close()
+        settings = self.settings
+        if settings.file is not None:
+            self._input = _File(settings, self.context, self._place)
+        elif settings.http is not None:
+            self._input = _Http(settings, self.context)
+        else:
+            self._input = _Pipe(settings, self.context)
+
+    def read(self) -> list[Reading]:
+        if self._input is None:
+            raise SensorError("the text source was read before it was opened; open it first.")
+        found = [self._reading(line) for line in self._input.read()]
+        return [reading for reading in found if reading is not None]
+
+    def _reading(self, line: Line) -> Reading | None:
+        data, found_ns, uncertainty_ns = line
+        data = data.removesuffix(b"\r")
+        if not data:
+            return None
+        if len(data) > self.settings.max_bytes:
+            self.context.count("overlong")
+            return None
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError:
+            self.context.count("utf8")
+            return None
+        self._last_ns = max(found_ns, self._last_ns + 1)
+        return Reading(layout=TextLayout(len(data)), data=data, t_capture_ns=self._last_ns, t_end_ns=self._last_ns,
+                       t_receipt_ns=found_ns, uncertainty_ns=uncertainty_ns)  # fmt: skip
+
+    def bound_ns(self) -> int | None:
+        return None if self._input is None else self._input.promise_ns()
+
+    def close(self) -> None:
+        given, self._input = self._input, None
+        if given is not None:
+            if isinstance(given, _File):
+                self._place = given.place
+            given.close()
+
+
+class _Input(Protocol):
+    def read(self) -> list[Line]: ...
+    def promise_ns(self) -> int | None:
+        """No line that is read later was complete before this time."""
+
+    def close(self) -> None: ...
+
+
+class _Splitter:
+    """Bytes in, whole lines out. What is longer than any line may be is cut to one byte too many, and so refused."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._keep = max_bytes + 2
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[: self._keep]
+        return [line[: self._keep] for line in lines]
+
+
+class _File:
+    """Follows a file by its name, as `tail -F` does."""
+
+    def __init__(self, settings: Text.Settings, context: SourceContext, place: tuple[int, int] | None) -> None:
+        assert settings.file is not None
+        self._path, self._clock = settings.file, context.clock
+        self._max_bytes = settings.max_bytes
+        self._open(None if place is None and not settings.from_start else place or (0, 0))
+        self._asked_ns = self._next_ns = self._clock.now_ns()
+
+    def _open(self, place: tuple[int, int] | None) -> None:
+        """``place``: the file's number and how far it was read, at an earlier time; another file begins at its
+        start. None: only what comes from now on."""
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise SensorError(
+                f"the text file {self._path} cannot be opened: {error}. It must exist and be readable when lines are "
+                "to be read from it."
+            ) from error
+        self._number, size = os.fstat(self._fd).st_ino, os.fstat(self._fd).st_size
+        self._at = size if place is None else place[1] if place[0] == self._number and place[1] <= size else 0
+        self._lines = _Splitter(self._max_bytes)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The file's number, and how far it was read."""
+        return self._number, self._at
+
+    def read(self) -> list[Line]:
+        until = self._clock.now_ns() + round(_PATIENCE_S * 1e9)
+        while self._clock.now_ns() < until:
+            self._clock.wait_until(self._next_ns)
+            found = self._look()
+            if found:
+                return found
+        return []
+
+    def _look(self) -> list[Line]:
+        now, before = self._clock.now_ns(), self._asked_ns
+        self._next_ns = now + _POLL_NS
+        try:
+            data = os.pread(self._fd, _CHUNK, self._at)
+            if not data:
+                self._follow()
+        except OSError as error:
+            raise SensorError(f"the text file {self._path} cannot be read any more: {error}.") from error
+        self._at += len(data)
+        if len(data) < _CHUNK:
+            self._asked_ns = now
+        return [(line, now, now - before) for line in self._lines.feed(data)]
+
+    def _follow(self) -> None:
+        """Goes on at the beginning of a file that was cut, or that took this one's place."""
+        try:
+            named = os.stat(self._path)
+        except OSError:
+            self._number = 0  # a new file may be given this one's number
+            raise
+        if named.st_ino != self._number:
+            old = self._fd
+            self._open((0, 0))
+            os.close(old)
+        elif named.st_size < self._at:
+            self._at, self._lines = 0, _Splitter(self._max_bytes)
+
+    def promise_ns(self) -> int:
+        return self._asked_ns
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class _Pipe:
+    """What is piped into the program that started this node, whose own standard input belongs to the launcher."""
+
+    def __init__(self, settings: Text.Settings, context: SourceContext) -> None:
+        self._clock, self._lines = context.clock, _Splitter(settings.max_bytes)
+        path = f"/proc/{os.getppid()}/fd/0"
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except OSError as error:
+            raise SensorError(
+                f"standard input cannot be read through {path}: {error}. Use `file` or `http`."
+            ) from error
+        if stat.S_ISCHR(os.fstat(self._fd).st_mode) and os.isatty(self._fd):
+            self.close()
+            raise SensorError(
+                "standard input is a terminal, which only the program in its foreground may read. Pipe something into "
+                "the program (`transcribe | sensorium run rig.yaml`), or use `file` or `http`."
+            )
+        self._asked_ns = self._clock.now_ns()
+
+    def read(self) -> list[Line]:
+        if not select.select([self._fd], [], [], _PATIENCE_S)[0]:
+            self._asked_ns = max(self._asked_ns, self._clock.now_ns() - round(_PATIENCE_S * 1e9))
+            return []
+        now, before = self._clock.now_ns(), self._asked_ns
+        try:
+            data = os.read(self._fd, _CHUNK)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise SensorError(f"standard input failed: {error}.") from error
+        if len(data) < _CHUNK:
+            self._asked_ns = now
+        if not data:
+            last = self._lines.feed(b"\n")
+            if last != [b""]:
+                return [(last[0], now, now - before)]
+            raise EOFError
+        return [(line, now, now - before) for line in self._lines.feed(data)]
+
+    def promise_ns(self) -> int:
+        return self._asked_ns
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self._fd)
+
+
+class _Http:
+    """A server on 127.0.0.1: each line of a POST's body is a line. 204: taken. A page in a browser could reach it too,
+    so whatever comes from a page (it has an ``Origin``) is refused."""
+
+    def __init__(self, settings: Text.Settings, context: SourceContext) -> None:
+        self._clock = context.clock
+        self._lock, self._queue = threading.Lock(), queue.SimpleQueue[Line]()
+        try:
+            self._server = _Server(("127.0.0.1", settings.http or 0), _handler(self, settings.max_bytes))
+        except OSError as error:
+            raise SensorError(
+                f"port {settings.http} of 127.0.0.1 cannot be listened to: {error}. Another program may listen there "
+                "already (`ss -tlnp`); choose another port."
+            ) from error
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def take(self, lines: list[bytes]) -> None:
+        with self._lock:  # so that a promise lies before the lines that are not yet in the queue
+            now = self._clock.now_ns()
+            for line in lines:
+                self._queue.put((line, now, 0))
+
+    def read(self) -> list[Line]:
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._queue.get(timeout=_PATIENCE_S))
+            while True:
+                found.append(self._queue.get_nowait())
+        return found
+
+    def promise_ns(self) -> int | None:
+        with self._lock:
+            return self._clock.now_ns() if self._queue.empty() else None
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # a client that stays connected must not hold up the end
+
+
+def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        timeout = _POST_TIMEOUT_S
+
+        def do_POST(self) -> None:
+            length = self.headers.get("Content-Length", "")
+            if self.headers.get("Origin") is not None:
+                return self._answer(403, "requests of web pages are refused")
+            if not length.isdecimal():
+                return self._answer(411, "a POST must state its Content-Length")
+            if int(length) > _LARGEST_POST:
+                return self._answer(413, f"a POST may have {_LARGEST_POST} bytes")
+            body = self.rfile.read(int(length))
+            if len(body) < int(length):
+                return self._answer(400, "the body is shorter than its Content-Length")
+            lines = body.split(b"\n")
+            owner.take(lines)
+            if any(len(line.removesuffix(b"\r")) > max_bytes for line in lines):
+                return self._answer(413, f"a line may have {max_bytes} bytes")
+            try:
+                body.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return self._answer(400, f"not UTF-8: {error}")
+            return self._answer(204, "")
+
+        def _answer(self, status: int, text: str) -> None:
+            self.close_connection = True
+            body = (text + "\n").encode() if text else b""
+            self.send_response(status)
+            if body:
+                self.send_header("Content-Type", "text/plain; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Not a word: what is refused is counted."""
+
+    return Handler

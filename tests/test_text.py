@@ -1,0 +1,277 @@
+"""Lines of text from a file that grows, from HTTP on loopback, and from a pipe."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodes.text import Text
+from pipeline.checks import CheckContext, check_source
+from pipeline.clock import SystemClock
+from pipeline.errors import ConfigError, SensorError
+from pipeline.source import Reading
+from pipeline.strict import Document
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(**given: Any) -> Any:
+    return Document("{}", "settings").decode(Text.Settings, value=given)
+
+
+def opened(**given: Any) -> tuple[Text, CheckContext]:
+    context = CheckContext(clock=SystemClock())
+    source = Text(settings(**given), context)
+    source.open()
+    return source, context
+
+
+def read(source: Text, wanted: int, turns: int = 200) -> list[Reading]:
+    found: list[Reading] = []
+    for _ in range(turns):
+        found += source.read()
+        if len(found) >= wanted:
+            return found
+    raise AssertionError(f"{len(found)} lines of {wanted} after {turns} turns")
+
+
+def lines(found: list[Reading]) -> list[str]:
+    return [bytes(reading.data).decode() for reading in found]
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def post(port: int, body: bytes, headers: dict[str, str] | None = None, method: str = "POST") -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(method, "/", body, headers or {})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+# -- a file ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_keeps_the_contract_of_a_source(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("one\ntwo\n\nthree\nfour\n")
+    got = check_source(Text, {"file": str(path), "from_start": True}, readings=4, lives=1)
+    assert lines(got) == ["one", "two", "three", "four"]
+    captures = [reading.t_capture_ns for reading in got]
+    assert captures == sorted(set(captures))
+
+
+def test_only_what_is_added_is_read_and_a_line_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"old\nhalf")
+    source, context = opened(file=str(path))
+    assert source.read() == []
+    before = context.clock.now_ns()
+    append(path, b" a line\r\n\xc3\xa4nd n")
+    (first,) = read(source, 1)
+    assert lines([first]) == [" a line"]
+    assert first.t_capture_ns - first.uncertainty_ns <= context.clock.now_ns()
+    assert first.t_capture_ns >= before
+    append(path, b"o more\n")
+    assert lines(read(source, 1)) == ["\u00e4nd no more"]
+    source.close()
+
+
+def test_a_line_lies_above_every_promise_that_was_made_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, _ = opened(file=str(path))
+    for i in range(5):
+        assert source.read() == []
+        promise = source.bound_ns()
+        append(path, f"line {i}\n".encode())
+        (reading,) = read(source, 1)
+        assert promise is not None
+        assert promise <= reading.t_capture_ns
+        assert promise <= reading.t_capture_ns - reading.uncertainty_ns + 1  # it states when it can have been written
+    source.close()
+
+
+def test_promises_grow_while_nothing_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, context = opened(file=str(path))
+    promises = []
+    for _ in range(3):
+        assert source.read() == []
+        promises.append(source.bound_ns())
+    source.close()
+    assert promises == sorted(set(promises))
+    assert promises[-1] <= context.clock.now_ns()
+
+
+def test_what_is_no_utf8_or_too_long_is_refused_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"good\n\xff\xfe\n" + b"x" * 200_000 + b"\nshort\n" + b"y" * 11 + b"\n" + b"z" * 10 + b"\n")
+    source, context = opened(file=str(path), from_start=True, max_bytes=10)
+    assert lines(read(source, 3)) == ["good", "short", "z" * 10]
+    assert context.counted == {"utf8": 1, "overlong": 2}
+    source.close()
+
+
+def test_a_file_that_is_cut_or_replaced_is_read_from_its_new_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("a long line that was there before\n")
+    source, _ = opened(file=str(path))
+    path.write_text("cut\n")
+    assert lines(read(source, 1)) == ["cut"]
+    other = tmp_path / "other.txt"
+    other.write_text("replaced\n")
+    os.replace(other, path)
+    assert lines(read(source, 1)) == ["replaced"]
+    source.close()
+
+
+def test_a_file_that_goes_away_is_an_error_and_nothing_is_missed_when_it_returns(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    with pytest.raises(SensorError, match="cannot be opened"):
+        opened(file=str(path))
+    path.write_text("")
+    source, _ = opened(file=str(path))
+    append(path, b"one\n")
+    assert lines(read(source, 1)) == ["one"]
+    path.unlink()
+    with pytest.raises(SensorError, match="any more"):
+        read(source, 1)
+    source.close()
+    path.write_text("two\n")
+    source.open()
+    assert lines(read(source, 1)) == ["two"]
+    source.close()
+    append(path, b"three\n")  # while it was closed
+    source.open()
+    assert lines(read(source, 1)) == ["three"]
+    source.close()
+
+
+# -- HTTP ------------------------------------------------------------------------------------------------------------
+
+
+def test_http_keeps_the_contract_of_a_source() -> None:
+    port, stop = free_port(), threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.01):
+            try:
+                post(port, b"one\ntwo")
+            except OSError:  # not yet open, or between two lives
+                continue
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        got = check_source(Text, {"http": port}, readings=6)
+    finally:
+        stop.set()
+        sender.join()
+    assert set(lines(got)) == {"one", "two"}
+
+
+def test_posts_are_lines_and_the_answer_says_what_became_of_them() -> None:
+    port = free_port()
+    source, context = opened(http=port, max_bytes=10)
+    promise = source.bound_ns()
+    assert post(port, "stop\r\n\u00e4\n".encode()) == 204
+    assert source.bound_ns() is None  # lines wait to be read
+    found = read(source, 2)
+    assert lines(found) == ["stop", "\u00e4"]
+    assert promise is not None
+    assert promise <= found[0].t_capture_ns < found[1].t_capture_ns
+    assert source.bound_ns() is not None
+    assert post(port, b"\xff") == 400
+    assert post(port, b"x" * 11) == 413
+    assert post(port, b"here", {"Origin": "http://example.com"}) == 403
+    assert post(port, b"", method="GET") == 501
+    assert post(port, b"last") == 204
+    assert lines(read(source, 1)) == ["last"]
+    assert context.counted == {"utf8": 1, "overlong": 1}
+    source.close()
+
+
+def test_a_post_without_a_length_or_of_unreasonable_size_is_refused() -> None:
+    port = free_port()
+    source, _ = opened(http=port)
+    for head, answer in ((b"", b" 411 "), (b"Content-Length: 99999999\r\n", b" 413 ")):
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
+            assert answer in client.recv(1000)
+    source.close()
+
+
+def test_a_port_that_is_taken_is_a_sensor_error_and_a_client_that_hangs_does_not_hold_up_the_end() -> None:
+    port = free_port()
+    source, _ = opened(http=port)
+    with pytest.raises(SensorError, match="another port"):
+        opened(http=port)
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n")
+        source.close()
+
+
+# -- a pipe ----------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from nodes.text import Text
+from pipeline.checks import CheckContext
+source = Text(Text.Settings(stdin=True), CheckContext())
+source.open()
+while True:
+    try:
+        for reading in source.read():
+            print(bytes(reading.data).decode(), flush=True)
+    except EOFError:
+        break
+"""
+PARENT = (
+    "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], stdin=subprocess.DEVNULL, check=True)"
+)
+
+
+def test_what_is_piped_into_the_program_that_started_the_node_is_read_to_its_end() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"one\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"one\n"
+        process.stdin.write(b"two\nthree")
+        process.stdin.close()
+        assert process.stdout.read() == b"two\nthree\n"
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("given_settings", [{}, {"http": 8765, "stdin": True}, {"file": "x", "http": 8765}])
+def test_settings_name_exactly_one_input(given_settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        settings(**given_settings)
+
+
+def test_only_a_file_has_a_start() -> None:
+    with pytest.raises(ConfigError, match="from_start"):
+        settings(http=8765, from_start=True)
