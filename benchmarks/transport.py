@@ -7,9 +7,11 @@ One publisher process, one subscriber process, one host. Workloads: ``frame-30``
 ``frame-fast`` (the same as fast as possible), ``imu-1000`` (samples of 32 bytes at 1 kHz). Latency runs from the
 hand-over to the moment when the reader has touched every page. Rows named ``-filled`` start their clock when the
 payload already lies in the system's own memory (a driver decoded straight into it); the others start from a private
-array and copy. Rounds are interleaved over the systems, so that what else the machine does falls on all of them; the
-figures are medians over the rounds, the ratios medians of the ratios within a round (of p50, or of the rate where the
-publisher never waits). Peers that are not installed are left out:
+array and copy. ``sensorium`` runs in the environment that its launcher gives to nodes, in which glibc copies large
+blocks past the cache; ``sensorium-cached`` runs without it, ``iceoryx2-uncached`` with it. Rounds are interleaved
+over the systems, so that what else the machine does falls on all of them; the figures are medians over the rounds,
+the ratios medians of the ratios within a round (of p50, or of the rate where the publisher never waits). Peers that
+are not installed are left out:
 
     pip install iceoryx2 ezmsg dora-rs dora-rs-cli pyarrow
 """
@@ -35,6 +37,7 @@ import msgspec
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.transport_systems import CLOCK, FRAME, NEEDS, SYSTEMS, Job
+from pipeline.shm import COPY_ENVIRONMENT
 
 WORKLOADS = {"frame-30": 30.0, "frame-fast": 0.0, "imu-1000": 1000.0}
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +64,8 @@ def processes(job: Job) -> Iterator[None]:
     folder = Path(job.folder)
     (folder / "job.json").write_bytes(msgspec.json.encode(job))
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RUST_LOG": "error"}
+    if job.uncached:
+        env |= COPY_ENVIRONMENT
     node = [sys.executable, "-m", "benchmarks.transport_systems"]
     commands = [[*node, role, job.folder] for role in ("pub", "sub")]
     if job.system == "dora":
@@ -161,7 +166,7 @@ def main() -> None:
     for workload in options.workloads.split(","):
         for number in range(options.rounds):
             for system in systems:
-                if system.endswith("-filled") and not workload.startswith("frame"):
+                if system.endswith(("-filled", "cached")) and not workload.startswith("frame"):
                     continue
                 port += 10
                 row = {**measure(system, workload, options.seconds, port), "round": number}

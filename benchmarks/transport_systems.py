@@ -53,6 +53,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return self.system.endswith("-filled")
 
     @property
+    def uncached(self) -> bool:
+        """Whether the process runs in ``pipeline.shm.COPY_ENVIRONMENT``."""
+        return self.system in ("sensorium", "sensorium-filled", "iceoryx2-uncached")
+
+    @property
     def depth(self) -> int:
         return DEPTH if self.frames else 1000
 
@@ -396,13 +401,15 @@ async def ezmsg_subscribe(job: Job) -> dict[str, Any]:
 SYSTEMS: dict[str, Any] = {
     "zmq-ipc": PlainZmq,
     "sensorium": Sensorium,
+    "sensorium-cached": Sensorium,
     "sensorium-filled": Sensorium,
     "iceoryx2": Iceoryx2,
+    "iceoryx2-uncached": Iceoryx2,
     "iceoryx2-filled": Iceoryx2,
     "dora": Dora,
     "ezmsg": None,
 }
-NEEDS = {"iceoryx2": "iceoryx2", "iceoryx2-filled": "iceoryx2", "dora": "dora", "ezmsg": "ezmsg.core"}
+NEEDS = {"dora": "dora", "ezmsg": "ezmsg.core", **{name: "iceoryx2" for name in SYSTEMS if name.startswith("iceoryx2")}}
 """The module that a peer needs; what is not installed is left out, and the table says so."""
 
 
@@ -416,7 +423,7 @@ def main() -> None:
     partial = folder / f"{role}.part"
     partial.write_text(json.dumps(result))
     partial.rename(folder / f"{role}.json")
-    if job.system in ("iceoryx2", "iceoryx2-filled"):
+    if job.system.startswith("iceoryx2"):
         os._exit(0)  # its objects complain when the interpreter takes them down in another order
 
 
