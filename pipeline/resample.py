@@ -11,7 +11,7 @@ same elementwise operations, whatever the length of the arrays that it is comput
 from __future__ import annotations
 
 from functools import lru_cache
-from math import ceil, isfinite
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,9 @@ def linear(times: Array, values: Array, left: Array, right: Array, points: Array
         span[-1] = 1
     weight = ((points - before) / span)[:, None]
     low = values[left]
-    result: Array = (low + (values[right] - low) * weight).astype(np.float32)
-    if not isfinite(result.sum()):
+    with np.errstate(invalid="ignore"):  # infinity times 0, seen to below
+        result: Array = (low + (values[right] - low) * weight).astype(np.float32)
+    if not np.isfinite(result).all():
         # NaN stands for "not measured"; an exact sample must not inherit it from the neighbour that it ignores.
         result = np.where(weight == 0.0, values[left], result)
         result[np.isnan(result)] = np.nan  # one NaN, not whichever the processor made: digests cover these bytes
