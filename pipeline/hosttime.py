@@ -25,6 +25,7 @@ _PLAUSIBLE_NS = 5_000_000_000
 AHEAD_NS = 100 * _MS
 """A synchronised sender's clock may run ahead of ours by this much."""
 _DOUBTS = 3
+_AGREED_NS = 5 * _MS
 
 
 def host_zero(clock: Clock) -> Origin:
@@ -77,8 +78,9 @@ class FrameClock:
     arrival     nothing                                       ``arrival_ns``
     ========== ============================================= ======================================================
 
-    A sender whose wall clock is not synchronised with ours (frames from the future, or older than 5 s three times in a
-    row) is not believed. Its clock then counts as a stream's. A change of clocks opens an epoch.
+    A sender's clock is used from the second stamp on that agrees with the stream's own clock: FFmpeg's first one is a
+    frame off. A sender whose wall clock is not synchronised with ours (frames from the future, or older than 5 s, three
+    times in a row) is not believed. A change of clocks opens an epoch.
     """
 
     def __init__(self, unix_zero_ns: int, sender_ns: int, arrival_ns: int) -> None:
@@ -86,10 +88,11 @@ class FrameClock:
         self._base = Timebase()
         self._by: str | None = None
         self._doubts = 0
+        self._apart_ns: int | None = None  # the sender's wall clock less the stream's own, at the last frame
 
     def update(self, stamp_ns: int | None, sender_unix_ns: int | None, receipt_ns: int) -> Moment:
         """The moment of the next frame: its stamp on the stream's clock, the sender's wall clock, its receipt."""
-        if sender_unix_ns is not None and self._doubts < _DOUBTS:
+        if sender_unix_ns is not None and self._agrees(stamp_ns, sender_unix_ns) and self._doubts < _DOUBTS:
             captured = sender_unix_ns - self._zero
             way = receipt_ns - captured
             if -AHEAD_NS <= way <= _PLAUSIBLE_NS:
@@ -102,6 +105,12 @@ class FrameClock:
         doubt = max(mapped.uncertainty_ns, self._arrival_ns)
         fresh = self._changed("stream") or mapped.new_epoch
         return Moment(min(mapped.t_capture_ns, receipt_ns), doubt, fresh, mapped.residual_ns, "stream")
+
+    def _agrees(self, stamp_ns: int | None, sender_unix_ns: int) -> bool:
+        if stamp_ns is None:
+            return True
+        apart, self._apart_ns = self._apart_ns, sender_unix_ns - stamp_ns
+        return self._by == "sender" or (apart is not None and abs(self._apart_ns - apart) < _AGREED_NS)
 
     def _changed(self, by: str) -> bool:
         changed, self._by = self._by is not None and self._by != by, by
