@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, SensoriumError
 from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import nearest
 
@@ -137,18 +137,25 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     from pipeline import verify as verifying
     from pipeline.bundle import load_bundle
     from pipeline.recording import RecordingReader
+    from pipeline.recording_damage import damage
     from pipeline.reports import verification_text
     from pipeline.terminal import console
 
     screen = console(sys.stderr)
-    with RecordingReader(existing(recording)) as reader, screen.status("making it again") as status:
-        model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
-        found = verifying.verify(
-            reader,
-            model,
-            streams=recorded_mapping(reader.info, recording, model),
-            progress=lambda window: status.update(f"making it again: window {window}"),
-        )
+    try:
+        with RecordingReader(existing(recording)) as reader, screen.status("making it again") as status:
+            model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
+            found = verifying.verify(
+                reader,
+                model,
+                streams=recorded_mapping(reader.info, recording, model),
+                progress=lambda window: status.update(f"making it again: window {window}"),
+            )
+    except SensoriumError as error:
+        if not recording.is_file() or (text := damage(recording)) is None:
+            raise
+        found = verifying.Verification(session="")  # what it says of itself cannot be relied on
+        found.damaged(f"{error}; {text}")
     if json:
         _print_json(msgspec.to_builtins(found) | {"holds": found.holds})
     else:

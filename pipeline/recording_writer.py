@@ -90,6 +90,7 @@ class RecordingWriter:
             chunk_size=1 << 62,  # this class decides when a chunk is full: the library knows no time limit
             compression=_COMPRESSION[compression],
             index_types=IndexType.ALL,
+            enable_data_crcs=True,  # of what lies between chunks, too: see ``recording_damage``
         )
         self._writer.start(profile="", library="sensorium")
         self._write_session(session)

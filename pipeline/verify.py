@@ -27,6 +27,7 @@ from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
 from pipeline.prediction import Prediction
 from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading
+from pipeline.recording_damage import damage
 from pipeline.replay import event_time, plan_replay
 
 SCORE_TOLERANCE = 1e-4
@@ -84,6 +85,11 @@ class Verification(msgspec.Struct, kw_only=True):
         self.differences += 1
         self.first_difference = self.first_difference or difference
 
+    def damaged(self, text: str, window: int | None = None) -> None:
+        """Notes that the file is not what was written; ``window`` is the last that could be read."""
+        field = "bytes" if window is None else "after this window"
+        self.differ(Difference(window, "recording", None, field, "whole", text))
+
 
 def verify(
     recording: str | Path | RecordingReader,
@@ -104,14 +110,18 @@ def verify(
             )
         plan = plan_replay(reader, bundle, streams)
         names = {name: rig for name, rig in plan.streams.items() if rig}
-        check = _Predictions(reader, bundle, options, names, result)
+        last: int | None = None
         try:
+            check = _Predictions(reader, bundle, options, names, result)
             for manifest, step in _steps(reader, plan.spec, result):
                 progress(manifest.step)
+                last = manifest.step
                 check.take(manifest, step)
             check.finish()
         except (RecordingError, WireError, msgspec.MsgspecError) as error:
-            result.differ(Difference(check.last, "recording", None, "after this window", "whole", str(error)))
+            result.damaged(str(error), last)
+        if (text := damage(reader.path)) is not None:
+            result.damaged(text)
         if not reader.info.complete:
             result.doubt(f"the recording is incomplete: {reader.info.note or 'its writer did not close it'}")
         return result
@@ -220,7 +230,6 @@ class _Predictions:
         self._next: Prediction | None = None
         self._fuser: Fuser | None = None
         self._broken = False  # a window is missing that the following predictions look back on
-        self.last: int | None = None
         self._advance()
 
     def _advance(self) -> None:
@@ -229,7 +238,6 @@ class _Predictions:
 
     def take(self, manifest: Manifest, step: Step | None) -> None:
         """Makes the prediction for a window, if one was recorded for it, and compares."""
-        self.last = manifest.step
         if self._next is None or self._next.window.index != manifest.step:
             # No prediction for this window: fusion was away, and begins anew with the next one.
             if self._next is not None:

@@ -1,0 +1,162 @@
+"""A live session proves itself: recorded through real processes, made again, and one changed byte is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.bundle import load_bundle
+from pipeline.errors import RecordingError
+from pipeline.recording_damage import damage
+from pipeline.verify import verify
+from tests.rigs import STREAMS
+from tests.test_launch import all_ok, running
+from tests.test_replay import record, session
+from tests.tiny_bundle import mean_encoder, write_bundle
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+MIDDLE = 12
+"""Predictions before and after the kill."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a session of four streams and its model: ``session.mcap`` and ``model``."""
+    folder = tmp_path_factory.mktemp("whole")
+    with running(folder, record={"path": str(folder / "session.mcap")}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        for _ in range(MIDDLE):
+            watched.next_prediction()
+    return folder
+
+
+@pytest.mark.slow
+def test_a_live_session_is_made_again_to_the_last_byte(whole: Path) -> None:
+    found = verify(whole / "session.mcap", load_bundle(whole / "model"))
+    assert found.holds, (found.first_difference, found.unverifiable)
+    assert found.fingerprint == "equal"
+    assert found.windows == found.predictions >= MIDDLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["microphone", "align"])
+def test_a_session_with_a_killed_node(tmp_path: Path, victim: str) -> None:
+    out = tmp_path / "session.mcap"
+    with running(tmp_path, record={"path": str(out)}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        os.kill(watched.pid(victim), signal.SIGKILL)
+        if victim == "microphone":
+            watched.predict_until(lambda p: p.streams[victim].reason == "dead", "its death is known")
+        else:
+            last = watched.predictions[-1].window.index
+            watched.predict_until(lambda p: p.window.index > last + len(watched.predictions), "windows go on")
+        watched.predict_until(all_ok, "it is back")
+        for _ in range(MIDDLE):
+            watched.next_prediction()
+    found = verify(out, load_bundle(tmp_path / "model"))
+    assert found.first_difference is None
+    if victim == "microphone":  # a sensor that is away is a verdict, not a doubt
+        assert found.holds, found.unverifiable
+    else:  # nobody can know the windows that were never made
+        assert not found.holds
+        assert any("are not in the recording" in text for text in found.unverifiable)
+    assert found.windows >= 2 * MIDDLE if victim == "microphone" else MIDDLE
+
+
+# -- one byte ----------------------------------------------------------------------------------------------------------
+
+
+def records(data: bytes) -> list[tuple[int, int, int]]:
+    """Where each record of an MCAP file lies: opcode, first byte, end."""
+    found, at = [], 8
+    while at + 9 < len(data) - 8:
+        opcode, length = struct.unpack_from("<BQ", data, at)
+        found.append((opcode, at, at + 9 + length))
+        at += 9 + length
+    return found
+
+
+@pytest.fixture(scope="module")
+def verified(whole: Path) -> Callable[[bytes], tuple[int, dict[str, Any]]]:
+    """Verifies bytes on the command line; the exit code and what it prints."""
+
+    def check(data: bytes) -> tuple[int, dict[str, Any]]:
+        file = whole / "changed.mcap"
+        file.write_bytes(data)
+        arguments = ["replay", str(file), "--verify", "--json", "--bundle", str(whole / "model")]
+        result = CliRunner().invoke(cli.app, arguments)
+        return result.exit_code, json.loads(result.stdout)
+
+    return check
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["first chunk", "a chunk", "last chunk", "metadata", "attachment", "schema", "index",
+                                   "footer", "end of data"])  # fmt: skip
+def test_one_changed_byte_is_found_and_named(whole: Path, verified: Callable[..., Any], where: str) -> None:
+    data = bytearray((whole / "session.mcap").read_bytes())
+    if where == "first chunk":
+        assert verified(bytes(data))[0] == 0  # as it is, everything holds
+    kinds = {"metadata": 0x0C, "attachment": 0x09, "schema": 0x03, "index": 0x08, "footer": 0x02, "end of data": 0x0F}
+    spans = [(first, end) for opcode, first, end in records(data) if opcode == kinds.get(where, 0x06)]
+    first, end = spans[{"first chunk": 0, "last chunk": -1}.get(where, len(spans) // 2)]
+    data[(first + 9 + end) // 2] ^= 1
+    code, found = verified(bytes(data))
+    assert code == 3
+    assert not found["holds"]
+    difference = found["first_difference"]
+    if "chunk" in where:
+        assert f"damaged in the chunk at byte {first}" in difference["recomputed"]
+    else:
+        assert "does not match its sum" in difference["recomputed"]
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_changed_bit_is_found(whole: Path, data: st.DataObject) -> None:
+    """Beyond the first bytes, which say that it is a recording at all."""
+    recorded = bytearray((whole / "session.mcap").read_bytes())
+    at = data.draw(st.one_of(st.integers(8, len(recorded) - 1), st.integers(len(recorded) - 8000, len(recorded) - 1)))
+    recorded[at] ^= 1 << data.draw(st.integers(0, 7))
+    changed = whole / "bit.mcap"
+    changed.write_bytes(recorded)
+    try:
+        assert not verify(changed, load_bundle(whole / "model")).holds
+    except RecordingError:
+        assert damage(changed) is not None
+
+
+def test_a_recording_without_windows_is_one_clear_error(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mcap", session(1))
+    write_bundle(tmp_path / "model", STREAMS, encoders={"microphone": mean_encoder({"payload": "signal"})})
+    with pytest.raises(RecordingError, match=r"holds no windows of a live session.*sensorium record RIG"):
+        verify(path, load_bundle(tmp_path / "model"))
+    assert damage(path) is None
+    result = CliRunner().invoke(cli.app, ["replay", str(path), "--verify", "--bundle", str(tmp_path / "model")])
+    assert isinstance(result.exception, RecordingError)
+
+
+def test_sums_are_those_of_the_file(tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mcap", session(1))
+    assert damage(path) is None
+    data = path.read_bytes()
+    for at in (8, len(data) // 3, len(data) - 10):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        assert damage(path) is not None
+    path.write_bytes(data[: len(data) // 2])
+    assert damage(path) is None  # its end is missing, which its reader says
+    path.write_bytes(b"")
+    assert damage(path) is None
