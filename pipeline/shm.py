@@ -276,10 +276,6 @@ class Ring:
         fence()
         return index
 
-    def give_back(self, index: int) -> None:
-        """Returns an acquired slot that will not be published."""
-        self._free.append(index)
-
     def memory(self, index: int, nbytes: int) -> Bytes:
         """The first ``nbytes`` bytes of a slot, writable."""
         start = self.segment.offset + index * self.segment.stride
