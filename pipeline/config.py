@@ -32,11 +32,15 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class SourceEntry(_Strict, frozen=True):
     """One source. ``kind`` is a shipped kind or ``package.module:Class``; a ``required`` source must be there for the
-    session to start. All other keys are the source's own settings."""
+    session to start. ``offset_ms`` is added to its capture times, because they are known to be wrong by a constant, and
+    ``offset_uncertainty_ms`` to their uncertainty (`sensorium calibrate` finds both). All other keys are the source's
+    own settings."""
 
     REST: ClassVar[str] = "settings"
     kind: str
     required: bool = False
+    offset_ms: Annotated[float, msgspec.Meta(ge=-10_000, le=10_000)] = 0.0
+    offset_uncertainty_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
 
 

@@ -43,6 +43,9 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The streams that this node publishes, and their payloads."""
     slots: dict[str, int] = {}
     """Bytes of the largest payload of each of them, 0 if unknown."""
+    offset_ns: int = 0
+    """Added to the capture times of a source, and to their uncertainty the next."""
+    offset_uncertainty_ns: int = 0
     readers: tuple[str, ...] = ()
     """Nodes that must have joined before the first message is sent."""
     import_paths: tuple[str, ...] = ()

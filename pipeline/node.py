@@ -87,7 +87,9 @@ class SourceShell:
         self.life, self.sender = life, sender
         self.context = _Context(stream, life.clock, sender)
         self.source = source_class(settings, self.context)
-        self.stamper = Stamper(stream, source_class.payload_of(settings))
+        self.stamper = Stamper(
+            stream, source_class.payload_of(settings), life.spec.offset_ns, life.spec.offset_uncertainty_ns
+        )
         self.published = 0
         self.newest_ns: int | None = None
         self.ended = False

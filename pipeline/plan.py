@@ -25,6 +25,9 @@ from pipeline.source import CORE_KINDS, KINDS, Source, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Where, listed, nearest
 
+OF_EVERY_SOURCE = ("kind", "required", "offset_ms", "offset_uncertainty_ms")
+"""Keys that any source may have beside its own settings."""
+
 
 class SourcePlan(msgspec.Struct, frozen=True):
     """One source of a rig: its class's settings as plain values, and what it will publish."""
@@ -36,6 +39,8 @@ class SourcePlan(msgspec.Struct, frozen=True):
     streams: dict[str, Payload]
     slots: dict[str, int]
     labels: bool
+    offset_ns: int = 0
+    offset_uncertainty_ns: int = 0
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -80,14 +85,20 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry) -> SourcePlan:
     if not is_source and not hasattr(node_class, "streams_of"):
         raise document.error((*at, "kind"), f"the class of `{entry.kind}` is no Source: let it inherit from "
                              "pipeline.node.Source.")  # fmt: skip
-    settings = document.decode(node_class.Settings, at, entry.settings, extra=("kind", "required"))
+    settings = document.decode(node_class.Settings, at, entry.settings, extra=OF_EVERY_SOURCE)
+    if not is_source and (entry.offset_ms or entry.offset_uncertainty_ms):
+        raise document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
+                             "elsewhere, and changes none of them; leave the offset out.")  # fmt: skip
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
         )
         slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
     plain = msgspec.to_builtins(settings, enc_hook=str)
-    return SourcePlan(name, entry.kind, entry.required, plain, streams, slots, labels=not is_source)
+    return SourcePlan(
+        name, entry.kind, entry.required, plain, streams, slots, labels=not is_source,
+        offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
+    )  # fmt: skip
 
 
 @contextmanager
@@ -203,6 +214,7 @@ def source_specs(plan: Plan, place: Place) -> list[NodeSpec]:
         msgspec.structs.replace(
             _spec(plan, place, source.name, source.settings, _readers(plan, source)),
             kind=source.kind, streams=dict(source.streams), slots=source.slots,
+            offset_ns=source.offset_ns, offset_uncertainty_ns=source.offset_uncertainty_ns,
         )
         for source in plan.sources
     ]  # fmt: skip

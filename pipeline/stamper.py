@@ -1,6 +1,8 @@
-"""Numbers, epochs and bounds for the readings of one stream."""
+"""Numbers, epochs and bounds for the readings of one stream, whose constant offset is taken out here."""
 
 from __future__ import annotations
+
+import msgspec
 
 from pipeline.errors import SensorError
 from pipeline.messages import Header, payload_of
@@ -11,10 +13,15 @@ STRAGGLERS = 3
 
 
 class Stamper:
-    """Numbers the readings of one stream. Pure: times come in as arguments."""
+    """Numbers the readings of one stream. Pure: times come in as arguments.
 
-    def __init__(self, stream: str, payload: str) -> None:
+    ``offset_ns`` is added to every time that the source states of the physical moment, its promises included, and
+    ``offset_uncertainty_ns`` to their uncertainty: a constant, so that order and distances stay. The device's own stamp
+    and the receipt stay what they were."""
+
+    def __init__(self, stream: str, payload: str, offset_ns: int = 0, offset_uncertainty_ns: int = 0) -> None:
         self.stream, self.payload = stream, payload
+        self.offset_ns, self.offset_uncertainty_ns = offset_ns, offset_uncertainty_ns
         self.epoch, self.seq, self.bound_ns = -1, 0, 0
         self._unbound = True  # nothing was promised in this epoch yet
         self._stragglers = 0
@@ -29,6 +36,7 @@ class Stamper:
         such stragglers are dropped, and after ``STRAGGLERS`` in a row the clock is taken to have jumped back, which
         opens an epoch. Raises SensorError if the reading contradicts itself."""
         self._check(reading)
+        reading = self._moved(reading)
         if reading.new_epoch and not self._unbound:
             self.open(now_ns)
         if not self._unbound and reading.t_capture_ns < self.bound_ns:
@@ -59,7 +67,7 @@ class Stamper:
     def beat(self, now_ns: int, promise_ns: int | None, health: str) -> Header:
         """A beat: the next number, and ``promise_ns`` where it says more than the bound so far."""
         if promise_ns is not None:
-            self.bound_ns, self._unbound = max(self.bound_ns, promise_ns), False
+            self.bound_ns, self._unbound = max(self.bound_ns, promise_ns + self.offset_ns), False
         return Header(
             stream=self.stream,
             seq=self.seq,
@@ -69,6 +77,17 @@ class Stamper:
             bound_ns=self.bound_ns,
             t_receipt_ns=now_ns,
             health=health,
+        )
+
+    def _moved(self, reading: Reading) -> Reading:
+        if not self.offset_ns and not self.offset_uncertainty_ns:
+            return reading
+        return msgspec.structs.replace(
+            reading,
+            t_capture_ns=reading.t_capture_ns + self.offset_ns,
+            t_end_ns=reading.t_end_ns + self.offset_ns,
+            bound_ns=None if reading.bound_ns is None else reading.bound_ns + self.offset_ns,
+            uncertainty_ns=reading.uncertainty_ns + self.offset_uncertainty_ns,
         )
 
     def _check(self, reading: Reading) -> None:
