@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ WITHIN_NS = 500_000_000
 """How far an offset is looked for, either way."""
 
 MIN_OVERLAP_S = 2.0
-MIN_PLACES = 3.0
+MIN_PLACES = 2.5
 SURROGATES = 300
 CHANCE = 0.01
 RIVAL = 0.8
@@ -54,6 +54,7 @@ _BOOTSTRAPS = 500
 _FAR = 3
 _SEGMENT_S, _SEGMENTS = 0.5, (6, 60)
 _CLIP = 6.0
+_BLIND, _BLIND_ROTATION = 0.15, 0.06  # of the coarser period: what lies between two values no repetition tells apart
 _PAIRS = (("strength", "strength"), ("level", "strength"), ("strength", "level"), ("rotation", "rotation"))
 
 
@@ -180,7 +181,8 @@ def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], with
     def refused(reason: str, **known: Any) -> Offset:
         return Offset(reference=reference, stream=stream, decided=False, reason=reason, events=events, **known)
 
-    gridded = [on_grid for x, y in pairs if (on_grid := _gridded(x, y, step_ns)) is not None]
+    grid = _grid([track for pair in pairs for track in pair], step_ns)
+    gridded = [on_grid for x, y in pairs if (on_grid := _gridded(x, y, grid, step_ns)) is not None]
     overlap_s = min((int((g.x_known & g.y_known).sum()) * step_ns / 1e9 for g in gridded), default=0.0)
     if not gridded or overlap_s < MIN_OVERLAP_S:
         return refused(f"only {overlap_s:.1f} s of both overlap, and {MIN_OVERLAP_S:g} s are needed")
@@ -197,12 +199,17 @@ def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], with
     null = scores.surrogates(within, rng)
     lobe = _lobe(curve, best, round(span_ns / step_ns))
     rival = max(float(np.delete(curve, lobe).max(initial=0.0)), 0.0) / float(curve[best])
-    moved = scores.resampled(rng, _BOOTSTRAPS)
-    spots = np.array([_vertex(one, int(np.argmax(np.where(inside, one, -np.inf)))) for one in moved]) + scores.lags[0]
-    lag = _vertex(curve, best) + scores.lags[0]
-    near = np.abs(spots - lag) <= max(2.0 * WIDEST_NS, 0.75 * span_ns) / step_ns
+    weights = scores.samples(rng, _BOOTSTRAPS)
+    moved = scores.lags[0] + np.argmax(np.where(inside, scores.resampled(best, weights), -np.inf), axis=1)
+    reach = round(max(2.0 * WIDEST_NS, 0.75 * span_ns) / step_ns)
+    near = np.abs(moved - scores.lags[best]) <= reach
+    whole, *spots = scores.refined(best, reach, np.concatenate([np.ones((1, weights.shape[1])), weights[near]]))
+    lag = float(whole)
     places = scores.places(best)
-    half_ns = _half_interval(spots[near], lag, places) * step_ns if near.any() else np.inf
+    half_ns = np.inf
+    if near.any():
+        blind_ns = max(span_ns * (_BLIND_ROTATION if pairs[0][0].kind == "rotation" else _BLIND), 500_000)
+        half_ns = float(np.hypot(_half_interval(np.array(spots), lag, places) * step_ns, blind_ns))
     chance = (1 + int((null >= curve[best]).sum())) / (1 + len(null))
     zero = int(np.searchsorted(scores.lags, 0))
     known: dict[str, Any] = {
@@ -260,13 +267,15 @@ def _vertex(curve: Array, best: int) -> float:
 # -- tracks on a grid --------------------------------------------------------------------------------------------------
 
 
-def _gridded(x: Track, y: Track, step_ns: int) -> _Comparison | None:
-    """Both on one grid, each as coarse as the coarser of them."""
-    begin, end = max(x.t_ns[0], y.t_ns[0]), min(x.t_ns[-1], y.t_ns[-1])
-    if end <= begin:
+def _grid(tracks: list[Track], step_ns: int) -> Array:
+    """The moments from the first to the last of all tracks."""
+    return np.arange(min(int(t.t_ns[0]) for t in tracks), max(int(t.t_ns[-1]) for t in tracks), step_ns, dtype=np.int64)
+
+
+def _gridded(x: Track, y: Track, grid: Array, step_ns: int) -> _Comparison | None:
+    """Both on one grid, each as coarse as the coarser of them; None where they never overlap."""
+    if min(x.t_ns[-1], y.t_ns[-1]) <= max(x.t_ns[0], y.t_ns[0]):
         return None
-    begin, end = min(x.t_ns[0], y.t_ns[0]), max(x.t_ns[-1], y.t_ns[-1])
-    grid = np.arange(int(begin), int(end), step_ns, dtype=np.int64)
     span = max(x.span_ns, y.span_ns)
     (x_value, x_known), (y_value, y_known) = (_on(t, grid, step_ns, span) for t in (x, y))
     return _Comparison(_standard(x_value, x_known), _standard(y_value, y_known), x_known, y_known)
@@ -317,10 +326,10 @@ class _Scores:
         self._overlaps = [self._overlap(g) for g in gridded]
 
     def _segments(self, g: _Comparison) -> Array:
-        far, n = self._far, len(g.x)
+        far = self._far
         padded = np.pad(g.y, ((far, far), (0, 0)))
         parts = []
-        for a, b in zip(self._edges, np.minimum(self._edges[1:], n), strict=False):
+        for a, b in pairwise(self._edges):
             x, y = g.x[a:b], padded[a : b + 2 * far]
             parts.append(_products(x, y, 2 * far + 1))
         return np.stack(parts)
@@ -348,11 +357,60 @@ class _Scores:
         weight = float(np.mean([w[at] / w.min() for w in self._overlaps]))
         return float(curve[at]) * weight
 
-    def resampled(self, rng: np.random.Generator, times: int) -> Array:
-        """The score of bootstrap samples of the segments, [times, lags]."""
+    def samples(self, rng: np.random.Generator, times: int) -> Array:
+        """Bootstrap samples: how often each segment is in each, [times, segments]."""
         segments = len(self._parts[0])
-        weights = rng.multinomial(segments, np.full(segments, 1 / segments), times).astype(float)
-        return self._score([np.tensordot(weights, parts, axes=(1, 0)) for parts in self._parts])
+        return rng.multinomial(segments, np.full(segments, 1 / segments), times).astype(float)
+
+    def refined(self, best: int, reach: int, weights: Array) -> Array:
+        """The best lag within ``reach`` of ``best`` for each row of ``weights`` [times, segments], to a fraction of a
+        step: where the mean square of what the fitted second stream leaves of the first is least. Means over what
+        overlaps have no slope of their own, as sums have at the ends."""
+        around = np.arange(self.lags[best] - reach, self.lags[best] + reach + 1)
+        total: Array = np.zeros(())
+        for g in self._gridded:
+            y, n = self._fitted(g, best), len(g.x)
+            left, count = (np.zeros((len(self._edges) - 1, len(around))) for _ in range(2))
+            for i, lag in enumerate(around):
+                a, b = max(0, -lag), n - max(0, lag)
+                both = np.zeros(n)
+                both[a:b] = g.x_known[a:b] & g.y_known[a + lag : b + lag]
+                rest = np.zeros(n)
+                rest[a:b] = ((g.x[a:b] - y[a + lag : b + lag]) ** 2).sum(axis=1)
+                left[:, i] = np.add.reduceat(rest * both, self._edges[:-1])
+                count[:, i] = np.add.reduceat(both, self._edges[:-1])
+            total = total - (weights @ left) / np.maximum(weights @ count, 1.0)
+        return np.array([_vertex(one, int(np.argmax(one))) for one in total]) + float(around[0])
+
+    def resampled(self, best: int, weights: Array) -> Array:
+        """How well each row of ``weights`` [times, segments] fits at every lag, [times, lags].
+
+        A segment's products alone do not peak at the true lag, but where the other stream is strong: what enters at one
+        end of a segment leaves at the end of its neighbour. Least squares do: the second stream is fitted to the first
+        at the best lag, and a segment tells how much of its power that explains at each lag."""
+        total: Array = np.zeros(())
+        for g, overlap in zip(self._gridded, self._overlaps, strict=True):
+            total = total + weights @ self._explained(g, best, overlap / overlap[best]) * overlap[best]
+        return total
+
+    def _fitted(self, g: _Comparison, best: int) -> Array:
+        """The second stream as the least squares' picture of the first at a lag: [n, channels of the first]."""
+        lag, n = int(self.lags[best]), len(g.x)
+        x, y = g.x[max(0, -lag) : n - max(0, lag)], g.y[max(0, lag) : n - max(0, -lag)]
+        gram = y.T @ y
+        return np.asarray(g.y @ np.linalg.solve(gram + 1e-3 * np.trace(gram) * np.eye(len(gram)), y.T @ x))
+
+    def _explained(self, g: _Comparison, best: int, weight: Array) -> Array:
+        """The product less half the power of the fitted second stream, by segment and lag."""
+        far, lags = self._far, np.arange(2 * self._far + 1)
+        fitted: Array = np.pad(self._fitted(g, best), ((far, far), (0, 0)))
+        power = np.concatenate([[0.0], np.cumsum((fitted**2).sum(axis=1))])
+        rows = []
+        for a, b in pairwise(self._edges):
+            channels = [[c] for c in range(g.x.shape[1])]
+            products = [_products(g.x[a:b, c], fitted[a : b + 2 * far, c], len(lags))[:, 0] for c in channels]
+            rows.append(np.sum(products, axis=0) * weight - 0.5 * (power[b + lags] - power[a + lags]))
+        return np.stack(rows)
 
     def places(self, best: int) -> float:
         """How many segments the score at a lag comes from, counted by how much each gives (inverse participation)."""
