@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import select
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -350,6 +352,49 @@ def rtsp() -> Iterator[list[Rtsp]]:
         server.kill()
 
 
+class Dam:
+    """A TCP relay to a port of this machine; while ``open`` is cleared, what comes from there waits."""
+
+    def __init__(self, port: int) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        try:
+            near, _ = self._listener.accept()
+            far = socket.create_connection(("127.0.0.1", self._target))
+        except OSError:
+            return
+        self._ends += [near, far]
+        for source, sink, held in ((near, far, False), (far, near, True)):
+            self._threads.append(threading.Thread(target=self._relay, args=(source, sink, held)))
+            self._threads[-1].start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket, held: bool) -> None:
+        try:
+            while data := source.recv(65536):
+                if held:
+                    self.open.wait()
+                sink.sendall(data)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self.open.set()
+        for end in (self._listener, *self._ends):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
 def coded_ms(pixels: np.ndarray[Any, Any]) -> int:
     """The time code burnt into a picture."""
     row = pixels[pixels.shape[0] // 2, :, 0]
@@ -381,3 +426,24 @@ def test_rtsp_frames_have_their_senders_time_also_after_it_was_restarted(rtsp: l
     captures = [h.t_capture_ns for h, _ in sender.messages]
     assert captures == sorted(captures)
     assert len({h.epoch for h, _ in sender.messages[count:]} - {h.epoch for h, _ in sender.messages[:count]}) >= 1
+
+
+@pytest.mark.slow
+def test_frames_that_a_stall_made_old_are_dropped_and_counted(rtsp: list[Rtsp]) -> None:
+    dam = Dam(rtsp[0].port)
+    made, sender = shell(device=f"rtsp://127.0.0.1:{dam.port}/camera", max_age_ms=400, timeout_ms=10_000)
+    try:
+        turn_until(made, lambda: sum(by_sender(h) for h, _ in sender.messages) > 20)
+        dam.open.clear()
+        end = made.life.clock.now_ns() + 1500 * MS
+        turn_until(made, lambda: made.life.clock.now_ns() > end)
+        dam.open.set()
+        count = len(sender.messages)
+        turn_until(made, lambda: len(sender.messages) > count + 20)
+    finally:
+        made.source.close()
+        dam.close()
+    assert made.context.dropped.get("stale", 0) > 0, made.context.dropped
+    published = [h for h, _ in sender.messages if by_sender(h)]
+    assert max(h.t_receipt_ns - h.t_capture_ns for h in published) <= 400 * MS
+    assert "failures" not in made.context.dropped
