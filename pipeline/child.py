@@ -16,6 +16,7 @@ import msgspec
 from pipeline.clock import Clock
 from pipeline.config import RestartEntry
 from pipeline.life import NodeSpec, Order, Report
+from pipeline.shm import COPY_ENVIRONMENT
 
 NodeState = Literal["starting", "loaded", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
 SENSOR_BACKOFF_NS = 1_000_000_000
@@ -173,8 +174,9 @@ def died_how(status: int) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The launcher's own, with this package on the path, and without a thread a core in every node's numpy."""
+    """The launcher's own, with this package on the path, without a thread a core in every node's numpy, and with the
+    C library's copies as frames want them (``pipeline.shm``)."""
     root = str(Path(__file__).resolve().parent.parent)
     path = os.environ.get("PYTHONPATH")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return threads | dict(os.environ) | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}
+    return threads | COPY_ENVIRONMENT | dict(os.environ) | {"PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root}

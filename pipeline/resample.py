@@ -68,11 +68,9 @@ def linear(times: Array, values: Array, left: Array, right: Array, points: Array
         span[-1] = 1
     weight = ((points - before) / span)[:, None]
     low = values[left]
-    with np.errstate(invalid="ignore"):  # infinity times 0, seen to below
-        result: Array = (low + (values[right] - low) * weight).astype(np.float32)
-    if not np.isfinite(result).all():
-        # NaN stands for "not measured"; an exact sample must not inherit it from the neighbour that it ignores.
-        result = np.where(weight == 0.0, values[left], result)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinity times 0, and what float32 cannot hold
+        result: Array = np.where(weight == 0.0, low, low + (values[right] - low) * weight).astype(np.float32)
+    if np.isnan(result).any():
         result[np.isnan(result)] = np.nan  # one NaN, not whichever the processor made: digests cover these bytes
     return result
 

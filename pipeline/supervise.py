@@ -118,7 +118,7 @@ class Supervisor:
                 self._begin_session(sources)
             if not self.started.is_set():
                 required = [child for child in sources if child.required]
-                self._check_start(required if sources else cores, launched=bool(sources))
+                self._check_start(required if sources else cores)
 
     def _begin_session(self, sources: list[Child]) -> None:
         """Begins as soon as every source is loaded; one that takes too long for that will come later."""
@@ -132,10 +132,10 @@ class Supervisor:
             child.spec = msgspec.structs.replace(child.spec, origin=origin, begun=True)
             child.tell(Order(do="begin", origin=origin))
 
-    def _check_start(self, awaited: list[Child], launched: bool) -> None:
+    def _check_start(self, awaited: list[Child]) -> None:
         """Whether those that must be ready are; they have a limited time for it."""
         late = [child for child in awaited if child.state not in ("ready", "ended")]
-        if launched and not late:
+        if self._begun and not late:
             self.started.set()
         elif late and self.clock.now_ns() - self._start_ns > self.rig.restart.start_s * 1e9:
             reasons = "; ".join(f"{child.name} ({child.report.note or child.state})" for child in late)
