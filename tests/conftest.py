@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.conservation import conserved
+
+__all__ = ["ROOT", "conserved", "shared_data"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Two slow cores under load must not turn a property test into a test of the machine's speed.
