@@ -1,7 +1,7 @@
 """ZeroMQ: the only file that opens sockets.
 
-``ZmqBus`` carries messages between the processes of a session; ``ControlServer`` and ``ControlClient`` carry what the
-launcher and its nodes say to each other; ``subscribe_json`` is for those outside. Everything a node needs of a bus is
+``ZmqBus`` carries messages between the processes of a session; ``subscribe_json`` is for those outside. (What the
+launcher and its nodes say to each other goes through pipes: ``pipeline.life``.) Everything a node needs of a bus is
 imported from here.
 
 Endpoints are Unix sockets in the session's own folder. ``tcp://`` is for predictions: open to this host as it is,
@@ -47,8 +47,6 @@ __all__ = [
     "INLINE_MAX",
     "Buffered",
     "Bus",
-    "ControlClient",
-    "ControlServer",
     "CurveClient",
     "CurveServer",
     "Delivery",
@@ -362,101 +360,6 @@ class _ZmqInlet:
 
     def close(self) -> None:
         self._socket.close(0)
-
-
-class ControlServer:
-    """The launcher's end: JSON objects from and to the nodes of its session, by name."""
-
-    def __init__(self, session_dir: Path) -> None:
-        """ConfigError if the folder is open to others or its path too long."""
-        address = endpoint_path(Path(session_dir), "control")
-        self._folder = SessionFolder(Path(session_dir))
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a node that was restarted takes over its name
-        _bind(self._socket, address)
-        self.malformed = 0
-
-    def receive(self, timeout_ms: int = 0) -> list[tuple[str, dict[str, Any]]]:
-        """What nodes have said, in order, each with the node's name; waits for the first of it."""
-        said: list[tuple[str, dict[str, Any]]] = []
-        while self._socket.poll(0 if said else timeout_ms):
-            parts = self._socket.recv_multipart()
-            found = _json_object(parts[-1])
-            if found is None or len(parts) != 2:
-                self.malformed += 1
-            else:
-                said.append((parts[0].decode("utf-8", "replace"), found))
-        return said
-
-    def send(self, node: str, message: Mapping[str, Any]) -> bool:
-        """Tells a node something; False if no node of this name is connected."""
-        try:
-            self._socket.send_multipart([node.encode(), msgspec.json.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Idempotent. Gives nodes a second to hear what was said last."""
-        self._socket.close(_LINGER_MS)
-        self._context.destroy(0)
-        self._folder.close()
-
-    def __enter__(self) -> ControlServer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-
-class ControlClient:
-    """A node's end."""
-
-    def __init__(self, session_dir: Path, node: str) -> None:
-        """The launcher may start later. ConfigError if the path is too long."""
-        check_name("a node", node)
-        address = endpoint_path(Path(session_dir), "control")
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 500
-        self._socket.setsockopt(zmq.ROUTING_ID, node.encode())
-        self._socket.connect(address)
-
-    def send(self, message: Mapping[str, Any]) -> bool:
-        """Tells the launcher something; False if a thousand messages are waiting for it already."""
-        try:
-            self._socket.send(msgspec.json.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
-
-    def receive(self, timeout_ms: int = 0) -> list[dict[str, Any]]:
-        """What the launcher has said, in order; waits for the first of it."""
-        said: list[dict[str, Any]] = []
-        while self._socket.poll(0 if said else timeout_ms):
-            found = _json_object(self._socket.recv())
-            if found is not None:
-                said.append(found)
-        return said
-
-    def fileno(self) -> int:
-        """For select; see ``Subscriber.fileno``."""
-        return int(self._socket.get(zmq.FD))
-
-    def close(self) -> None:
-        """Idempotent. Gives the launcher a second to hear what was said last."""
-        self._socket.close(_LINGER_MS)
-        self._context.destroy(0)
-
-    def __enter__(self) -> ControlClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
 
 def _json_object(data: bytes) -> dict[str, Any] | None:

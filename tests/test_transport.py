@@ -24,8 +24,6 @@ from pipeline.shm import new_name, unlink
 from pipeline.transport import (
     Buffered,
     Bus,
-    ControlClient,
-    ControlServer,
     Delivery,
     JsonSubscription,
     Latest,
@@ -604,8 +602,6 @@ def test_a_path_too_long_for_a_socket_is_refused(folder: Path) -> None:
     deep = folder / ("d" * 90)
     with ZmqBus(deep, "test") as bus, pytest.raises(ConfigError, match="somewhere shorter"):
         bus.publisher("camera")
-    with pytest.raises(ConfigError, match="somewhere shorter"):
-        ControlClient(deep, "camera")
 
 
 @pytest.mark.parametrize("name", ["", "~ready.x", "a/b", "..", "a b", "x" * 65])
@@ -722,43 +718,7 @@ def test_a_key_file_that_is_none_is_refused(folder: Path) -> None:
         load_curve_client(secret, folder / "absent.key")
 
 
-def test_launcher_and_nodes_talk(folder: Path) -> None:
-    client = ControlClient(folder, "camera")
-    assert client.send({"type": "ready"})  # before there is a launcher
-    with ControlServer(folder) as server, client:
-        assert server.receive(20_000) == [("camera", {"type": "ready"})]
-        assert server.send("camera", {"type": "stop"})
-        assert client.receive(20_000) == [{"type": "stop"}]
-        assert not server.send("lidar", {"type": "stop"})
-        assert client.fileno() >= 0
-        with ControlClient(folder, "camera") as again:  # restarted while the old one is still seen
-            again.send({"type": "ready", "again": True})
-            assert server.receive(20_000) == [("camera", {"type": "ready", "again": True})]
-            assert server.send("camera", {"n": 1})
-            assert again.receive(20_000) == [{"n": 1}]
-        assert server.receive() == []
-
-
-def test_nonsense_on_the_control_channel_is_counted(folder: Path) -> None:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with ControlServer(folder) as server, context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        socket.connect(endpoint_path(folder, "control"))
-        for parts in ([b"nonsense"], [b"{}", b"{}"], [b"[]"]):
-            socket.send_multipart(parts)
-        socket.send(b'{"well": true}')
-        said: list[Any] = []
-        for _ in range(200):
-            said += [message for _, message in server.receive(100)]
-            if said:
-                break
-        assert said == [{"well": True}]
-        assert server.malformed == 3
-
-
 def test_closing_never_waits_for_those_who_do_not_listen(folder: Path) -> None:
-    with ControlClient(folder, "alone") as client:
-        client.send({"type": "ready"})
     bus = ZmqBus(folder, "test")
     publisher = bus.publisher("camera", ["camera"])
     bus.subscriber("reader", CAMERA)
