@@ -10,7 +10,7 @@ on messages as they come (``faulty`` is a pure generator): whatever a fault hold
 ============= ========================================================= ============================================
 kind          what happens to a stream's messages                       what the aligner makes of it
 ============= ========================================================= ============================================
-``loss``      a share vanishes, in runs of ``run`` on average           losses, found by number
+``loss``      a share vanishes, if asked in runs of ``run`` on average  losses, found by number
 ``delay``     they arrive ``delay_ms`` later                            late once beyond the deadline
 ``jitter``    they arrive up to ``jitter_ms`` later, still in order     the same
 ``reorder``   a share arrives ``delay_ms`` later and is overtaken       waits for what is outstanding
@@ -67,22 +67,22 @@ class _Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class Loss(_Fault, frozen=True, tag="loss"):
-    """Messages vanish on the way."""
+    """Messages vanish on the way: each by itself, or in runs of ``run`` messages on average."""
 
     share: Share
-    run: Annotated[float, msgspec.Meta(ge=1)] = 1.0
+    run: Annotated[float, msgspec.Meta(ge=1)] | None = None
 
     def stage(self, stream: str, random: Random) -> Callable[[Message, int], list[Item]]:
+        # Two states. The bad one is left with probability 1/run and takes up ``share`` of all messages.
+        stay = self.share if self.run is None or self.share == 1 else 1 - 1 / self.run
+        enter = self.share if self.run is None or self.share == 1 else self.share / (self.run * (1 - self.share))
         losing = False
-        # Two states, of which the bad one is left with probability 1/run and takes up ``share`` of all messages.
-        leave = 1.0 / self.run
-        enter = 1.0 if self.share == 1 else min(1.0, leave * self.share / (1 - self.share))
 
         def apply(message: Message, arrival_ns: int) -> list[Item]:
             nonlocal losing
             if message.header.is_beat or not self.active(arrival_ns):
                 return [(message, arrival_ns)]
-            losing = random.random() >= leave if losing and self.share < 1 else random.random() < enter
+            losing = random.random() < (stay if losing else enter)
             return [] if losing else [(message, arrival_ns)]
 
         return apply
