@@ -174,9 +174,10 @@ def motion(t: Array, accel: Array, gyro: Array) -> list[Track]:
     assert taker is not None
     t_ns = np.round((t + 1) * 1e9).astype(np.int64)
     for a in range(0, len(t), 10):
-        batch = np.zeros(len(t_ns[a : a + 10]), IMU_DTYPE)
-        batch["offset_ns"], batch["accel"], batch["gyro"] = t_ns[a : a + 10] - t_ns[a], accel[a : a + 10], gyro[a : a + 10]
-        taker.add(message(ImuLayout(len(batch)), batch, int(t_ns[a]), int(t_ns[a : a + 10][-1])))
+        part = slice(a, a + 10)
+        batch = np.zeros(len(t_ns[part]), IMU_DTYPE)
+        batch["offset_ns"], batch["accel"], batch["gyro"] = t_ns[part] - t_ns[a], accel[part], gyro[part]
+        taker.add(message(ImuLayout(len(batch)), batch, int(t_ns[a]), int(t_ns[part][-1])))
     return taker.tracks()
 
 
@@ -261,12 +262,15 @@ def main() -> None:
     if options.json:
         print(json.dumps({"sessions": rows, "summary": summary(rows), "clips": clips}, indent=1))
         return
-    columns = ("kind", "sessions", "decided", "within_3_ms", "covered", "median_error_ms", "max_error_ms", "median_half_ms")
+    columns = ("kind", "sessions", "decided", "within_3_ms", "covered",
+               "median_error_ms", "max_error_ms", "median_half_ms")  # fmt: skip
     print("  ".join(f"{column:>15}" for column in columns))
     for line in summary(rows):
         print("  ".join(f"{line.get(column, '–')!s:>15}" for column in columns))
     for row in clips:
-        own = f"{row['offset_ms']:+.1f} +-{row['half_ms']:.1f} ms" if row["decided"] else f"undecidable: {row['reason']}"
+        own = f"undecidable: {row['reason']}"
+        if row["decided"]:
+            own = f"{row['offset_ms']:+.1f} +-{row['half_ms']:.1f} ms"
         there = sum(ms is not None for ms in row["shifted"].values())
         print(f"{row['clip']}: {own}; shifted: {there} of {len(SHIFTS_MS)} decided, {row['wrong']} wrong")
 

@@ -477,3 +477,66 @@ def _round(value: float) -> float:
 
 def _ms(ns: float | None) -> str:
     return "–" if ns is None else f"{ns / 1e6:+.1f} ms"
+
+
+# -- what it means for a rig -------------------------------------------------------------------------------------------
+
+
+class Correction(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be added to the capture times of one stream."""
+
+    offset_ns: int
+    uncertainty_ns: int
+    by: str | None = None
+    """The stream over which it was found, where the reference itself could not be compared with it."""
+
+
+class Solution(msgspec.Struct, frozen=True, kw_only=True):
+    """Corrections by stream, against ``reference``; without one where nothing is decided or the pairs contradict each
+    other."""
+
+    reference: str | None = None
+    corrections: dict[str, Correction] = {}
+    contradiction: str = ""
+
+
+def solve(pairs: Collection[Offset], reference: str | None = None) -> Solution:
+    """From pairs to one correction a stream. Without a ``reference`` it is the stream that is stamped earliest, so that
+    no correction moves a stream into the future."""
+    known: dict[tuple[str, str], tuple[int, int]] = {}
+    for pair in pairs:
+        if pair.offset_ns is not None and pair.uncertainty_ns is not None:
+            known[pair.reference, pair.stream] = (pair.offset_ns, pair.uncertainty_ns)
+            known[pair.stream, pair.reference] = (-pair.offset_ns, pair.uncertainty_ns)
+    names = sorted({name for pair in known for name in pair})
+    for a, b, c in combinations(names, 3):
+        if (a, b) in known and (b, c) in known and (a, c) in known:
+            apart = known[a, b][0] + known[b, c][0] - known[a, c][0]
+            if abs(apart) > known[a, b][1] + known[b, c][1] + known[a, c][1]:
+                said = f"{a} to {b} and {b} to {c} add up to {abs(apart) / 1e6:.0f} ms beside {a} to {c}"
+                return Solution(contradiction=said)
+    if reference is not None:
+        return Solution(reference=reference, corrections=_against(reference, names, known))
+    found = {name: _against(name, names, known) for name in names}
+    if not found:
+        return Solution()
+    first = max(found, key=lambda name: (len(found[name]), -max(c.offset_ns for c in found[name].values()), name))
+    return Solution(reference=first, corrections=found[first])
+
+
+def _against(reference: str, names: list[str], known: dict[tuple[str, str], tuple[int, int]]) -> dict[str, Correction]:
+    """Directly where that was decided, else over the one stream between that leaves it least uncertain."""
+    found = {}
+    for name in names:
+        if name == reference:
+            continue
+        if (reference, name) in known:
+            offset, uncertainty = known[reference, name]
+            found[name] = Correction(offset_ns=offset, uncertainty_ns=uncertainty)
+            continue
+        over = [n for n in names if (reference, n) in known and (n, name) in known]
+        if over:
+            by = min(over, key=lambda n: known[reference, n][1] + known[n, name][1])
+            (first, a), (second, b) = known[reference, by], known[by, name]
+            found[name] = Correction(offset_ns=first + second, uncertainty_ns=a + b, by=by)
+    return found

@@ -209,6 +209,37 @@ def explain(
     commands.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
 
 
+@app.command()
+def calibrate(
+    recording: Recording,
+    streams: Annotated[
+        list[str] | None, typer.Option("--stream", metavar="NAME", help="only this stream and others so named")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="STREAM", help="whose times are right; else the earliest stream's")
+    ] = None,
+    within: Annotated[
+        float, typer.Option(metavar="MS", min=20.0, max=5000.0, help="how far to look, either way")
+    ] = 500.0,
+    write: Annotated[Path | None, typer.Option(metavar="RIG", help="set the offsets in this rig file")] = None,
+    json: Json = False,
+) -> None:
+    """Find constant offsets between streams from what both have seen.
+
+    From claps, knocks, steps, turns and speech: onsets of sound against motion in the picture, jolts of an IMU against
+    sound, a gyroscope against the turning of the picture. Says "undecidable", and why, where the data cannot tell. An
+    offset is what must be added to a stream's capture times: a stream stamped 80 ms late gets -80 ms.
+
+    \b
+    Example:
+      sensorium calibrate session.mcap
+      sensorium calibrate session.mcap --write configs/rig.yaml
+    """
+    from pipeline import commands
+
+    commands.calibrate(recording, streams, reference, within_ms=within, write=write, json=json)
+
+
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system")],

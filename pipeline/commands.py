@@ -314,6 +314,46 @@ def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     console(sys.stdout).print(plan_table(plan, warnings))
 
 
+def calibrate(
+    recording: Path,
+    streams: list[str] | None,
+    reference: str | None,
+    *,
+    within_ms: float,
+    write: Path | None,
+    json: bool,
+) -> None:
+    """``sensorium calibrate``."""
+    from pipeline import calibrate as calibrating
+    from pipeline.calibrate_rig import apply, recorded_offsets, report, rig_lines
+    from pipeline.recording import RecordingReader
+    from pipeline.reports import calibration_text
+    from pipeline.terminal import console
+
+    wanted = None if not streams else {*streams, *([reference] if reference else [])}
+    rig = find_rig(str(write)) if write is not None else None
+    screen = console(sys.stderr)
+    with RecordingReader(existing(recording)) as reader, screen.status("comparing streams") as status:
+        if reference is not None and reference not in reader.streams:
+            raise ConfigError(f"{recording} has no stream `{reference}`.{nearest(reference, reader.streams)}")
+        pairs = calibrating.calibrate(
+            reader,
+            wanted,
+            round(within_ms * 1e6),
+            progress=lambda t_ns: status.update(f"comparing streams: {t_ns / 1e9:.0f} s read"),
+        )
+        recorded = recorded_offsets(reader)
+    solution = calibrating.solve(pairs, reference)
+    if json:
+        _print_json(report(pairs, solution, recorded))
+    else:
+        lines = rig_lines(solution, recorded)
+        console(sys.stdout).print(calibration_text(pairs, lines, solution.reference, solution.contradiction))
+    if rig is not None:
+        written = apply(rig, solution, recorded)
+        print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
+
+
 def import_file(file: Path, out: Path, labels: Path | None) -> None:
     """``sensorium import``."""
     from pipeline import importing

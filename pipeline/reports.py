@@ -13,6 +13,7 @@ from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 from pipeline.terminal import number
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
+    from pipeline.calibrate import Offset
     from pipeline.plan import Plan
     from pipeline.verify import Verification
 
@@ -118,6 +119,29 @@ def verification_text(found: Verification) -> RenderableType:
         more = found.unverifiable_count - len(found.unverifiable)
         lines += [Text(f"  and {more} more")] if more else []
     return Group(*lines, Text("verified" if found.holds else "not verified", style="green" if found.holds else "red"))
+
+
+def calibration_text(
+    pairs: list[Offset], lines: dict[str, str], reference: str | None, contradiction: str
+) -> RenderableType:
+    """What ``calibrate`` says to a person: every pair, before and after, and ``lines`` for the rig by source."""
+    table = numbers("streams", ("offset", "95 % interval", "fit before", "after"))
+    table.add_column("from, or why not")
+    for pair in pairs:
+        name = f"{pair.stream} against {pair.reference}"
+        fits = [number(pair.before, 2), number(pair.after, 2)]
+        if pair.offset_ns is None or pair.interval_ns is None:
+            table.add_row(name, Text("undecidable", style="yellow"), "–", *fits, pair.reason)
+            continue
+        low, high = (f"{ns / 1e6:+.1f}" for ns in pair.interval_ns)
+        offset = Text(f"{pair.offset_ns / 1e6:+.1f} ms", style="green")
+        table.add_row(name, offset, f"{low} to {high} ms", *fits, ", ".join(pair.events))
+    if contradiction:
+        return Group(table, Text(), Text(f"the pairs contradict each other: {contradiction}", style="yellow"))
+    if not lines:
+        return Group(table, Text(), Text("nothing to set in a rig"))
+    said = [Text(f"  {name}: {{…, {text}}}") for name, text in lines.items()]
+    return Group(table, Text(), Text(f"for the rig, if the times of {reference} are right:\nsources:"), *said)
 
 
 def numbers(first: str, rest: Iterable[str]) -> Table:
