@@ -280,6 +280,9 @@ class _Ledger:
         self._obsolete_ns = _obsolete_ns(session, stream, manifests)
         self._end_ns = manifests[-1].emitted_ns if manifests and session.live else -_NEVER
         self._max_future_ns = session.spec.max_future_ns if session.spec is not None and session.live else None
+        # Where messages overtake each other a bound holds only once all before it have come.
+        specs = session.spec.streams if session.spec is not None else ()
+        self._ordered = all(spec.ordered for spec in specs if spec.name == stream)
         self._count(session.heard[stream])
 
     def messages(self) -> dict[str, int]:
@@ -310,7 +313,8 @@ class _Ledger:
                 elif (of, seq) in self._taken:
                     place = self._of_taken((of, seq), end_ns)
                 else:
-                    broken = "epoch" if stale or capture_ns < floor_ns else "bound" if capture_ns < bound_ns else ""
+                    below = self._ordered and capture_ns < bound_ns
+                    broken = "epoch" if stale or capture_ns < floor_ns else "bound" if below else ""
                     place = self._of_others(capture_ns, arrival_ns, "future" if refused else broken)
                 if place:
                     self.places[place] += 1

@@ -72,6 +72,11 @@ class Loss(_Fault, frozen=True, tag="loss"):
     share: Share
     run: Annotated[float, msgspec.Meta(ge=1)] | None = None
 
+    def __post_init__(self) -> None:
+        least = 1.0 if self.share == 1 else self.share / (1 - self.share)
+        if self.run is not None and self.run < least:
+            raise ValueError(f"a `share` of {self.share:g} cannot be lost in runs of less than {least:g}")
+
     def stage(self, stream: str, random: Random) -> Callable[[Message, int], list[Item]]:
         # Two states. The bad one is left with probability 1/run and takes up ``share`` of all messages.
         stay = self.share if self.run is None or self.share == 1 else 1 - 1 / self.run

@@ -202,6 +202,7 @@ def test_a_file_is_read_strictly(tmp_path: Path) -> None:
         ("a: {kind: loss, share: 1.5}", r"faults\.a\.share.*at most 1"),
         ("a: {kind: loss, share: 0.1, streams: [camra]}", r"no stream `camra`.*Did you mean `camera`"),
         ("a: {kind: freeze, start_s: 5}", r"needs an `end_s`"),
+        ("a: {kind: loss, share: 0.9, run: 2}", r"cannot be lost in runs of less than 9"),
         ("a: {share: 0.5}", r"no `kind`, allowed are"),
         ("all together: {kind: loss, share: 0.5}\ntogether: true", r"taken by the run of all"),
     ],

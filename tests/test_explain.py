@@ -1,0 +1,226 @@
+"""``explain``: the account that is recounted from a file is the aligner's own, and reasons are given in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.align import Aligner, AlignSpec, Step
+from pipeline.errors import ConfigError
+from pipeline.explain import Explanation, Session, explain, waited_for
+from pipeline.explain_window import WindowExplanation, explain_window
+from pipeline.faults import Fault, Item, Restart, faulty, unordered
+from pipeline.messages import Message
+from pipeline.recording import MANIFEST_TOPIC, RecordingWriter, SessionInfo
+from pipeline.schemas import schema
+from pipeline.summary import account
+from tests.conftest import ROOT
+from tests.test_faults import FILE, ITEMS, KINDS, MS, S
+from tests.test_replay import SPEC
+from tests.test_summary import prediction
+
+pytestmark = pytest.mark.usefixtures("conserved")
+DEMO = ROOT / "recordings" / "demo.mcap"
+STREAMS = ("camera", "imu")
+LIVE = msgspec.structs.replace(
+    SPEC,
+    streams=tuple(stream for stream in SPEC.streams if stream.name in STREAMS),
+    max_delay_ns=250 * MS,
+    max_future_ns=100 * MS,
+    max_open=64,
+)
+
+
+def live_spec(faults: Iterable[Fault] = ()) -> AlignSpec:
+    broken = unordered(faults, STREAMS)
+    streams = tuple(msgspec.structs.replace(s, ordered=s.name not in broken) for s in LIVE.streams)
+    return msgspec.structs.replace(LIVE, streams=streams)
+
+
+def record_live(path: Path, items: list[Item], spec: AlignSpec, dead: tuple[int, str] | None = None) -> Aligner:
+    """What a recorder and an aligner make of ``items``, which both hear at the same moment. The session stops without
+    a word, as sessions do."""
+    aligner = Aligner(spec)
+    with RecordingWriter(path, SessionInfo(session="s"), overwrite=True) as writer:
+
+        def write(steps: list[Step]) -> None:
+            for step in steps:
+                one = step.manifest
+                writer.write_json(MANIFEST_TOPIC, msgspec.json.encode(one), max(one.emitted_ns, 0))
+
+        for message, at in items:
+            if dead is not None and at >= dead[0]:
+                write(aligner.close(dead[1], "dead", dead[0]))
+                dead = None
+            writer.write(message if message.data is not None or message.header.is_beat
+                         else Message(message.header, bytes(4)), at)  # fmt: skip
+            write(aligner.feed(message, at))
+        write(aligner.tick(items[-1][1]))
+        writer.write_json("/prediction", msgspec.json.encode(prediction(20, "yes", wait=40.0, total=50.0)), 2 * S)
+    return aligner
+
+
+def explained(path: Path, name: str | None = None) -> tuple[Session, Aligner, Explanation]:
+    """A recorded session with one of the faults."""
+    faults = {} if name is None else {name: FILE.faults[name]}
+    died = [(round(f.at_s * S), "imu") for f in faults.values() if isinstance(f, Restart)]
+    spec = live_spec(faults.values())
+    aligner = record_live(path, list(faulty(ITEMS, faults)), spec, died[0] if died else None)
+    session = Session(path, spec)
+    return session, aligner, explain(session)
+
+
+@pytest.mark.parametrize("name", [None, *KINDS])
+def test_the_account_is_the_aligners_own(tmp_path: Path, name: str | None) -> None:
+    _, aligner, found = explained(tmp_path / "a.mcap", name)
+    for stream in STREAMS:
+        counters = aligner.counters(stream)
+        told = found.streams[stream]
+        assert told.balanced
+        assert told.unaccounted == 0
+        assert told.messages == account(counters), stream
+        assert told.rejected == counters.rejected
+
+
+def test_a_quiet_session(tmp_path: Path) -> None:
+    session, _, found = explained(tmp_path / "a.mcap")
+    assert found.source == "live"
+    assert found.windows == len(session.manifests) > 95
+    assert set(found.causes) <= {"proven"}
+    camera, imu = found.streams["camera"], found.streams["imu"]
+    assert camera.rate_hz == pytest.approx(20)
+    assert camera.delay_ms.p50 == pytest.approx(9)
+    assert camera.jitter_ms is not None
+    assert camera.jitter_ms.max == 0
+    assert imu.age_ms is not None
+    assert imu.age_ms.p50 == pytest.approx(10)
+    # A batch of the IMU spans the hop and comes 95 ms after it began; the frame that settles a step comes before it or
+    # a little later, so each window waited for one of the two, and for nobody else.
+    assert camera.waited + imu.waited == found.windows
+    assert found.latency_ms["wait"]["max"] == 40.0
+    assert found.wait_ms is not None
+    assert found.wait_ms.p50 == pytest.approx(9, abs=1)
+
+
+def test_windows_wait_for_the_slowest(tmp_path: Path) -> None:
+    late = sorted(((m, at + (120 * MS if m.header.stream == "camera" else 0)) for m, at in ITEMS), key=lambda i: i[1])
+    record_live(tmp_path / "a.mcap", late, LIVE)
+    found = explain(Session(tmp_path / "a.mcap", LIVE))
+    assert found.streams["camera"].waited >= found.windows - 1
+    assert found.streams["camera"].wait_ms is not None
+    assert found.streams["camera"].wait_ms.p50 == pytest.approx(129, abs=2)
+
+
+def words(session: Session, stream: str, verdict: str, reason: str | None = None) -> list[str]:
+    """What is said of a stream in all windows where its verdict is this."""
+    stated = [(m.step, m.streams[stream]) for m in session.manifests]
+    steps = [step for step, one in stated if (one.verdict, one.reason) == (verdict, reason)]
+    assert steps, {(one.verdict, one.reason) for _, one in stated}
+    return [explain_window(session, step).streams[stream].why for step in steps]
+
+
+def test_reasons_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    session, _, _ = explained(path, "loss")
+    assert all("lost " in why and " between " in why for why in words(session, "camera", "missing", "gap"))
+    session, _, _ = explained(path, "freeze")
+    assert set(words(session, "camera", "missing", "silent")) == {"silent since 2.950 s"}
+    assert all("its next message came" in why for why in words(session, "camera", "late"))
+    session, _, _ = explained(path, "restart")
+    assert all(
+        why.startswith("its node was dead; its last message ends at 3.")
+        for why in words(session, "imu", "missing", "dead")
+    )
+
+
+def test_a_window_names_its_messages(tmp_path: Path) -> None:
+    session, _, _ = explained(tmp_path / "a.mcap")
+    window = explain_window(session, 20)
+    assert (window.start_ns, window.end_ns) == (1900 * MS, 2000 * MS)
+    [frame] = window.streams["camera"].messages
+    assert (frame.seq, frame.t_capture_ns, frame.arrival_ns) == (40, 2000 * MS, 2009 * MS)
+    assert {m.seq for m in window.streams["imu"].messages} >= {19}
+    assert window.waited_for == waited_for(session, session.manifests[19])
+    assert window.wait_ms == pytest.approx(9)
+    assert window.prediction is not None
+    assert window.prediction.label == "yes"
+    assert all(stream.why == "complete" for stream in window.streams.values())
+
+
+def test_a_window_that_is_not_there(tmp_path: Path) -> None:
+    session, _, found = explained(tmp_path / "a.mcap")
+    with pytest.raises(ConfigError, match=f"no window 4000; it has those from 1 to {found.windows}"):
+        explain_window(session, 4000)
+    bare = Session(DEMO)
+    assert explain(bare).source == "messages"
+    assert set(explain(bare).streams["imu"].messages) == {"sent", "lost", "received", "duplicate"}
+    with pytest.raises(ConfigError, match=r"it has none.*--bundle"):
+        explain_window(bare, 1)
+
+
+def test_what_nobody_aligned_or_recorded_is_not_passed_over(tmp_path: Path) -> None:
+    """An aligner that was away for a second, and a message that only the aligner heard."""
+    path = tmp_path / "a.mcap"
+    aligner = Aligner(LIVE)
+    with RecordingWriter(path, SessionInfo(session="s"), overwrite=True) as writer:
+        for message, at in ITEMS:
+            if (message.header.stream, message.header.seq) != ("imu", 30):
+                data = message.data if message.data is not None else bytes(4)
+                writer.write(Message(message.header, data), at)
+            for step in aligner.feed(message, at):
+                if not 50 < step.manifest.step <= 60:
+                    writer.write_json(MANIFEST_TOPIC, msgspec.json.encode(step.manifest), at)
+    found = explain(Session(path, LIVE))
+    assert not found.streams["camera"].balanced
+    assert 15 <= found.streams["camera"].unaccounted <= 22
+    assert found.streams["imu"].unaccounted >= 1
+    assert found.streams["imu"].messages["lost"] == 0
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+def call(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+def test_a_recording_without_windows_gets_them_by_event_time() -> None:
+    bundle = ("--bundle", ROOT / "models" / "demo")
+    found = msgspec.json.decode(call("explain", DEMO, *bundle, "--json"), type=Explanation)
+    assert (found.source, found.windows, found.wait_ms) == ("event time", 200, None)
+    assert all(stream.balanced for stream in found.streams.values())
+    said = call("explain", DEMO, *bundle, "--window", 100)
+    assert "nothing between 9.000 s and 11.400 s" in said
+    window = msgspec.json.decode(call("explain", DEMO, *bundle, "--window", 143, "--json"), type=WindowExplanation)
+    assert window.streams["lidar"].reason == "out_of_tolerance"
+    assert window.streams["lidar"].why == "its nearest message is 400.0 ms away"
+
+
+def test_what_a_person_reads(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    explained(path, "loss")
+    said = call("explain", path)
+    assert "balanced: sent = received + lost; received = used + late + superseded" in said
+    assert "waited for" in said
+    assert "latency, ms" in said
+    assert "missing: gap" in call("explain", path, "--window", 40) + call("explain", path, "--window", 41)
+
+
+def test_info_has_latency_by_stage_where_there_are_predictions(tmp_path: Path) -> None:
+    import jsonschema
+
+    path = tmp_path / "a.mcap"
+    explained(path)
+    found = json.loads(call("info", path, "--json"))
+    assert found["latency_ms"]["wait"] == {"p50": 40.0, "p95": 40.0, "p99": 40.0, "max": 40.0}
+    jsonschema.Draft202012Validator(schema("info")).validate(found)
+    assert "latency, ms" in call("info", path)
+    assert "latency_ms" not in json.loads(call("info", DEMO, "--json"))
