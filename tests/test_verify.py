@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.bundle import load_bundle
 from pipeline.errors import RecordingError
+from pipeline.explain import Session, explain
+from pipeline.explain_window import explain_window
 from pipeline.recording_damage import damage
 from pipeline.verify import verify
 from tests.rigs import STREAMS
@@ -48,6 +50,10 @@ def test_a_live_session_is_made_again_to_the_last_byte(whole: Path) -> None:
     assert found.holds, (found.first_difference, found.unverifiable)
     assert found.fingerprint == "equal"
     assert found.windows == found.predictions >= MIDDLE
+    told = explain(Session(whole / "session.mcap"))
+    assert all(stream.balanced for stream in told.streams.values()), told
+    assert sum(stream.waited for stream in told.streams.values()) >= found.windows
+    assert set(told.latency_ms) == {"wait", "align", "transport", "encode", "fuse", "total"}
 
 
 @pytest.mark.slow
@@ -69,6 +75,11 @@ def test_a_session_with_a_killed_node(tmp_path: Path, victim: str) -> None:
     assert found.first_difference is None
     if victim == "microphone":  # a sensor that is away is a verdict, not a doubt
         assert found.holds, found.unverifiable
+        recorded = Session(out)
+        told = explain(recorded)
+        assert all(stream.balanced for stream in told.streams.values()), told
+        dead = next(m.step for m in recorded.manifests if m.streams[victim].reason == "dead")
+        assert explain_window(recorded, dead).streams[victim].why.startswith("its node was dead; its last message ends")
     else:  # nobody can know the windows that were never made
         assert not found.holds
         assert any("are not in the recording" in text for text in found.unverifiable)
