@@ -1,0 +1,352 @@
+"""A LiDAR: Velodyne and Ouster over UDP, RPLidar on a serial port. One message is one sweep.
+
+    sources:
+      lidar:  {kind: lidar, sensor: velodyne, udp: 2368}
+      roof:   {kind: lidar, sensor: ouster, udp: 7502, metadata: ouster.json}
+      bumper: {kind: lidar, sensor: rplidar, port: /dev/ttyUSB0}
+
+Points are x, y, z in metres (x forward, y left, z up, in the sensor's own frame), intensity, and the time before the
+sweep's end, which is the capture time. The sensor's own stamps are fitted against the kernel's receive times of its
+packets (``timebase``). Packets that the kernel dropped, because this process was too slow, are counted as ``kernel``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol
+
+import msgspec
+
+from pipeline.clock import Clock, Origin
+from pipeline.errors import ConfigError, SensorError, WireError
+from pipeline.messages import POINT_DTYPE, Payload, SweepLayout
+from pipeline.protocols import rplidar
+from pipeline.protocols.sweeps import Sweep
+from pipeline.protocols.velodyne import MODELS, Velodyne
+from pipeline.source import Reading, Source, SourceContext
+
+_MS = 1_000_000
+_PATIENCE_S = 0.05
+_SO_TIMESTAMPNS, _SO_RXQ_OVFL, _SO_RCVBUFFORCE = 35, 40, 33
+_QUEUE_BYTES = 8 << 20
+_LARGEST_PACKET = 65536
+_AT_ONCE = 512
+"""So many packets are taken in one go; more than the largest sweep of a tenth of a second has at any moment."""
+_OLDEST_NS = 10_000_000_000
+_LARGEST = {"velodyne": 1 << 18, "ouster": 1 << 18, "rplidar": 1 << 14}
+_UDP_PORT = {"velodyne": 2368, "ouster": 7502}
+
+
+class Lidar(Source):
+    """Sweeps of a LiDAR."""
+
+    payload: ClassVar[Payload] = "sweep"
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``udp`` is the port to which a Velodyne (2368) or an Ouster (7502) sends, ``bind`` the own address that
+        listens, ``sensor_ip`` the only sender to be heard if set. ``model`` and ``calibration`` are for a Velodyne
+        (an HDL-64E needs its model), ``metadata`` for an Ouster, ``port`` and ``baud`` for an RPLidar. A sensor that
+        sends nothing for ``silence_ms`` is lost."""
+
+        sensor: Literal["velodyne", "ouster", "rplidar"]
+        udp: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+        bind: str = "0.0.0.0"
+        sensor_ip: str | None = None
+        model: str | None = None
+        calibration: Path | None = None
+        metadata: Path | None = None
+        port: str | None = None
+        baud: Annotated[int, msgspec.Meta(ge=9600)] = 115_200
+        min_range_m: Annotated[float, msgspec.Meta(ge=0)] = 0.1
+        max_range_m: Annotated[float, msgspec.Meta(gt=0)] = 200.0
+        silence_ms: Annotated[int, msgspec.Meta(ge=100)] = 2000
+
+        def __post_init__(self) -> None:
+            if self.model is not None and self.model not in MODELS:
+                raise ValueError(f"`model: {self.model}` is no Velodyne; allowed are {', '.join(MODELS)}")
+            if self.sensor == "ouster" and self.metadata is None:
+                raise ValueError(
+                    "an Ouster needs `metadata`, a file fetched from it: "
+                    "curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
+                )
+            if (self.sensor == "rplidar") != (self.port is not None):
+                raise ValueError("`port`, a serial port like /dev/ttyUSB0, is what an RPLidar needs and no other has")
+
+    def __init__(self, settings: Any, context: SourceContext) -> None:
+        super().__init__(settings, context)
+        self._device: _Device | None = None
+
+    @classmethod
+    def largest_payload(cls, settings: Any) -> int:
+        return _LARGEST[settings.sensor] * POINT_DTYPE.itemsize
+
+    @property
+    def protocol(self) -> Any:
+        """What makes sweeps of the open device's bytes (``pipeline.protocols``), with its counters."""
+        return None if self._device is None else self._device.sweeps
+
+    def open(self) -> None:
+        self.close()
+        opened = _Serial if self.settings.sensor == "rplidar" else _Packets
+        self._device = opened(self.settings, self.context)
+
+    def read(self) -> list[Reading]:
+        if self._device is None:
+            raise SensorError("the LiDAR was read before it was opened; open it first.")
+        return [self._reading(sweep) for sweep in self._device.read()]
+
+    def _reading(self, sweep: Sweep) -> Reading:
+        layout = SweepLayout(len(sweep.points))
+        buffer = self.context.loan(layout)
+        buffer.view(POINT_DTYPE)[:] = sweep.points
+        return Reading(layout=layout, data=buffer, t_capture_ns=sweep.t_capture_ns, t_end_ns=sweep.t_capture_ns,
+                       t_receipt_ns=sweep.t_receipt_ns, t_device_ns=sweep.t_device_ns,
+                       uncertainty_ns=sweep.uncertainty_ns, new_epoch=sweep.new_epoch)  # fmt: skip
+
+    def close(self) -> None:
+        device, self._device = self._device, None
+        if device is not None:
+            device.close()
+
+
+class _Device(Protocol):
+    sweeps: Any
+
+    def read(self) -> list[Sweep]: ...
+    def close(self) -> None: ...
+
+
+class _Counters:
+    """Tells the context what a protocol counts from its beginning."""
+
+    def __init__(self, context: SourceContext) -> None:
+        self._context = context
+        self._told: dict[str, int] = {}
+
+    def tell(self, **totals: int) -> None:
+        for what, total in totals.items():
+            if total > self._told.get(what, 0):
+                self._context.count(what, total - self._told.get(what, 0))
+                self._told[what] = total
+
+
+# -- UDP -------------------------------------------------------------------------------------------------------------
+
+
+class _Socket:
+    """A UDP socket that tells when the kernel received each packet, and how many it dropped."""
+
+    def __init__(self, address: str, port: int, clock: Clock) -> None:
+        self._clock = clock
+        self.dropped = 0
+        self._dropped_u32 = 0
+        self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
+            try:
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
+            except OSError:  # only for root; others get what net.core.rmem_max allows
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
+            self._socket.setblocking(False)
+            self._socket.bind((address, port))
+        except OSError as error:
+            self._socket.close()
+            raise SensorError(
+                f"UDP port {port} on {address} cannot be listened to: {error}. Another program may listen there "
+                f"already (`ss -ulnp`), or this host has no such address."
+            ) from error
+
+    def wait(self, seconds: float) -> None:
+        select.select([self._socket], [], [], seconds)
+
+    def receive(self) -> tuple[bytes, str, int] | None:
+        """The next packet, its sender, and when the kernel received it (session time); None if there is none."""
+        try:
+            data, notes, _, sender = self._socket.recvmsg(_LARGEST_PACKET, 128)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise SensorError(f"the UDP socket failed: {error}. Is the network interface still up?") from error
+        received = now = self._clock.now_ns()
+        for level, kind, value in notes:
+            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+                seconds, nanoseconds = struct.unpack("=qq", value[:16])
+                # The kernel's stamp is on the wall clock. Only its age counts, so that a step of that clock between
+                # two packets changes nothing; an age that cannot be is a step within this one's wait.
+                age = Origin.now().unix_ns - (seconds * 1_000_000_000 + nanoseconds)
+                received = now - age if 0 <= age < _OLDEST_NS else now
+            elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
+                (total,) = struct.unpack("=I", value[:4])
+                self.dropped += (total - self._dropped_u32) & 0xFFFFFFFF
+                self._dropped_u32 = total
+        return data, sender[0], received
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Packets:
+    """A sensor that sends packets."""
+
+    def __init__(self, settings: Lidar.Settings, context: SourceContext) -> None:
+        self._settings, self._context = settings, context
+        try:
+            self.sweeps = self._protocol(settings)
+        except ConfigError as error:
+            raise SensorError(str(error)) from error
+        self._port = settings.udp or _UDP_PORT[settings.sensor]
+        self._socket = _Socket(settings.bind, self._port, context.clock)
+        self._counters = _Counters(context)
+        self._foreign = 0
+        self._heard_ns = self._last_ns = context.clock.now_ns()
+
+    @staticmethod
+    def _protocol(settings: Lidar.Settings) -> Any:
+        if settings.sensor == "velodyne":
+            return Velodyne(settings.model, settings.calibration, settings.min_range_m, settings.max_range_m)
+        from pipeline.protocols.ouster import Ouster
+
+        assert settings.metadata is not None
+        return Ouster(settings.metadata)
+
+    def read(self) -> list[Sweep]:
+        found: list[Sweep] = []
+        self._socket.wait(_PATIENCE_S)
+        for _ in range(_AT_ONCE):
+            packet = self._socket.receive()
+            if packet is None:
+                break
+            sweep = self._feed(*packet)
+            if sweep is not None:
+                found.append(sweep)
+                break
+        self._counters.tell(kernel=self._socket.dropped, malformed=self.sweeps.malformed, partial=self.sweeps.partial,
+                            foreign=self._foreign)  # fmt: skip
+        self._check_silence()
+        return found
+
+    def _feed(self, data: bytes, sender: str, received_ns: int) -> Sweep | None:
+        if self._settings.sensor_ip not in (None, sender):
+            self._foreign += 1
+            return None
+        self._heard_ns = self._context.clock.now_ns()
+        # The wall clock, on which the kernel stamps, may be slewed; receipts of one socket never go back.
+        self._last_ns = max(self._last_ns, received_ns)
+        try:
+            sweep: Sweep | None = self.sweeps.feed(data, self._last_ns)
+        except WireError as error:
+            raise SensorError(str(error)) from error
+        return sweep
+
+    def _check_silence(self) -> None:
+        if self._context.clock.now_ns() - self._heard_ns > self._settings.silence_ms * _MS:
+            who = self._settings.sensor_ip or "anybody"
+            raise SensorError(
+                f"no packet came from {who} on UDP port {self._port} for {self._settings.silence_ms} ms. Is the "
+                f"{self._settings.sensor} powered, is this host the destination that is set in it, and does the "
+                "firewall let it through?"
+            )
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+# -- serial ----------------------------------------------------------------------------------------------------------
+
+
+class _Serial:
+    """An RPLidar: asked for its health and rate, then scanning until it is stopped."""
+
+    def __init__(self, settings: Lidar.Settings, context: SourceContext) -> None:
+        import serial
+
+        self._settings, self._context = settings, context
+        self._failures: tuple[type[Exception], ...] = (serial.SerialException, OSError, TypeError)
+        try:
+            self._port = serial.Serial(settings.port, settings.baud, timeout=_PATIENCE_S)
+        except (OSError, ValueError) as error:
+            raise SensorError(
+                f"the RPLidar's serial port {settings.port} cannot be opened: {error}. Is it plugged in, and may this "
+                "user read it (group dialout)? `ls -l /dev/serial/by-id` lists what is there."
+            ) from error
+        try:
+            self._motor(True)
+            self._start()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, self._failures):
+                raise self._failed(error) from error
+            raise
+        self._counters = _Counters(context)
+        self._heard_ns = context.clock.now_ns()
+
+    def _motor(self, on: bool) -> None:
+        """By the line DTR on an A1's adapter, by a request on the others; each ignores what is not for it."""
+        with contextlib.suppress(OSError):  # a pseudo-terminal and some adapters have no such line
+            self._port.dtr = not on
+        self._port.write(rplidar.PWM if on else rplidar.PWM_OFF)
+
+    def _start(self) -> None:
+        self._port.write(rplidar.STOP)
+        self._port.reset_input_buffer()
+        state, code = rplidar.health(self._ask(rplidar.HEALTH, rplidar.HEALTH_ANSWER, 3))
+        if state == "error":
+            raise SensorError(
+                f"the RPLidar on {self._settings.port} reports a fault of its own, code {code}. Take its power away "
+                "and give it back; if it stays, the device is broken."
+            )
+        self.sweeps = rplidar.Rplidar(rplidar.rate_hz(self._ask(rplidar.RATE, rplidar.RATE_ANSWER, 4)))
+        self._ask(rplidar.SCAN, rplidar.SCAN_ANSWER, 0)
+
+    def _ask(self, request: bytes, answer: bytes, size: int) -> bytes:
+        """Sends a request and returns the ``size`` bytes behind its answer."""
+        self._port.write(request)
+        until = self._context.clock.now_ns() + self._settings.silence_ms * _MS
+        got = b""
+        while self._context.clock.now_ns() < until:
+            at = got.find(answer)
+            if at >= 0 and len(got) >= at + len(answer) + size:
+                return got[at + len(answer) : at + len(answer) + size]
+            got += self._port.read(1)
+        raise SensorError(
+            f"the device on {self._settings.port} does not answer like an RPLidar ({len(got)} bytes came at "
+            f"{self._settings.baud} baud). Set `baud` to that of its model: A1 and A2M8 115200, A2M7, A2M12 and A3 "
+            "256000, S1 256000, S2 and S3 1000000."
+        )
+
+    def read(self) -> list[Sweep]:
+        try:
+            data = self._port.read(1)
+            data += self._port.read(self._port.in_waiting) if data else b""
+        except self._failures as error:
+            raise self._failed(error) from error
+        now = self._context.clock.now_ns()
+        if data:
+            self._heard_ns = now
+        elif now - self._heard_ns > self._settings.silence_ms * _MS:
+            raise SensorError(
+                f"the RPLidar on {self._settings.port} sent nothing for {self._settings.silence_ms} ms. Does its motor "
+                "turn, and does it get enough power?"
+            )
+        found = self.sweeps.feed(data, now)
+        self._counters.tell(damaged=self.sweeps.damaged, partial=self.sweeps.partial, lost=self.sweeps.lost)
+        return found
+
+    def _failed(self, error: BaseException) -> SensorError:
+        return SensorError(
+            f"the RPLidar's serial port {self._settings.port} failed: {error}. It was unplugged, or another program "
+            "reads it."
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(*self._failures):
+            if self._port.is_open:
+                self._port.write(rplidar.STOP)
+                self._motor(False)
+        with contextlib.suppress(*self._failures):
+            self._port.close()

@@ -1,0 +1,84 @@
+"""Ouster's LiDAR packets (UDP) to sweeps, through the vendor's own SDK (extra ``ouster``).
+
+A packet holds some columns, each with the sensor's stamp in ns; the last of them is what the receipt tells about. A
+sweep ends with its last valid column. Points are in the sensor frame, one for each first return; intensity is the
+calibrated reflectivity.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import ConfigError, SensorError
+from pipeline.protocols.sweeps import Sweep, make_points
+from pipeline.timebase import Mapped, Timebase
+
+
+class Ouster:
+    """Packets of one sensor in, sweeps out. ``frame`` is the last whole frame as the SDK gives it, with every field."""
+
+    def __init__(self, metadata: Path) -> None:
+        try:
+            import ouster.sdk.core as core
+        except ImportError as error:
+            raise SensorError(
+                f"an Ouster needs its vendor's SDK, which cannot be imported: {error}. Install the extra `ouster`: "
+                "pip install 'sensorium[ouster]'."
+            ) from error
+        self._core = core
+        try:
+            self._info = core.SensorInfo(metadata.read_text())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"{metadata} does not hold the metadata of an Ouster: {error}. Fetch them from the sensor: "
+                "curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
+            ) from error
+        self._format = core.PacketFormat(self._info)
+        self._project = core.XYZLut(self._info)
+        self._batcher = core.FrameBatcher(self._info)
+        self._building = core.LidarFrame(self._info)
+        self._times = Timebase()
+        self._stamps: list[tuple[int, Mapped]] = []
+        self.frame: Any = None
+        self.partial = self.malformed = self.packets = 0
+        self._new_epoch = False
+
+    def feed(self, packet: bytes, receipt_ns: int) -> Sweep | None:
+        """Takes a packet and when it was received (session time). Returns the sweep that it completes, if any."""
+        core = self._core
+        self.packets += 1
+        if len(packet) != self._format.lidar_packet_size:
+            self.malformed += 1
+            return None
+        raw = np.frombuffer(packet, np.uint8)
+        held = core.LidarPacket(self._format)
+        held.buf[:] = raw
+        held.host_timestamp = max(receipt_ns, 1)
+        stamps = self._format.packet_header(core.ColHeader.TIMESTAMP, raw)
+        mapped = self._times.update(int(stamps[-1]), receipt_ns)
+        self._new_epoch |= mapped.new_epoch and self.packets > self.malformed + 1
+        self._stamps.append((int(stamps[-1]), mapped))
+        if not self._batcher.batch(held, self._building):
+            return None
+        self.frame, self._building = self._building, core.LidarFrame(self._info)
+        return self._sweep(receipt_ns)
+
+    def _sweep(self, receipt_ns: int) -> Sweep | None:
+        frame, core = self.frame, self._core
+        valid = (frame.status & 1).astype(bool)
+        if not valid.any():
+            return None
+        end = int(frame.timestamp[valid].max())
+        mapped = next((m for stamp, m in reversed(self._stamps) if stamp <= end), self._stamps[-1][1])
+        self._stamps = [s for s in self._stamps if s[0] > end]
+        distance = frame.field(core.ChanField.RANGE)
+        seen = (distance > 0) & valid
+        field = core.ChanField.REFLECTIVITY
+        light = frame.field(field) if field in frame.fields else frame.field(core.ChanField.SIGNAL)
+        offsets = np.broadcast_to(frame.timestamp.astype(np.int64) - end, distance.shape)
+        points = make_points(self._project(distance)[seen], light[seen], offsets[seen])
+        new_epoch, self._new_epoch = self._new_epoch, False
+        return Sweep(points, mapped.t_capture_ns, end, receipt_ns, mapped.uncertainty_ns, new_epoch)

@@ -1,0 +1,468 @@
+"""LiDARs: Velodyne and Ouster packets over UDP, an RPLidar through a pseudo-terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import socket
+import struct
+import threading
+import tty
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nodes.lidar import Lidar, _Socket
+from pipeline.checks import CheckContext, check_source
+from pipeline.clock import ManualClock, SystemClock
+from pipeline.errors import ConfigError, SensorError, WireError
+from pipeline.messages import POINT_DTYPE
+from pipeline.protocols import rplidar
+from pipeline.protocols.velodyne import Velodyne
+from pipeline.source import Reading
+from pipeline.strict import Document
+
+NS, MS = 1_000_000_000, 1_000_000
+PACKET_NS = 1_327_104
+"""A VLP-16 sends a packet of 12 blocks in this time: 754 packets a second."""
+STEP = 40
+"""Hundredths of a degree a block: 10.05 turns a second."""
+ELEVATION = np.radians([-15, 1, -13, 3, -11, 5, -9, 7, -7, 9, -5, 11, -3, 13, -1, 15])
+
+
+def settings(**given: Any) -> Any:
+    return Document("{}", "settings").decode(Lidar.Settings, value=given)
+
+
+def free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# -- a VLP-16 in a hall: a wall 5 m ahead, and everything else 10 m away -----------------------------------------------
+
+
+def vlp16(index: int, time_us: int, factory: int = 0x22) -> bytes:
+    """Packet ``index``. The beam turns while a block is fired, so every shot has its own azimuth."""
+    blocks = []
+    for block in range(12):
+        azimuth = (index * 12 + block) * STEP % 36000
+        shots = np.arange(32)
+        when = np.where(shots < 16, 0, 55.296) + shots % 16 * 2.304
+        angle = np.radians((azimuth + STEP * when / 110.592) / 100)
+        elevation = ELEVATION[shots % 16]
+        ahead = np.cos(angle) * np.cos(elevation)
+        distance = np.where(ahead > 0.5, 5 / np.maximum(ahead, 0.5), 10.0)
+        counts = np.round(distance / 0.002).astype("<u2")
+        body = np.zeros(32, np.dtype([("distance", "<u2"), ("light", "u1")]))
+        body["distance"], body["light"] = counts, shots
+        blocks.append(struct.pack("<HH", 0xEEFF, azimuth) + body.tobytes())
+    return b"".join(blocks) + struct.pack("<IBB", time_us, 0x37, factory)
+
+
+def check_hall(points: np.ndarray[Any, Any], rate: int = 1) -> None:
+    xyz = np.stack([points[axis] for axis in "xyz"], axis=1).astype(float)
+    radius = np.linalg.norm(xyz, axis=1)
+    ahead = xyz[:, 0] / radius
+    wall, rest = ahead > 0.52, ahead < 0.48
+    assert wall.sum() > 4000
+    assert rest.sum() > 10000
+    assert np.abs(xyz[wall, 0] - 5).max() < 0.02
+    assert np.abs(radius[rest] - 10).max() < 0.005
+    assert set(np.round(np.degrees(np.arcsin(xyz[:, 2] / radius))).astype(int)) == set(range(-15, 16, 2))
+    assert set(points["intensity"].astype(int)) == set(range(32))
+    left = rest & (xyz[:, 1] > 9)
+    assert left.any()
+    assert points["offset_ns"].max() == 0
+    assert points["offset_ns"].min() == pytest.approx(-99.5 * MS / rate, abs=2 * MS)
+
+
+def test_sweeps_have_the_geometry_and_the_times_of_the_packets() -> None:
+    lidar, random = Velodyne(), np.random.default_rng(7)
+    ends, sweeps = [], []
+    for i in range(3020):
+        taken = NS + i * PACKET_NS  # the sensor's clock is the session's, its packets come late by 0.1 ms and more
+        receipt = taken + PACKET_NS + 100_000 + round(random.exponential(200_000))
+        sweep = lidar.feed(vlp16(i, taken // 1000), receipt)
+        if sweep is not None:
+            sweeps.append(sweep)
+            ends.append(sweep.t_device_ns)
+    assert lidar.partial == 1
+    assert lidar.malformed == 0
+    assert len(sweeps) == 3020 * 12 * STEP // 36000 - 1
+    for sweep in sweeps[:3]:
+        check_hall(sweep.points)
+    assert not any(sweep.new_epoch for sweep in sweeps)
+    error = np.array([sweep.t_capture_ns - end - 100_000 for sweep, end in zip(sweeps, ends, strict=True)])
+    assert np.abs(error).max() < 100_000
+    assert all(abs(e) <= s.uncertainty_ns + 2000 for e, s in zip(error[10:], sweeps[10:], strict=True))
+    captures = [sweep.t_capture_ns for sweep in sweeps]
+    assert captures == sorted(set(captures))
+
+
+def test_the_hour_turns_without_a_jump() -> None:
+    lidar, sweeps = Velodyne(), []
+    for i in range(1000):
+        taken = 3_600 * NS - 500 * PACKET_NS + i * PACKET_NS
+        sweep = lidar.feed(vlp16(i, taken // 1000 % 3_600_000_000), taken + PACKET_NS)
+        sweeps += [] if sweep is None else [sweep]
+    assert not any(sweep.new_epoch for sweep in sweeps)
+    steps = np.diff([sweep.t_capture_ns for sweep in sweeps])
+    assert np.abs(steps - steps[0]).max() < 200_000
+
+
+def test_a_sensor_that_restarts_opens_an_epoch_and_no_sweep_holds_both_lives() -> None:
+    lidar, sweeps = Velodyne(), []
+    for i in range(1500):
+        receipt = 10 * NS + i * PACKET_NS
+        taken = receipt + 100 * NS if i < 700 else (i - 700) * PACKET_NS
+        sweep = lidar.feed(vlp16(i, taken // 1000), receipt)
+        sweeps += [] if sweep is None else [sweep]
+    assert [sweep.new_epoch for sweep in sweeps].count(True) == 1
+    assert lidar.partial == 2
+    for sweep in sweeps:
+        assert sweep.points["offset_ns"].min() > -101 * MS
+
+
+def test_what_is_no_packet_is_counted_and_an_unknown_sensor_is_refused() -> None:
+    lidar = Velodyne()
+    assert lidar.feed(b"x" * 1206, 0) is None
+    assert lidar.feed(vlp16(0, 0)[:1000], 0) is None
+    assert lidar.malformed == 2
+
+    def turn() -> None:
+        for i in range(200):
+            lidar.feed(vlp16(i, i * 1327, factory=0), i * PACKET_NS)
+
+    with pytest.raises(WireError, match="Set `model`"):
+        turn()
+
+
+# -- over UDP --------------------------------------------------------------------------------------------------------
+
+PACKETS = 1508
+"""Two seconds' worth, twenty turns and a bit."""
+
+
+def send(port: int, count: int, rate: float, clock: SystemClock, stop: threading.Event | None = None) -> None:
+    """``count`` packets at ``rate`` times the sensor's rate, stamped with the session clock; all that are due at once
+    after a pause of this machine, as a switch would."""
+    start, sent = clock.now_ns(), 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", port))
+        while sent < count and not (stop is not None and stop.is_set()):
+            taken = start + round(sent * PACKET_NS / rate)
+            packet = vlp16(sent, taken // 1000 % 3_600_000_000)
+            clock.wait_until(taken + PACKET_NS)
+            try:
+                sender.send(packet)
+            except ConnectionRefusedError:  # nobody listens at this moment
+                continue
+            sent += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [1, 2])
+def test_packets_sent_are_packets_received_and_packets_that_the_kernel_dropped(rate: int) -> None:
+    port, clock = free_port(), SystemClock()
+    context = CheckContext(clock=clock)
+    source = Lidar(settings(sensor="velodyne", udp=port, bind="127.0.0.1"), context)
+    source.open()
+    sender = threading.Thread(target=send, args=(port, PACKETS, rate, clock))
+    sender.start()
+    found: list[Reading] = []
+    try:
+        for _ in range(20_000):
+            found += source.read()
+            if source.protocol.packets + context.counted.get("kernel", 0) >= PACKETS:
+                break
+        assert source.protocol.packets + context.counted.get("kernel", 0) == PACKETS
+    finally:
+        sender.join()
+        source.close()
+    assert context.counted == {"partial": 1}  # the queue holds seconds: nothing is dropped, nothing malformed
+    assert len(found) == PACKETS * 12 * STEP // 36000 - 1
+    for reading in found[:2]:
+        check_hall(reading.data.view(POINT_DTYPE), rate)
+    for reading in found:
+        # A machine that is busy sends late, and the sensor's own stamp is earlier than anything that can be known.
+        assert reading.t_device_ns is not None
+        assert -reading.uncertainty_ns - MS <= reading.t_capture_ns - reading.t_device_ns
+
+
+def test_what_the_kernel_drops_is_counted_to_the_packet() -> None:
+    port, clock = free_port(), SystemClock()
+    context = CheckContext(clock=clock)
+    source = Lidar(settings(sensor="velodyne", udp=port, bind="127.0.0.1"), context)
+    source.open()
+    sent = 0
+    packets = [vlp16(i, i * 1327) for i in range(200)]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", port))
+        for i in range(12_000):
+            sender.send(packets[i % 200])
+        while source.read() or select.select([source._device._socket._socket], [], [], 0)[0]:  # type: ignore[union-attr]
+            pass
+        sender.send(packets[0])  # the kernel tells with the next packet that it takes
+        sent = 12_001
+    before = source.protocol.packets
+    while source.protocol.packets == before:
+        source.read()
+    source.close()
+    assert context.counted["kernel"] > 0
+    assert source.protocol is None
+    assert before + 1 + context.counted["kernel"] == sent
+
+
+def test_a_velodyne_keeps_the_contract_of_a_source() -> None:
+    port, stop = free_port(), threading.Event()
+    sender = threading.Thread(target=send, args=(port, 100_000, 1, SystemClock(), stop))
+    sender.start()
+    try:
+        check_source(Lidar, {"sensor": "velodyne", "udp": port, "bind": "127.0.0.1"}, readings=2)
+    finally:
+        stop.set()
+        sender.join()
+
+
+def test_a_packet_was_received_when_the_kernel_had_it_however_long_it_waited() -> None:
+    clock, port = SystemClock(), free_port()
+    listening = _Socket("127.0.0.1", port, clock)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        before = clock.now_ns()
+        sender.sendto(b"x", ("127.0.0.1", port))
+        after = clock.now_ns()
+    clock.wait_until(after + 30 * MS)
+    got = listening.receive()
+    listening.close()
+    assert got is not None
+    assert got[:2] == (b"x", "127.0.0.1")
+    assert before - 5 * MS <= got[2] <= after + MS
+
+
+def test_silence_a_taken_port_and_other_senders() -> None:
+    port, clock = free_port(), ManualClock()
+    context = CheckContext(clock=clock)
+    source = Lidar(settings(sensor="velodyne", udp=port, bind="127.0.0.1", sensor_ip="127.0.0.9"), context)
+    source.open()
+    with pytest.raises(SensorError, match="cannot be listened to"):
+        Lidar(settings(sensor="velodyne", udp=port, bind="127.0.0.1"), CheckContext()).open()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(vlp16(0, 0), ("127.0.0.1", port))
+    assert source.read() == []
+    assert context.counted == {"foreign": 1}
+    clock.advance(2001 * MS)
+    with pytest.raises(SensorError, match=r"no packet came from 127\.0\.0\.9"):
+        source.read()
+    source.close()
+
+
+# -- Ouster ----------------------------------------------------------------------------------------------------------
+
+
+def udp_payloads(path: Path, port: int) -> list[bytes]:
+    """The UDP payloads to ``port`` in a capture, IP fragments put together (classic pcap, Ethernet)."""
+    raw = path.read_bytes()
+    order = "<" if raw[:4] in (b"\xd4\xc3\xb2\xa1", b"\x4d\x3c\xb2\xa1") else ">"
+    at, found, parts = 24, [], {}
+    while at < len(raw):
+        size = struct.unpack_from(order + "I", raw, at + 8)[0]
+        frame, at = raw[at + 16 : at + 16 + size], at + 16 + size
+        head = 14 + 4 * (frame[12:14] == b"\x81\x00")
+        if frame[head - 2 : head] != b"\x08\x00" or frame[head + 9] != 17:
+            continue
+        total, identity, flags = struct.unpack_from(">HHH", frame, head + 2)
+        body = frame[head + 4 * (frame[head] & 15) : head + total]
+        parts[identity] = parts.get(identity, b"") + body if flags & 0x1FFF else body
+        if not flags & 0x2000:
+            whole = parts.pop(identity)
+            if struct.unpack_from(">H", whole, 2)[0] == port:
+                found.append(whole[8:])
+    return found
+
+
+@pytest.mark.parametrize("name", ["OS-0-32-U1_v2.2.0_1024x10", "OS-1-32-G_v2.1.1_1024x10"])
+def test_every_field_of_an_ouster_has_the_vendors_digest(shared_data: Path, name: str) -> None:
+    core = pytest.importorskip(
+        "ouster.sdk.core", reason="the Ouster SDK is not installed: pip install 'sensorium[ouster]'"
+    )
+    folder = shared_data / "ouster"
+    if not (folder / f"{name}.pcap").is_file():
+        pytest.skip(f"the capture {name}.pcap is not among the real recordings")
+    digest = json.loads((folder / f"{name}_digest.json").read_text())
+    metadata = folder / f"{name}.json"
+    info = core.SensorInfo(metadata.read_text())
+    packets = udp_payloads(folder / f"{name}.pcap", info.config.udp_port_lidar or 7502)
+    port, context = free_port(), CheckContext()
+    source = Lidar(settings(sensor="ouster", udp=port, bind="127.0.0.1", metadata=str(metadata)), context)
+    source.open()
+    found: list[Reading] = []
+    form = core.PacketFormat(info)
+    hashes: dict[str, Any] = {}
+    with contextlib.closing(source), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for packet in packets:
+            sender.sendto(packet, ("127.0.0.1", port))
+            found += source.read()
+            raw = np.frombuffer(packet, np.uint8)
+            if len(raw) == form.lidar_packet_size:
+                for header in core.ColHeader:
+                    hashes.setdefault(header.name, hashlib.md5()).update(form.packet_header(header, raw).tobytes())
+                for field in form.fields:
+                    hashes.setdefault(field, hashlib.md5()).update(form.packet_field(field, raw).tobytes())
+        protocol = source.protocol
+    assert protocol.packets == len(packets)
+    frame = protocol.frame
+    assert frame is not None, "the capture holds a whole frame"
+    (expected,) = digest["scans"]
+    got = {
+        "FRAME_ID": str(frame.frame_id),
+        "TIMESTAMP": md5(frame.timestamp.astype(np.uint64)),
+        "STATUS": md5(frame.status.astype(np.uint64)),
+        "MEASUREMENT_ID": md5(frame.measurement_id.astype(np.uint16)),
+        **{field: md5(frame.field(field)) for field in frame.fields},
+    }
+    expected.pop("ENCODER_COUNT")  # computed by nobody any more, the vendor's own check leaves it out
+    assert {key: got[key] for key in expected} == expected
+    stated = {key: value for key, value in digest["packet_hash"].items() if key != "ENCODER_COUNT"}
+    assert {key: hashes[key].hexdigest() for key in stated} == stated
+    (reading,) = found
+    points = reading.data.view(POINT_DTYPE)
+    seen = frame.field(core.ChanField.RANGE)
+    assert len(points) == int((seen > 0).sum())
+    xyz = np.stack([points[axis] for axis in "xyz"], axis=1)
+    project = core.XYZLut(info)(frame)
+    assert np.allclose(xyz, project[seen > 0], atol=1e-4)
+    assert points["offset_ns"].max() <= 0
+    assert points["offset_ns"].min() > -101 * MS
+
+
+def md5(values: np.ndarray[Any, Any]) -> str:
+    return hashlib.md5(values.tobytes()).hexdigest()
+
+
+def test_an_ouster_without_its_sdk_or_its_metadata_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="curl"):
+        settings(sensor="ouster")
+    given = settings(sensor="ouster", udp=free_port(), metadata=str(tmp_path / "none.json"))
+    with pytest.raises(SensorError, match=r"sensorium\[ouster\]|does not hold the metadata"):
+        Lidar(given, CheckContext()).open()
+
+
+# -- RPLidar ---------------------------------------------------------------------------------------------------------
+
+
+class FakeRplidar(threading.Thread):
+    """The device's side of a pseudo-terminal: answers requests, and while it scans sends a turn of 360 measurements,
+    2 m all around but nothing seen from 100 to 110 degrees."""
+
+    def __init__(self, health: int = 0, damage_at: int | None = None, mute: bool = False) -> None:
+        super().__init__()
+        self.fd, self.slave = os.openpty()
+        tty.setraw(self.slave)
+        self.name_ = os.ttyname(self.slave)
+        self._health, self._damage_at, self._mute = health, damage_at, mute
+        self._ended = threading.Event()
+        self.heard = b""
+
+    def run(self) -> None:
+        clock, scanning, sent, start = SystemClock(), False, 0, 0
+        while not self._ended.is_set():
+            if select.select([self.fd], [], [], 0.002)[0]:
+                asked = os.read(self.fd, 1000)
+                self.heard += asked
+                answers = ((rplidar.HEALTH, rplidar.HEALTH_ANSWER + struct.pack("<BH", self._health, 7)),
+                           (rplidar.RATE, rplidar.RATE_ANSWER + struct.pack("<HH", 500, 250)),
+                           (rplidar.SCAN, rplidar.SCAN_ANSWER))  # fmt: skip
+                for request, answer in answers:
+                    if request in asked and not self._mute:
+                        os.write(self.fd, answer)
+                if rplidar.SCAN in asked:
+                    scanning, sent, start = True, 0, clock.now_ns()
+                elif rplidar.STOP in asked:
+                    scanning = False
+            while scanning and not self._mute and (clock.now_ns() - start) * 2000 // NS > sent:
+                data = self.measurement(sent % 360)
+                os.write(self.fd, b"\x00" + data if sent == self._damage_at else data)
+                sent += 1
+
+    @staticmethod
+    def measurement(degree: int) -> bytes:
+        first = 1 if degree == 0 else 2
+        distance = 0 if 100 <= degree <= 110 else 2 * 4000
+        return struct.pack("<BHH", 47 << 2 | first, degree * 64 << 1 | 1, distance)
+
+    def end(self) -> None:
+        self._ended.set()
+        if self.is_alive():
+            self.join()
+        os.close(self.fd)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[FakeRplidar]:
+    made = FakeRplidar(**getattr(request, "param", {}))
+    made.start()
+    yield made
+    made.end()
+
+
+def test_an_rplidar_keeps_the_contract_and_is_stopped_at_the_end(device: FakeRplidar) -> None:
+    got = check_source(Lidar, {"sensor": "rplidar", "port": device.name_}, readings=2)
+    for reading in got:
+        points = reading.data.view(POINT_DTYPE)
+        assert len(points) == 349
+        assert np.hypot(points["x"], points["y"]) == pytest.approx(2, abs=1e-3)
+        angle = np.round(-np.degrees(np.arctan2(points["y"], points["x"]))).astype(int) % 360  # it turns clockwise
+        assert set(angle) == set(range(360)) - set(range(100, 111))
+        assert (points["z"] == 0).all()
+        assert (points["intensity"] == 47).all()
+        assert points["offset_ns"].min() == pytest.approx(-359 * 500_000, rel=0.01)
+    assert device.heard.count(rplidar.STOP) >= 2
+
+
+@pytest.mark.parametrize("device", [{"damage_at": 500}], indirect=True)
+def test_damage_on_the_line_is_counted(device: FakeRplidar) -> None:
+    context = CheckContext()
+    source = Lidar(settings(sensor="rplidar", port=device.name_), context)
+    source.open()
+    for _ in range(500):
+        if source.read() and "damaged" in context.counted:
+            break
+    source.close()
+    assert context.counted == {"partial": 1, "damaged": 1}
+
+
+@pytest.mark.parametrize("device", [{"health": 2}], indirect=True)
+def test_a_device_with_a_fault_says_so(device: FakeRplidar) -> None:
+    with pytest.raises(SensorError, match="code 7"):
+        Lidar(settings(sensor="rplidar", port=device.name_), CheckContext()).open()
+
+
+@pytest.mark.parametrize("device", [{"mute": True}], indirect=True)
+def test_what_does_not_answer_like_an_rplidar_is_refused(device: FakeRplidar) -> None:
+    with pytest.raises(SensorError, match="Set `baud`"):
+        Lidar(settings(sensor="rplidar", port=device.name_, silence_ms=200), CheckContext()).open()
+    with pytest.raises(SensorError, match="cannot be opened"):
+        Lidar(settings(sensor="rplidar", port="/dev/none"), CheckContext()).open()
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "match"),
+    [
+        ({"sensor": "velodyne", "port": "/dev/x"}, "serial port"),
+        ({"sensor": "rplidar"}, "serial port"),
+        ({"sensor": "velodyne", "model": "VLP99"}, "VLP16"),
+    ],
+)
+def test_settings_fit_the_sensor(given_settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        settings(**given_settings)
