@@ -4,7 +4,8 @@ A sound card only counts. ``BlockClock`` fits the count against the driver's ADC
 
 * The first blocks after a start are distrusted and dropped; they only show how far ADC times lie in the future (a
   sound server states some that end after they arrived, which cannot be: all are moved back by the most of that).
-* One ADC time that is too early is a bad stamp (PortAudio gives a few a minute): its block keeps its length.
+* An ADC time that is too early is a bad stamp, since nothing is taken before its time: PortAudio gives a few a minute,
+  and many in a row on a busy machine. Such a block follows the one before it, and the fit does not see its stamp.
 * A block whose ADC time is suddenly late means lost samples, or one bad stamp. It is held back for a few blocks until
   that is sure, so that sound after a gap is never published as if it belonged before it.
 
@@ -26,8 +27,10 @@ from pipeline.timebase import MappedBlock, SampleClock
 
 Array = np.ndarray[Any, Any]
 
-SETTLING_BLOCKS = 15
+SETTLING_BLOCKS = 25
 _SUSPECT_NS = 3_000_000
+_WITHHELD = 100
+"""So many early stamps in a row are no fault of stamps: the clock itself was set back."""
 _HELD = 8
 """The sample clock needs six late blocks to be sure."""
 _NS = 1_000_000_000
@@ -55,67 +58,91 @@ class BlockClock:
         self.lost = 0
         self._rate, self._adc = rate_hz, adc
         self._clock = SampleClock(rate_hz, noise="jitter" if adc else "delay")
-        self._settling = SETTLING_BLOCKS
-        self._ahead = self._count = self._base = 0
-        self._end = 0
+        self._first: list[tuple[int, int]] = []
+        self._ahead = self._end = 0
+        self._count = self._fed = self._fed_samples = self._withheld = 0
         self._found = 0  # samples that the driver lost without counting them
-        self._held: deque[tuple[Block, MappedBlock]] = deque()
+        self._held: deque[Block] = deque()
 
     def update(
         self, data: Array, t_adc_ns: int | None, t_device_ns: int | None, t_receipt_ns: int, count: int
     ) -> list[Block]:
         """Takes the next block: its ADC time on the session clock (None: only the receipt counts), the driver's own
         number of its first sample. Returns the blocks whose times are sure, in order."""
-        length = len(data) * _NS // self._rate
-        end = t_receipt_ns if t_adc_ns is None else t_adc_ns + length
-        if self._settling:
-            self._settling -= 1
-            self._ahead = max(self._ahead, end - t_receipt_ns)
-            self._count = self._base = count + len(data)
+        end = t_receipt_ns if t_adc_ns is None else t_adc_ns + self._ns(len(data))
+        if len(self._first) < SETTLING_BLOCKS:
+            self._settle(end, t_receipt_ns, count + len(data))
             return []
         skipped, self._count = count - self._count, count + len(data)
-        mapped = self._clock.update(len(data), end - self._ahead, count=count - self._base + self._found)
-        found = mapped.lost - max(skipped, 0)
-        self._found += found
-        self.lost += mapped.lost
-        begin, self._end = self._place(mapped, length)
+        begin, known = self._end + self._ns(skipped), self.lost
+        mapped = self._map(end - self._ahead, begin + self._ns(len(data)), count, len(data))
+        self.lost += max(skipped, 0)
+        fresh, doubt = False, _SUSPECT_NS
+        if mapped is None:
+            self._end = begin + self._ns(len(data))
+        else:
+            fresh, doubt = mapped.new_epoch, mapped.uncertainty_ns
+            found = mapped.lost
+            self._found += found
+            self.lost += found
+            begin, self._end = self._place(mapped, begin, len(data), fresh or found > 0)
+        moved = fresh or self.lost - max(skipped, 0) > known
         block = Block(data=data, t_capture_ns=begin, t_end_ns=self._end, t_receipt_ns=t_receipt_ns,
-                      t_device_ns=t_device_ns, uncertainty_ns=mapped.uncertainty_ns, new_epoch=mapped.new_epoch,
-                      gap=mapped.new_epoch or skipped > 0)  # fmt: skip
-        self._held.append((block, mapped))
-        if (found > 0 or mapped.new_epoch) and len(self._held) > 1:
+                      t_device_ns=t_device_ns, uncertainty_ns=doubt, new_epoch=fresh,
+                      gap=fresh or skipped > 0)  # fmt: skip
+        self._held.append(block)
+        if moved:
             return self._moved()
-        if found > 0:
-            self._held[0] = (msgspec.structs.replace(block, gap=True), mapped)
-        elif self._adc and mapped.residual_ns > _SUSPECT_NS and len(self._held) < _HELD:
-            return []
-        return self._release()
+        suspect = mapped is not None and self._adc and mapped.residual_ns > _SUSPECT_NS
+        return [] if suspect and len(self._held) < _HELD else self._release()
 
-    def _place(self, mapped: MappedBlock, length_ns: int) -> tuple[int, int]:
-        """A block's begin and end: where the last one ended, unless something is missing. One stamp that is too early
-        would squeeze its block and stretch the next; such a block keeps its length."""
-        if mapped.new_epoch or mapped.lost:
-            return mapped.t_capture_ns, mapped.t_end_ns
-        odd = abs(mapped.t_end_ns - self._end - length_ns) > length_ns // 20
-        return self._end, self._end + length_ns if odd else mapped.t_end_ns
+    def _ns(self, samples: int) -> int:
+        return samples * _NS // self._rate
+
+    def _settle(self, end_ns: int, receipt_ns: int, count: int) -> None:
+        """Takes one of the first blocks: the middle of the later ones says where the first good block begins."""
+        self._ahead = max(self._ahead, end_ns - receipt_ns)
+        self._first.append((end_ns, count))
+        self._count = self._fed = count
+        later = [end + self._ns(count - number) for end, number in self._first[len(self._first) // 2 :]]
+        self._end = sorted(later)[len(later) // 2] - self._ahead
+
+    def _map(self, end_ns: int, expected_ns: int, count: int, samples: int) -> MappedBlock | None:
+        """The sample clock's answer; None where an ADC time is too early to be true, and is withheld from it."""
+        if self._adc and end_ns < expected_ns - _SUSPECT_NS and self._withheld < _WITHHELD:
+            self._withheld += 1
+            return None
+        self._withheld = 0
+        # One call stands for the withheld blocks as well, and for what the driver itself skipped.
+        first = self._fed_samples
+        self._fed_samples = count + samples - self._fed + self._found
+        return self._clock.update(self._fed_samples - first, end_ns, count=first)
+
+    def _place(self, mapped: MappedBlock, begin_ns: int, samples: int, moved: bool) -> tuple[int, int]:
+        """A block's begin and end: where the last one ended, unless something is missing. A stamp that is odd would
+        squeeze its block and stretch the next; such a block keeps its length."""
+        length = self._ns(samples)
+        if moved:
+            return mapped.t_end_ns - length, mapped.t_end_ns
+        odd = abs(mapped.t_end_ns - begin_ns - length) > length // 20
+        return begin_ns, begin_ns + length if odd and self._adc else mapped.t_end_ns
 
     def _release(self) -> list[Block]:
-        blocks = [block for block, _ in self._held]
+        blocks = list(self._held)
         self._held.clear()
         return blocks
 
     def _moved(self) -> list[Block]:
         """The held blocks came after what got lost: they end where the newest one begins, not where they seemed to."""
-        end = self._held[-1][0].t_capture_ns
-        last = self._held[-1][0]
-        moved = [msgspec.structs.replace(last, new_epoch=False, gap=False)]
-        for block, _ in list(self._held)[-2::-1]:
+        last = self._held[-1]
+        fresh = any(block.new_epoch for block in self._held)
+        moved, end = [], last.t_end_ns
+        for block in reversed(self._held):
             length = block.t_end_ns - block.t_capture_ns
             moved.append(msgspec.structs.replace(block, t_capture_ns=end - length, t_end_ns=end, gap=False,
-                                                 uncertainty_ns=last.uncertainty_ns))  # fmt: skip
+                                                 new_epoch=False, uncertainty_ns=last.uncertainty_ns))  # fmt: skip
             end -= length
         moved.reverse()
-        fresh = any(block.new_epoch for block, _ in self._held)
         moved[0] = msgspec.structs.replace(moved[0], gap=True, new_epoch=fresh)
         self._held.clear()
         return moved

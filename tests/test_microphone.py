@@ -95,6 +95,16 @@ def test_one_bad_stamp_moves_nothing(wrong_ms: int) -> None:
     assert max(abs(b.t_capture_ns - (i + SETTLING_BLOCKS) * 10 * MS) for i, b in enumerate(got)) < MS
 
 
+def test_a_run_of_early_stamps_moves_nothing() -> None:
+    clock = BlockClock(16_000, adc=True)
+    got: list[Block] = []
+    for i in range(400):
+        adc = i * 10 * MS - (20 * MS if 200 <= i < 212 or i in (27, 28, 30) else 0)
+        got += clock.update(np.zeros((160, 1), "<i2"), adc, adc, i * 10 * MS + 10 * MS, i * 160)
+    assert [b.gap for b in got] == [True] + [False] * (len(got) - 1)
+    assert max(abs(b.t_capture_ns - (i + SETTLING_BLOCKS) * 10 * MS) for i, b in enumerate(got)) < MS
+
+
 def test_no_block_ends_after_it_arrived() -> None:
     got = placed(200, None, 0, ahead_ns=10 * MS)
     assert max(b.t_end_ns - b.t_receipt_ns for b in got) < MS
