@@ -32,6 +32,7 @@ from pipeline.replay import (
 from tests.align_strategies import WELL, Source, arrivals, beat, events, message, rigs
 from tests.tiny_bundle import FRAME, GRID, write_bundle
 
+pytestmark = pytest.mark.usefixtures("conserved")
 MS = 1_000_000
 FAULTS = (*WELL, "restart", "restart", "back", "stale", "pause", "jump", "lost tail")
 
