@@ -54,6 +54,7 @@ _BOOTSTRAPS = 500
 _FAR = 3
 _SEGMENT_S, _SEGMENTS = 0.5, (6, 60)
 _CLIP = 6.0
+_RIVAL_ANYHOW = 0.9  # rotations with any mounting at all
 _BLIND, _BLIND_ROTATION = 0.15, 0.06  # of the coarser period: what lies between two values no repetition tells apart
 _PAIRS = (("strength", "strength"), ("level", "strength"), ("strength", "level"), ("rotation", "rotation"))
 
@@ -199,6 +200,10 @@ def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], with
     null = scores.surrogates(within, rng)
     lobe = _lobe(curve, best, round(span_ns / step_ns))
     rival = max(float(np.delete(curve, lobe).max(initial=0.0)), 0.0) / float(curve[best])
+    if pairs[0][0].kind == "rotation" and rival < _RIVAL_ANYHOW:
+        # Two sensors are mounted in one way only: what fits at another lag must fit with the same mounting.
+        mounted = scores.mounted(best)
+        rival = max(float(np.delete(mounted, lobe).max(initial=0.0)), 0.0) / float(mounted[best])
     weights = scores.samples(rng, _BOOTSTRAPS)
     moved = scores.lags[0] + np.argmax(np.where(inside, scores.resampled(best, weights), -np.inf), axis=1)
     reach = round(max(2.0 * WIDEST_NS, 0.75 * span_ns) / step_ns)
@@ -399,6 +404,16 @@ class _Scores:
         x, y = g.x[max(0, -lag) : n - max(0, lag)], g.y[max(0, lag) : n - max(0, -lag)]
         gram = y.T @ y
         return np.asarray(g.y @ np.linalg.solve(gram + 1e-3 * np.trace(gram) * np.eye(len(gram)), y.T @ x))
+
+    def mounted(self, best: int) -> Array:
+        """The score at every lag with the second stream turned and scaled as fits best at one."""
+        total: Array = np.zeros(())
+        for g, overlap in zip(self._gridded, self._overlaps, strict=True):
+            fitted: Array = np.pad(self._fitted(g, best), ((self._far, self._far), (0, 0)))
+            channels = [[c] for c in range(g.x.shape[1])]
+            products = [_products(g.x[:, c], fitted[:, c], len(self.lags))[:, 0] for c in channels]
+            total = total + np.sum(products, axis=0) * overlap
+        return total
 
     def _explained(self, g: _Comparison, best: int, weight: Array) -> Array:
         """The product less half the power of the fitted second stream, by segment and lag."""
