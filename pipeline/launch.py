@@ -151,7 +151,8 @@ class Session:
 
     def run(self, duration_s: float | None = None, on_tick: Callable[[Session], None] = lambda session: None) -> None:
         """Starts the session, runs it until its end, ``duration_s``, SIGINT or SIGTERM, and stops it; a second signal
-        kills. ``on_tick`` is called about four times a second. For the main thread. Raises SensoriumError."""
+        kills. ``duration_s`` counts from when every node has started, or has said what it waits for. ``on_tick`` is
+        called about four times a second. For the main thread. Raises SensoriumError."""
         asked = threading.Event()
 
         def on_signal(*_: Any) -> None:
@@ -162,15 +163,20 @@ class Session:
         with _signals(on_signal):
             try:
                 self.start(asked.is_set)
-                until = None if duration_s is None else self.clock.now_ns() + round(duration_s * 1e9)
+                until: int | None = None
                 while not asked.is_set() and not self.wait(0.25):
                     on_tick(self)
+                    if duration_s is not None and until is None and not self._any_starting():
+                        until = self.clock.now_ns() + round(duration_s * 1e9)
                     if until is not None and self.clock.now_ns() >= until:
                         break
             finally:
                 self.stop()
             if self.failure is not None:
                 raise SensoriumError(self.failure)
+
+    def _any_starting(self) -> bool:
+        return any(node.state == "starting" for node in self.status().nodes.values())
 
     def status(self) -> Status:
         """How everything is now. Cheap; from any thread."""
