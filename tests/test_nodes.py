@@ -25,6 +25,7 @@ from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
 from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
 
+pytestmark = pytest.mark.usefixtures("conserved")
 MS = 1_000_000
 HOP = 100 * MS
 
