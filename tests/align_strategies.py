@@ -131,7 +131,20 @@ OFFSETS = ((0,), (0, 10), (0, 10, 20), (0, 0, 7), (0, 33, 34, 66), (0, 50, 100),
 DELAYS = (0, 0, 0, 1, 5, 20, 50, 150, 400)
 PROMISES = (0, 0, 0, 0, 1, 30, 120)
 WELL = ("send",) * 12 + ("lose", "lose", "twice", "beat", "beat")
-ILL = (*WELL, "restart", "restart", "back", "stale", "future", "pause", "jump", "malformed", "overtake", "lost tail")
+ILL = (
+    *WELL,
+    "restart",
+    "restart",
+    "back",
+    "stale",
+    "future",
+    "pause",
+    "jump",
+    "malformed",
+    "overtake",
+    "lost tail",
+    "shy",
+)
 
 
 class Event(NamedTuple):
@@ -200,8 +213,12 @@ class Source:
             case "future":
                 sent = self._message(e)
                 return [self._header(sent, t_end_ns=self.far, bound_ns=self.far)] if self.far > FAR // 2 else [sent]
+            case "shy" if not isinstance(self.spec.rule, Resample):
+                sent = self._message(e)
+                self.bound = min(self.bound, sent.message.header.t_capture_ns)
+                return [self._header(sent, bound_ns=sent.message.header.t_capture_ns)]
             case "malformed":
-                return [self._spoil(self._message(e), e.gap)]
+                return [self._spoil(self._message(e), e.gap + e.delay + len(e.offsets))]
         return [self._message(e)]
 
     def _move(self, e: Event) -> None:
@@ -237,7 +254,7 @@ class Source:
 
     def _spoil(self, sent: Sent, how: int) -> Sent:
         h = sent.message.header
-        match how % 5:
+        match how % 8:
             case 0:
                 return self._header(sent, t_end_ns=h.t_capture_ns - 1)
             case 1:
@@ -248,6 +265,13 @@ class Source:
                 return sent._replace(message=Message(h, sent.message.data[:-1]))
             case 4 if isinstance(self.spec.rule, Resample):
                 return sent._replace(message=Message(h, None))
+            case 5 if isinstance(self.spec.rule, Resample):
+                layout, data = layout_of(self.spec, [0, 9, 8], h.seq)
+                return self._header(sent._replace(message=Message(h, data)), layout=layout, t_end_ns=h.t_end_ns + 9)
+            case 6 if isinstance(self.spec.rule, Resample):
+                return self._header(sent._replace(message=Message(h, b"")), layout=layout_of(self.spec, [], h.seq)[0])
+            case 7 if isinstance(self.spec.rule, Resample):
+                return self._header(sent, bound_ns=h.t_capture_ns)
         other = FrameLayout(format="gray8", height=1, width=1) if self.spec.payload == "text" else TextLayout(bytes=2)
         return sent._replace(message=change(sent.message, layout=other))
 

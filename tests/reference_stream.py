@@ -24,9 +24,6 @@ import numpy as np
 from pipeline.align import All, Latest, Nearest, Resample, StreamSpec
 from pipeline.messages import AudioLayout, Header, ImuLayout, Message, SignalLayout, array, payload_of
 
-NEW_SEQ = -1
-"""The seq of a message that may still come: it wins every tie."""
-
 
 @dataclass(eq=False)
 class Fed:
@@ -103,12 +100,13 @@ def sample_times(header: Header, data: Any) -> list[int]:
     return [header.t_capture_ns + int(offset) for offset in array(Message(header, data))["offset_ns"]]
 
 
-def sample_values(header: Header, data: Any) -> list[tuple[float, ...]]:
-    """The columns of every sample, in float64."""
+def sample_values(header: Header, data: Any, channels: int) -> list[tuple[float, ...]]:
+    """The columns of every sample, in float64; sound is mixed where one channel is wanted."""
     rows = array(Message(header, data))
     match header.layout:
         case AudioLayout():
-            return [tuple(int(v) / 32768 for v in row) for row in rows]
+            wanted = rows if rows.shape[1] == channels else [[sum(map(int, row)) / rows.shape[1]] for row in rows]
+            return [tuple(v / 32768 for v in row) for row in wanted]
         case ImuLayout():
             return [tuple(float(v) for v in (*row["accel"], *row["gyro"])) for row in rows]
         case _:
@@ -159,7 +157,8 @@ class Stream:
         if fed.outcome == "buffered":
             self.buffered.append(fed)
             if isinstance(self.rule, Resample):
-                times, values = (f(fed.header, message.data) for f in (sample_times, sample_values))
+                times = sample_times(fed.header, message.data)
+                values = sample_values(fed.header, message.data, self.spec.channels)
                 self.samples += [Sample(t, fed.header.epoch, fed, v) for t, v in zip(times, values, strict=True)]
         self.state = State(
             bound if advanced else self.state.bound,
@@ -213,7 +212,8 @@ class Stream:
             return True
         if not isinstance(self.rule, Resample):
             return False
-        if channels_of(h) != self.spec.channels or message.data is None or h.layout.samples == 0:  # type: ignore[union-attr]
+        mixed = self.spec.channels == 1 and isinstance(h.layout, AudioLayout)
+        if (channels_of(h) != self.spec.channels and not mixed) or message.data is None or not h.layout.samples:  # type: ignore[union-attr]
             return True
         if isinstance(h.layout, AudioLayout):
             rates = {f.header.layout.rate_hz for f in self.buffered if f.header.epoch == h.epoch}  # type: ignore[union-attr]
@@ -326,7 +326,7 @@ class Stream:
                 end = step * self.hop
                 return tuple(sorted(within, key=lambda f: (abs(f.header.t_capture_ns - end), *age_key(f)))[:1])
             case Latest():
-                return tuple(sorted(within, key=lambda f: (f.header.t_capture_ns, f.header.epoch, f.header.seq))[-1:])
+                return tuple(sorted(within, key=age_key)[-1:])
             case Resample(max_gap_ns=gap):
                 return tuple(support(g, samples, gap) for g in self.grid(step))
         return tuple(sorted(within, key=age_key))
@@ -359,7 +359,7 @@ class Stream:
         times = sorted(t for t in self._critical(step, held, samples, state.bound) if t >= state.bound)
         for t in times:
             for epoch in (state.epoch or 0, (state.epoch or 0) + 1):
-                more = Fed(Message(new_header(t, epoch)), "buffered")
+                more = Fed(Message(new_header(t, epoch, wins_ties=t > state.bound)), "buffered")
                 sample = Sample(t, epoch, more, ())
                 for order in ([*samples, sample], [sample, *samples]):  # it may come to stand beside an equal
                     if self.content(step, [*held, more], self._near(step, order)) != now:
@@ -483,11 +483,13 @@ def same_epoch(a: Fed, b: Fed) -> bool:
 
 
 def age_key(f: Fed) -> tuple[int, int, int]:
-    return f.header.t_capture_ns, f.header.seq, f.header.epoch
+    return f.header.t_capture_ns, f.header.epoch, f.header.seq
 
 
-def new_header(t: int, epoch: int) -> Header:
-    return Header(stream="", seq=NEW_SEQ, epoch=epoch, t_capture_ns=t, t_end_ns=t, bound_ns=t, t_receipt_ns=t)
+def new_header(t: int, epoch: int, wins_ties: bool) -> Header:
+    """Of a message that may still come. One that is missing above the bound may have a lower number than any."""
+    seq = -1 if wins_ties else 10**9
+    return Header(stream="", seq=seq, epoch=epoch, t_capture_ns=t, t_end_ns=t, bound_ns=t, t_receipt_ns=t)
 
 
 def support(g: int, samples: list[Sample], gap: int) -> tuple[Sample, ...]:
