@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.errors import SensoriumError
+from pipeline.errors import ConfigError, SensoriumError
 
 DIFFERENT = 3
 """Exit code: verified, and found different."""
@@ -124,6 +124,8 @@ def replay(
     """
     from pipeline import commands
 
+    if sum((verify, faults is not None, out is not None)) > 1:
+        raise ConfigError("--verify, --faults and --out ask for different things of a replay; choose one of them.")
     if verify:
         raise typer.Exit(0 if commands.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
     if faults is not None:

@@ -294,6 +294,13 @@ def test_the_command_prints_a_table_and_json(place: Path) -> None:
     assert [result.name for result in found.faults] == [*KINDS, "all together"]
 
 
+@pytest.mark.parametrize("other", [["--verify"], ["--out", "x.jsonl"]])
+def test_two_things_at_once_are_refused(place: Path, other: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, ["replay", str(place / "a.mcap"), "--faults", "f.yaml", *other])
+    assert isinstance(result.exception, ConfigError)
+    assert "choose one" in str(result.exception)
+
+
 @pytest.mark.slow
 def test_the_shipped_example_is_run_as_its_first_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
     command = EXAMPLE.read_text().splitlines()[0].removeprefix("# ").split()
