@@ -48,7 +48,8 @@ RIVAL = 0.8
 """A second peak above this share of the first makes the answer ambiguous."""
 AGREEMENT = 0.75
 WIDEST_NS = 30_000_000
-"""A half interval wider than this, and wider than a period of the coarser stream, is of no use."""
+"""A half interval wider than this, and wider than a period of the coarser stream, is of no use; of rotation, which is
+smooth, one wider than half of it."""
 
 _BOOTSTRAPS = 500
 _FAR = 3
@@ -234,7 +235,8 @@ def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], with
         return refused("what fits best lies at the edge of the range", **known)
     if near.mean() < AGREEMENT:
         return refused(f"parts of the recording disagree: {near.mean():.0%} of its samples say the same", **known)
-    if half_ns > max(WIDEST_NS, span_ns):
+    widest_ns = WIDEST_NS / 2 if pairs[0][0].kind == "rotation" else max(WIDEST_NS, span_ns)
+    if half_ns > widest_ns:
         return refused(f"it would be known only to +-{half_ns / 1e6:.0f} ms", **known)
     offset = -round(lag * step_ns)
     interval = (offset - round(half_ns), offset + round(half_ns))
