@@ -28,6 +28,7 @@ source that reads too slowly loses the oldest frames, counted as ``superseded``.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import sys
@@ -41,10 +42,12 @@ import cv2
 import msgspec
 import numpy as np
 
+from pipeline.devices import refusal
 from pipeline.errors import SensorError
 from pipeline.hosttime import FrameClock, domain_of, host_zero, prft_unix_ns
 from pipeline.messages import FrameLayout, Payload
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.protocols import v4l2
+from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS, _NS = 1_000_000, 1_000_000_000
 _WAIT_NS = 50 * _MS
@@ -131,6 +134,13 @@ class Camera(Source):
     def largest_payload(cls, settings: Any) -> int:
         pixels = (settings.width or _UNKNOWN[0]) * (settings.height or _UNKNOWN[1])
         return int(pixels * (3 if settings.encoding == "raw" and settings.format != "gray8" else 1))
+
+    @classmethod
+    def discover(cls) -> list[Search]:
+        where = "cameras on USB or on the board (V4L2, /sys/class/video4linux)"
+        cameras = usb_cameras()
+        names = list(cameras.values())
+        return [Search(looked_for=where, found=[_found(Path(path), name, names) for path, name in cameras.items()])]
 
     def open(self) -> None:
         self.close()
@@ -267,6 +277,43 @@ def usb_cameras() -> dict[str, str]:
         if index == "0":
             found[f"/dev/{folder.name}"] = name
     return found
+
+
+def _found(path: Path, name: str, names: list[str]) -> Found:
+    """A camera as `sensorium devices` shows it: by its name, where no other has that too."""
+    shown = f"{path}  {name}"
+    if refused := refusal(path, "video"):
+        return Found(name=shown, detail=refused, settings={"device": str(path)})
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        return Found(name=shown, detail=f"cannot be opened: {error.strerror}", settings={"device": str(path)})
+    try:
+        offered = v4l2.modes(lambda request, entry: fcntl.ioctl(handle, request, entry, True))
+    finally:
+        os.close(handle)
+    if not offered:
+        return Found(name=shown, detail="gives no frames; it is no camera")
+    alone = [other for other in names if name.lower() in other.lower()] == [name] and not name.isdigit()
+    settings = {"device": name if alone and "/" not in name else str(path)} | _usual(offered)
+    return Found(name=shown, detail=_listed(offered), settings=settings)
+
+
+def _usual(offered: list[v4l2.Mode]) -> dict[str, Any]:
+    """Settings for the mode that most want: 720p, else VGA, else the first; at 30 Hz, or what there is."""
+    sizes = [(1280, 720), (640, 480), (offered[0].width, offered[0].height)]
+    width, height = next(size for size in sizes if any((m.width, m.height) == size for m in offered))
+    rate = min(30.0, max(m.rate_hz for m in offered if (m.width, m.height) == (width, height)))
+    return {"width": width, "height": height} | ({"rate_hz": round(rate, 3)} if rate else {})
+
+
+def _listed(offered: list[v4l2.Mode]) -> str:
+    """Modes, one line a pixel format."""
+    lines: dict[str, list[str]] = {}
+    for mode in offered:
+        at = f" at {mode.rate_hz:g} Hz" if mode.rate_hz else ""
+        lines.setdefault(mode.pixel_format, []).append(f"{mode.width}x{mode.height}{at}")
+    return "\n".join(f"{name.strip()}: {', '.join(dict.fromkeys(sizes))}" for name, sizes in lines.items())
 
 
 class _Usb:

@@ -24,11 +24,12 @@ import msgspec
 import numpy as np
 
 from pipeline.clock import Clock
+from pipeline.devices import read_line, refusal, serial_ports
 from pipeline.errors import SensorError
 from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
 from pipeline.protocols.witmotion import WitMotion
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.source import Found, Reading, Search, Source, SourceContext
 from pipeline.timebase import SampleClock
 
 _NS, _MS = 1_000_000_000, 1_000_000
@@ -72,6 +73,20 @@ class Imu(Source):
         super().__init__(settings, context)
         self._device: _Device | None = None
 
+    @classmethod
+    def discover(cls, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[Search]:
+        """I2C buses are named, never asked: to ask a chip who it is, its bus must be written to."""
+        serial = [Found(name=f"{path}  {about}".rstrip(), settings={"port": str(path)},
+                        detail=refused or "if what is on this port is an IMU (WitMotion)")
+                  for path, about, refused in serial_ports(sys, dev)]  # fmt: skip
+        return [
+            Search(looked_for="serial ports on USB or on the board (/sys/class/tty)", found=serial),
+            Search(looked_for="I2C buses (/sys/class/i2c-dev, there after `modprobe i2c-dev`)",
+                   found=[_bus(folder, sys, dev) for folder in sorted((sys / "class/i2c-dev").glob("i2c-*"))]),
+            Search(looked_for="sensors that the kernel drives (IIO, /sys/bus/iio/devices)",
+                   found=[_kernels(folder) for folder in sorted((sys / "bus/iio/devices").glob("iio:device*"))]),
+        ]  # fmt: skip
+
     def open(self) -> None:
         self.close()
         settings = self.settings
@@ -91,6 +106,27 @@ class Imu(Source):
         device, self._device = self._device, None
         if device is not None:
             device.close()
+
+
+def _bus(folder: Path, sys: Path, dev: Path) -> Found:
+    """An I2C bus as `sensorium devices` shows it, with the chips that the kernel itself knows on it."""
+    number = int(folder.name.removeprefix("i2c-"))
+    chips = ", ".join(f"{read_line(chip / 'name')} at 0x{chip.name[-2:]}"
+                      for chip in sorted((sys / "bus/i2c/devices").glob(f"{number}-00??")))  # fmt: skip
+    detail = refusal(dev / folder.name, "i2c") or "if an MPU-6050, 6500 or 9250 is on this bus, at 0x68 or 0x69"
+    return Found(name=f"{dev / folder.name}  {read_line(folder / 'name')}".rstrip(), settings={"i2c": number},
+                 detail=detail + (f"\nthe kernel knows {chips} on it" if chips else ""))  # fmt: skip
+
+
+def _kernels(folder: Path) -> Found:
+    """An IIO device as `sensorium devices` shows it."""
+    name = read_line(folder / "name")
+    kinds = [said for kind, said in (("accel", "acceleration"), ("anglvel", "angular rate"))
+             if any((folder / f"in_{kind}_{axis}_raw").exists() for axis in "xyz")]  # fmt: skip
+    shown = f"{folder.name}  {name}".rstrip()
+    if not kinds:
+        return Found(name=shown, detail="measures neither acceleration nor angular rate")
+    return Found(name=shown, detail=f"measures {' and '.join(kinds)}", settings={"iio": folder.name})
 
 
 class _Device(Protocol):

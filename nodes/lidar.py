@@ -22,12 +22,13 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 import msgspec
 
 from pipeline.clock import Clock, Origin
+from pipeline.devices import serial_ports
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE, Payload, SweepLayout
 from pipeline.protocols import rplidar
 from pipeline.protocols.sweeps import Sweep
 from pipeline.protocols.velodyne import MODELS, Velodyne
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS = 1_000_000
 _PATIENCE_S = 0.05
@@ -83,6 +84,15 @@ class Lidar(Source):
     @classmethod
     def largest_payload(cls, settings: Any) -> int:
         return _LARGEST[settings.sensor] * POINT_DTYPE.itemsize
+
+    @classmethod
+    def discover(cls, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[Search]:
+        """Only an RPLidar hangs on this machine; the others send to it over the network, where nobody is asked."""
+        where = "serial ports for an RPLidar (/sys/class/tty); a Velodyne or an Ouster is in the network, not listed"
+        found = [Found(name=f"{path}  {about}".rstrip(), settings={"sensor": "rplidar", "port": str(path)},
+                       detail=refused or "if what is on this port is an RPLidar")
+                 for path, about, refused in serial_ports(sys, dev)]  # fmt: skip
+        return [Search(looked_for=where, found=found)]
 
     @property
     def protocol(self) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.errors import SensorError
 from pipeline.messages import Payload, SignalLayout, signal_dtype
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.source import Found, Reading, Search, Source, SourceContext
 from pipeline.timebase import SLEW_PPM
 
 _NS, _MS = 1_000_000_000, 1_000_000
@@ -34,6 +34,29 @@ _JUMP_NS = 4 * _MS
 _FOREIGN_NS = 3600 * _NS
 _BUFFER_S = 10
 _AT_ONCE = 4096
+
+
+def _layer() -> tuple[Any, Any]:
+    """The Lab Streaming Layer: the package and its library. Raises SensorError."""
+    try:
+        import pylsl
+        from pylsl.lib import lib
+    except (ImportError, RuntimeError, OSError) as error:
+        raise SensorError(
+            f"the Lab Streaming Layer is not usable: {error}. Install its extra: pip install 'sensorium[lsl]'."
+        ) from error
+    return pylsl, lib
+
+
+def _found(info: Any, text: bool) -> Found:
+    """An outlet as `sensorium devices` shows it."""
+    shown = f"{info.name()}  type {info.type()}  on {info.hostname()}"
+    if text:
+        return Found(name=shown, detail="carries text (markers), no numbers")
+    rate = info.nominal_srate()
+    known = {"source_id": info.source_id()} if info.source_id() else {"name": info.name(), "type": info.type()}
+    detail = f"{info.channel_count()} channels, {f'{rate:g} Hz' if rate else 'irregular'}"
+    return Found(name=shown, detail=detail, settings={key: value for key, value in known.items() if value})
 
 
 class Lsl(Source):
@@ -67,15 +90,22 @@ class Lsl(Source):
 
     # -- opening -------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def discover(cls) -> list[Search]:
+        where = f"streams of the Lab Streaming Layer in this network, for {_RESOLVE_S:g} s"
+        try:
+            pylsl, lib = _layer()
+        except SensorError as error:
+            return [Search(looked_for=where, trouble=str(error))]
+        if hasattr(lib, "lsl_set_config_content"):
+            lib.lsl_set_config_content(b"[log]\nlevel = -2\n")  # else it says on standard error that it has started
+        infos = pylsl.resolve_streams(_RESOLVE_S)
+        return [Search(looked_for=where, found=[_found(info, info.channel_format() == pylsl.cf_string)
+                                                for info in infos])]  # fmt: skip
+
     def open(self) -> None:
         self.close()
-        try:
-            import pylsl
-            from pylsl.lib import lib
-        except (ImportError, RuntimeError, OSError) as error:
-            raise SensorError(
-                f"the Lab Streaming Layer is not usable: {error}. Install its extra: pip install 'sensorium[lsl]'."
-            ) from error
+        pylsl, lib = _layer()
         self._pylsl, self._lib = pylsl, lib
         found = self._resolve()
         # The layer would reconnect by itself and hide it; a stream that was away has begun anew.

@@ -30,7 +30,7 @@ from pipeline.errors import SensorError
 from pipeline.hosttime import Domain, domain_of, host_zero
 from pipeline.messages import AudioLayout, Payload
 from pipeline.soundblocks import Block, BlockClock, Converter, Regroup, mix
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS, _NS = 1_000_000, 1_000_000_000
 _BLOCK_S = 0.01
@@ -55,6 +55,25 @@ class _Raw(msgspec.Struct, frozen=True, gc=False):
     wall_ns: int
 
 
+def _driver() -> Any:
+    """The module that drives sound. Raises SensorError."""
+    try:
+        import sounddevice
+    except (ImportError, OSError) as error:
+        raise SensorError(
+            f"the sound driver cannot be loaded: {error}. It needs the package `sounddevice` and the library "
+            "PortAudio (Debian, Ubuntu: apt-get install libportaudio2)."
+        ) from error
+    return sounddevice
+
+
+def _found(index: int, device: Any, names: list[str]) -> Found:
+    """A sound input as `sensorium devices` shows it: by its name, where no other has that too."""
+    name, channels = device["name"], device["max_input_channels"]
+    detail = f"{channels} channel{'s' * (channels > 1)}, {device['default_samplerate']:g} Hz by default"
+    return Found(name=f"{index}  {name}", detail=detail, settings={"device": name if names.count(name) == 1 else index})
+
+
 class Microphone(Source):
     """One sound input, 16-bit PCM."""
 
@@ -77,15 +96,20 @@ class Microphone(Source):
         self._stream: Any = None
         self._busy: threading.Thread | None = None  # a call into PortAudio that has not come back
 
+    @classmethod
+    def discover(cls) -> list[Search]:
+        where = "sound inputs (PortAudio)"
+        try:
+            devices = list(_driver().query_devices())
+        except SensorError as error:
+            return [Search(looked_for=where, trouble=str(error))]
+        inputs = {i: device for i, device in enumerate(devices) if device["max_input_channels"] > 0}
+        names = [device["name"] for device in inputs.values()]
+        return [Search(looked_for=where, found=[_found(i, device, names) for i, device in inputs.items()])]
+
     def open(self) -> None:
         self.close()
-        try:
-            import sounddevice
-        except (ImportError, OSError) as error:
-            raise SensorError(
-                f"the sound driver cannot be loaded: {error}. It needs the package `sounddevice` and the library "
-                "PortAudio (Debian, Ubuntu: apt-get install libportaudio2)."
-            ) from error
+        sounddevice = _driver()
         # Each stream has a queue of its own, so that a late callback of the last one is not heard in this one.
         self._blocks, self._finished = queue.SimpleQueue(), threading.Event()
         self._count = self._counted = 0

@@ -172,6 +172,23 @@ def check(rig: RigArgument = None, json: Json = False, allow_code: AllowCode = F
 
 
 @app.command()
+def devices(json: Json = False) -> None:
+    """List the sensors that are on this machine.
+
+    Cameras with their modes, sound inputs, serial ports, I2C buses, sensors that the kernel drives and Lab Streaming
+    Layer streams, each with its line for a rig. It only looks; nothing is written to any device.
+
+    \b
+    Example:
+      sensorium devices
+      sensorium devices --json
+    """
+    from pipeline import commands
+
+    commands.devices(json=json)
+
+
+@app.command()
 def info(recording: Recording, json: Json = False) -> None:
     """Show what a recording holds.
 

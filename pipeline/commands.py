@@ -314,6 +314,20 @@ def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     console(sys.stdout).print(plan_table(plan, warnings))
 
 
+def devices(*, json: bool) -> None:
+    """``sensorium devices``."""
+    from pipeline.devices import look
+    from pipeline.reports import devices_text
+    from pipeline.terminal import console
+
+    with console(sys.stderr).status("looking"):
+        places = look()
+    if json:
+        _print_json({"places": places})
+    else:
+        console(sys.stdout).print(devices_text(places), soft_wrap=True)
+
+
 def calibrate(
     recording: Path,
     streams: list[str] | None,

@@ -14,6 +14,7 @@ from pipeline.terminal import number
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
     from pipeline.calibrate import Offset
+    from pipeline.devices import Place
     from pipeline.plan import Plan
     from pipeline.verify import Verification
 
@@ -105,6 +106,23 @@ def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
     said = [Text(f"warning: {warning}", style="yellow") for warning in warnings]
     said = said or [Text("all is well", style="green")]
     return Group(Text(head), Text(), table, Text(), *said)
+
+
+def devices_text(places: list[Place]) -> Text:
+    """What ``sensorium devices`` says to a person: per place its devices, each with its line for a rig."""
+    lines: list[tuple[str, str]] = []
+    for place in places:
+        if place.trouble:
+            lines.append((f"{place.kind}: could not look for {place.looked_for}: {place.trouble}", "yellow"))
+        elif not place.devices:
+            lines.append((f"{place.kind}: none; looked for {place.looked_for}", "dim"))
+        for device in place.devices:
+            lines.append((f"{place.kind}: {device.name}", "bold"))
+            lines += [(f"    {line}", "") for line in device.detail.splitlines()]
+            lines += [(f"  {device.config}", "cyan")] if device.config else []
+    if any(device.config for place in places for device in place.devices):
+        lines += [("", ""), ("Lines with braces go under `sources:` in a rig, as they are.", "")]
+    return Text("\n").join(Text(text, style=style) for text, style in lines)
 
 
 def verification_text(found: Verification) -> RenderableType:

@@ -71,6 +71,24 @@ class Reading(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     bound_ns: int | None = None
 
 
+class Found(msgspec.Struct, frozen=True, kw_only=True):
+    """A device on this machine. ``settings`` are what a rig must say of it, beside its kind; None if it cannot be a
+    source, and then ``detail`` says why. ``detail`` may have several lines."""
+
+    name: str
+    detail: str = ""
+    settings: dict[str, Any] | None = None
+
+
+class Search(msgspec.Struct, frozen=True, kw_only=True):
+    """One place where a source looked for devices. ``looked_for`` says what and where, in words that follow "looked
+    for"; ``trouble`` is the sentence that says why it could not look, "" if it could."""
+
+    looked_for: str
+    found: list[Found] = []
+    trouble: str = ""
+
+
 def default_bound_ns(layout: Layout, t_capture_ns: int, t_end_ns: int) -> int:
     """The promise that a reading's kind makes by itself: an audio block ends where the next begins; samples of a
     batch and single moments are followed by later ones."""
@@ -118,6 +136,12 @@ class Source:
     def largest_payload(cls, settings: Any) -> int:
         """Bytes of the largest payload to expect, 0 if unknown: what a slot of shared memory must hold."""
         return 0
+
+    @classmethod
+    def discover(cls) -> list[Search]:
+        """What is on this machine, for `sensorium devices`. It only looks: it writes to no bus and changes no setting.
+        A source that has no place to look leaves this out."""
+        return []
 
     def open(self) -> None:
         """Imports the driver and opens the device. Raises SensorError; called again after a failure."""

@@ -1,0 +1,136 @@
+"""What is on this machine: every kind of source looks for its devices, and each is shown as a rig would name it.
+
+Looking changes nothing: nothing is written to a bus, no setting is made, no port is opened that a device could notice.
+A driver that hangs or fails is one sentence, and the others are shown all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import SensoriumError
+from pipeline.source import KINDS, Found, Search, load_kind
+
+LIMIT_S = 8.0
+_PORTS = ("ttyUSB*", "ttyACM*", "ttyAMA*", "ttyTHS*")
+_PLAIN = re.compile(r"/?[A-Za-z][\w./-]*", re.ASCII)
+_NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
+"""What YAML reads as no string."""
+
+
+class Device(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that was found. ``config`` is its line under ``sources`` of a rig; null if it cannot be a source."""
+
+    name: str
+    detail: str
+    settings: dict[str, Any] | None
+    stream: str | None
+    config: str | None
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """One place where one kind of source looked. ``trouble`` says why it could not look there, "" if it could."""
+
+    kind: str
+    looked_for: str
+    trouble: str = ""
+    devices: tuple[Device, ...] = ()
+
+
+def look(kinds: Mapping[str, str] = KINDS, limit_s: float = LIMIT_S) -> list[Place]:
+    """All places where ``kinds`` look. Streams' names are unique over all of them, so that all lines fit one rig."""
+    runs = [(kind, *_started(kind, target)) for kind, target in kinds.items()]
+    taken: set[str] = set()
+    places = []
+    for kind, thread, searches in runs:
+        thread.join(limit_s)
+        if thread.is_alive():
+            searches = [Search(looked_for="devices", trouble=f"its driver does not answer within {limit_s:g} s.")]
+        places += [_place(kind, search, taken) for search in searches]
+    return places
+
+
+def _started(kind: str, target: str) -> tuple[threading.Thread, list[Search]]:
+    """The thread in which a kind looks, and the list that it fills at its end."""
+    result: list[Search] = []
+
+    def run() -> None:
+        try:
+            discover = getattr(load_kind(target), "discover", None)
+            result.extend(discover() if discover is not None else ())
+        except SensoriumError as error:
+            result.append(Search(looked_for="devices", trouble=str(error)))
+        except Exception as error:  # a driver may fail in any way; the other kinds are shown all the same
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            result.append(Search(looked_for="devices", trouble=f"its driver fails: {said}"))
+
+    thread = threading.Thread(target=run, name=f"look-{kind}", daemon=True)
+    thread.start()
+    return thread, result
+
+
+def _place(kind: str, search: Search, taken: set[str]) -> Place:
+    devices = tuple(_device(kind, found, taken) for found in search.found)
+    return Place(kind=kind, looked_for=search.looked_for, trouble=search.trouble, devices=devices)
+
+
+def _device(kind: str, found: Found, taken: set[str]) -> Device:
+    stream = config = None
+    if found.settings is not None:
+        stream = next(n for n in (kind, *(f"{kind}{i}" for i in range(2, 10_000))) if n not in taken)
+        taken.add(stream)
+        config = f"{stream}: {flow({'kind': kind} | found.settings)}"
+    return Device(name=found.name, detail=found.detail, settings=found.settings, stream=stream, config=config)
+
+
+def flow(settings: Mapping[str, Any]) -> str:
+    """``settings`` as YAML on one line."""
+    return "{" + ", ".join(f"{key}: {_scalar(value)}" for key, value in settings.items()) + "}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _NO_WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+# -- for sources -------------------------------------------------------------------------------------------------------
+
+
+def refusal(path: Path, group: str) -> str:
+    """Why the user may not open the device at ``path``, as a line of ``detail``; "" if they may."""
+    if os.access(path, os.R_OK | os.W_OK):
+        return ""
+    if not path.exists():
+        return f"{path} is not there; in a container it must be passed in"
+    return f"you may not open it; join its group: sudo usermod -aG {group} $USER, and log in again"
+
+
+def read_line(path: Path) -> str:
+    """The text of one of sysfs' small files, "" if it is not there."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def serial_ports(sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[tuple[Path, str, str]]:
+    """The serial ports on USB and on the board: path (the one that stays the same if there is one), what the adapter
+    calls itself, and why it may not be opened ("" if it may)."""
+    stable = {link.resolve(): link for link in sorted((dev / "serial/by-id").glob("*"))}
+    found = []
+    for folder in sorted(folder for pattern in _PORTS for folder in (sys / "class/tty").glob(pattern)):
+        path = dev / folder.name
+        near = (folder / "device").resolve()
+        usb = next((p for p in (near, *list(near.parents)[:3]) if (p / "idVendor").exists()), None)
+        about = "" if usb is None else f"{read_line(usb / 'manufacturer')} {read_line(usb / 'product')}".strip()
+        found.append((stable.get(path.resolve(), path), about, refusal(path, "dialout")))
+    return found
