@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 import tracemalloc
 from typing import Any
@@ -30,7 +31,12 @@ from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Layou
 
 MS = 1_000_000
 SECOND = 1_000 * MS
-BASE = [("camera", 30, 30 * MS, 5 * MS), ("audio", 100, 10 * MS, MS), ("imu", 200, 2 * MS, MS // 2), ("lidar", 10, 50 * MS, 10 * MS)]
+BASE = [
+    ("camera", 30, 30 * MS, 5 * MS),
+    ("audio", 100, 10 * MS, MS),
+    ("imu", 200, 2 * MS, MS // 2),
+    ("lidar", 10, 50 * MS, 10 * MS),
+]
 
 
 def layout(kind: str, rate_hz: int) -> tuple[Layout, Any]:
@@ -125,7 +131,7 @@ def ros_throughput(data: list[tuple[Message, int]], streams: int) -> float | Non
     filters = [message_filters.SimpleFilter() for _ in range(streams)]
     sync = message_filters.ApproximateTimeSynchronizer(filters, 10, 0.05)
     sync.registerCallback(lambda *_: None)
-    ready = [(int(m.header.stream.lstrip("cameraudioldr")), Stamped(m.header.t_capture_ns)) for m, _ in data[:20_000]]
+    ready = [(int(re.sub("[a-z]", "", m.header.stream)), Stamped(m.header.t_capture_ns)) for m, _ in data[:20_000]]
     start = time.process_time_ns()
     for index, stamped in ready:
         filters[index].signalMessage(stamped)
