@@ -96,7 +96,7 @@ def message(
 ) -> Message:  # fmt: skip
     """A message as a sane source sends it: one sample at each offset; the least bound that its payload allows."""
     layout, data = layout_of(spec, list(offsets), seq)
-    end = end if end is not None else t + offsets[-1]
+    end = end if end is not None else t + offsets[-1] + (spec.payload == "audio")
     least = end if isinstance(layout, AudioLayout) else end + 1
     header = Header(
         stream=spec.name, seq=seq, epoch=epoch, t_capture_ns=t, t_end_ns=end, t_receipt_ns=end,

@@ -24,6 +24,10 @@ import numpy as np
 from pipeline.align import All, Latest, Nearest, Resample, StreamSpec
 from pipeline.messages import AudioLayout, Header, ImuLayout, Message, SignalLayout, array, payload_of
 
+LONG_AGO = -(10**18)
+"""The epoch of a message that wins every tie. Only a bound proves: what an unordered stream sent above its bound proves
+nothing, not even by lying exactly where nothing can lie nearer."""
+
 
 @dataclass(eq=False)
 class Fed:
@@ -186,7 +190,7 @@ class Stream:
         if not h.is_beat and (h.seq in self._seqs(h.epoch) or (self.spec.ordered and h.seq < self._next_seq())):
             return "duplicate"
         fed.bound_before = inf if self.state.ended else self.state.bound
-        fed.missed = max(0, h.seq - self._next_seq()) if self.spec.ordered else 0
+        fed.missed = max(0, h.seq - self._next_seq() - self._refused_before(h)) if self.spec.ordered else 0
         self.accounted.append(fed)
         if h.is_beat:
             return "beat"
@@ -201,6 +205,12 @@ class Stream:
         if sum(not b.left for b in self.buffered) >= self.spec.max_buffer:
             return "overflow"
         return "buffered"
+
+    def _refused_before(self, h: Header) -> int:
+        """How many of the numbers that are missing before ``h`` belong to messages that came and were not believed."""
+        refused = {f.header.seq for f in self.fed if f.outcome in ("malformed", "future", "turned away")
+                   and f.header.epoch == h.epoch}  # fmt: skip
+        return sum(self._next_seq() <= seq < h.seq for seq in refused)
 
     def _malformed(self, message: Message) -> bool:
         h = message.header
@@ -357,9 +367,10 @@ class Stream:
         samples = self._near(step, [s for s in self.samples if id(s.fed) in taken])
         now = self.content(step, held, samples)
         times = sorted(t for t in self._critical(step, held, samples, state.bound) if t >= state.bound)
+        above = {f.header.t_capture_ns for f in held if f.header.t_capture_ns > state.bound}
         for t in times:
-            for epoch in (state.epoch or 0, (state.epoch or 0) + 1):
-                more = Fed(Message(new_header(t, epoch, wins_ties=t > state.bound)), "buffered")
+            for epoch in (state.epoch or 0, (state.epoch or 0) + 1, *(LONG_AGO for _ in {t} & above)):
+                more = Fed(Message(new_header(t, epoch)), "buffered")
                 sample = Sample(t, epoch, more, ())
                 for order in ([*samples, sample], [sample, *samples]):  # it may come to stand beside an equal
                     if self.content(step, [*held, more], self._near(step, order)) != now:
@@ -428,7 +439,13 @@ class Stream:
                     return "ok", None, 1.0
             case _:
                 coverage = 1.0 if content else 0.0
-                complete = not overflowed
+                complete = True
+                if content:  # nothing that would be the content instead was lost or turned away
+                    t, e = content[0].header.t_capture_ns, step * self.hop
+                    low, high = (t + 1, e) if isinstance(self.rule, Latest) else (
+                        (t + 1, 2 * e - t) if t < e else (2 * e - t, t))  # fmt: skip
+                    complete = low >= high or not (
+                        touching(self.losses(), low, high) or touching(self.overflows(), low, high))  # fmt: skip
         if coverage > 0:
             return ("ok", None, coverage) if proven and complete else ("partial", None, coverage)
         return self._absence(step, proven, bool(lost), t)
@@ -486,10 +503,9 @@ def age_key(f: Fed) -> tuple[int, int, int]:
     return f.header.t_capture_ns, f.header.epoch, f.header.seq
 
 
-def new_header(t: int, epoch: int, wins_ties: bool) -> Header:
-    """Of a message that may still come. One that is missing above the bound may have a lower number than any."""
-    seq = -1 if wins_ties else 10**9
-    return Header(stream="", seq=seq, epoch=epoch, t_capture_ns=t, t_end_ns=t, bound_ns=t, t_receipt_ns=t)
+def new_header(t: int, epoch: int) -> Header:
+    """Of a message that may still come: it loses every tie, unless it is from long ago."""
+    return Header(stream="", seq=10**9, epoch=epoch, t_capture_ns=t, t_end_ns=t, bound_ns=t, t_receipt_ns=t)
 
 
 def support(g: int, samples: list[Sample], gap: int) -> tuple[Sample, ...]:

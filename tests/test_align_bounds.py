@@ -30,8 +30,8 @@ def weight(root: Any) -> int:
         todo += gc.get_referents(x)
         if isinstance(x, msgspec.Struct):
             todo += [getattr(x, f) for f in x.__struct_fields__]
-        if isinstance(x, np.ndarray) and x.base is None:
-            total += x.nbytes if not x.flags.owndata else 0
+        if isinstance(x, np.ndarray):
+            todo.append(x.base)
     return total
 
 
@@ -40,6 +40,7 @@ RULES = {
     "latest": (Latest(250), "sweep", 0),
     "all": (All(), "text", 0),
     "resample": (Resample(3 * 10**7, 60), "signal", 1),
+    "sound": (Resample(3 * 10**7, 60), "audio", 1),
 }
 
 
@@ -66,7 +67,7 @@ def hostile(spec: StreamSpec, kind: str) -> Iterator[tuple[Message, int]]:
             case "never a bound":
                 yield message(spec, i + 1, t, bound=t), t
             case "all at once":
-                yield message(spec, i, 3 + i // 1000, bound=3 + i // 1000), 3
+                yield message(spec, i, 3 + i, bound=4 + i), 3
             case "backwards":
                 yield message(spec, 10**9 - i, t), t
             case "far apart":
