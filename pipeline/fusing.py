@@ -159,10 +159,10 @@ class RawPicture:
     def encode(self, content: tuple[Message, ...], start_ns: int, end_ns: int) -> Array:
         try:
             pixels = decode_frame(content[-1])
-        except (WireError, ValueError) as error:
+            if pixels.shape[:2] != self._size:
+                pixels = cv2.resize(pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
+        except (WireError, ValueError, cv2.error) as error:
             raise Unusable("decode_failed", str(error)) from None
-        if pixels.shape[:2] != self._size:
-            pixels = cv2.resize(pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
         ordered = pixels[..., ::-1] if self._given.color == "rgb" else pixels
         return (ordered.astype(np.float32) * np.float32(self._given.scale)).reshape(-1)
 

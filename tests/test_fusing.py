@@ -133,8 +133,9 @@ def test_pictures_are_the_newest_resized_and_scaled(
 def test_a_picture_that_cannot_be_decoded_is_masked(tmp_path: Path) -> None:
     inputs = {"image": {"stream": "camera", "layout": "bhwc"}}
     folder = write(tmp_path, {"camera": FRAME}, probe({"image": ("f4", ["b", 8, 8, 3])}, {"image": [0, 0, 0]}), inputs)
-    bad = (Message(header("camera", 0, FrameLayout("jpeg", 8, 8)), b"no picture"),)
-    assert run(folder, [(ok(1), bad)], "camera").streams["camera"].masked == "decode_failed"
+    for layout, data in ((FrameLayout("jpeg", 8, 8), b"no picture"), (FrameLayout("bgr8", 0, 4), b"")):
+        bad = (Message(header("camera", 0, layout), data),)
+        assert run(folder, [(ok(1), bad)], "camera").streams["camera"].masked == "decode_failed"
 
 
 def test_two_streams_share_the_prediction(tmp_path: Path) -> None:
