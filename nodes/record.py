@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from pipeline.clock import SystemClock
-from pipeline.errors import RecordingError, WireError
+from pipeline.errors import WireError
 from pipeline.life import Life, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings
@@ -60,6 +60,8 @@ class Record:
         self.account = Account(first=1 if life.spec.life == 0 else None)
         self.expected: dict[str, tuple[int, int]] = {}
         self.lost = 0
+        self.refused = 0
+        """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
 
     def run(self) -> None:
         """Until stopped; then the rest is written and the file closed. Raises RecordingError."""
@@ -84,22 +86,22 @@ class Record:
         )
         self.life.wait_to_begin(Report(state="ready", note=str(path)))
         origin = self.clock.origin if isinstance(self.clock, SystemClock) else spec.origin
-        session = SessionInfo(
-            session=spec.session, unix_ns=origin.unix_ns, rig=settings.rig, bundle=settings.bundle
-        )
+        session = SessionInfo(session=spec.session, unix_ns=origin.unix_ns, rig=settings.rig, bundle=settings.bundle)
         self.writer = RecordingWriter(path, session, settings.compression)
         self.queue = BoundedWriter(settings.queue_bytes)
 
     def finish(self) -> None:
-        """Writes what waits and closes the file, which says whether anything is missing. Raises RecordingError."""
+        """Writes what waits and closes the file, which says whether anything is missing. Raises what writing
+        failed with."""
         self.queue.close()
         self.queue.check()
-        notes = [f"{self.lost} messages could not be recorded"] if self.lost else []
+        missing = self.lost + self.refused
+        notes = [f"{missing} messages could not be recorded"] if missing else []
         notes += [f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else []
         self.writer.close(complete=not notes, note="; ".join(notes))
 
     def turn(self, patience_ms: int = PATIENCE_MS) -> None:
-        """Waits a moment for something to come, and queues it. Raises RecordingError when the file failed."""
+        """Waits a moment for something to come, and queues it. Raises what a write failed with."""
         for received in self.subscriber.receive(patience_ms):
             self._message(received)
         for parts in self.subscriber.parts():
@@ -114,7 +116,7 @@ class Record:
                         "messages": float(self.writer.messages),
                         "bytes": float(self.writer.bytes_written),
                         "queue_bytes": float(self.queue.held),
-                        "lost": float(self.lost),
+                        "lost": float(self.lost + self.refused),
                     },
                 )
             )
@@ -148,7 +150,16 @@ class Record:
         self.queue.put(size, lambda: self._write(message, arrival))
 
     def _write(self, message: Message, arrival_ns: int) -> None:
-        self.writer.write(message, arrival_ns)
+        """Runs in the thread that writes. What no schema can state becomes a gap; it must not end the recording."""
+        try:
+            self.writer.write(message, arrival_ns)
+        except (WireError, ValueError, OverflowError) as error:
+            header = message.header
+            if header.is_beat:
+                return
+            self.refused += 1
+            gap = LostMessages(header.stream, header.epoch, header.seq, header.seq, f"it contradicts itself: {error}")
+            self.writer.write_json(GAP_TOPIC, msgspec.json.encode(gap), arrival_ns)
 
     def _gap(self, stream: str, epoch: int, first: int, last: int, cause: str, now_ns: int) -> None:
         self.lost += last - first + 1
@@ -182,7 +193,7 @@ class BoundedWriter:
         self._limit, self.held = limit_bytes, 0
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._error: RecordingError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="writer")
         self._thread.start()
 
@@ -197,7 +208,7 @@ class BoundedWriter:
         self._jobs.put((size, job))
 
     def check(self) -> None:
-        """Raises the RecordingError that a write has failed with, if one has."""
+        """Raises what a write has failed with, if one has; nothing is written after it."""
         if self._error is not None:
             raise self._error
 
@@ -212,7 +223,7 @@ class BoundedWriter:
             try:
                 if self._error is None:
                     job()
-            except RecordingError as error:
+            except BaseException as error:  # whatever it is: a thread that dies in silence would lose the rest
                 self._error = error
             with self._lock:
                 self.held -= size

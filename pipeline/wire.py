@@ -14,10 +14,25 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import WireError
-from pipeline.messages import FrameLayout, Header, Message, array, nbytes_of
+from pipeline.messages import (
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    SignalLayout,
+    SweepLayout,
+    TextLayout,
+    array,
+    nbytes_of,
+)
 
 _LIMIT = 1 << 62
 """146 years in ns: beyond it arithmetic in int64 is not safe, and no honest clock gets there."""
+
+LARGEST = 1 << 30
+"""No number of a layout is greater: a row of so many pixels still has fewer bytes than 32 bits can count."""
 
 INLINE, SLOT = b"\x00", b"\x01"
 
@@ -42,20 +57,37 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_header(data: Any) -> Header:
-    """The header in ``data``, checked: types, and times that do not contradict each other. Raises WireError."""
+    """The header in ``data``, checked: types, times that do not contradict each other, and a layout that something can
+    have. Raises WireError."""
     try:
         header = _header.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise WireError(f"a message header is not valid msgpack of a Sensorium header: {error}") from None
-    times = (header.t_capture_ns, header.t_end_ns, header.bound_ns, header.epoch)
-    if max(times) >= _LIMIT or min(times) <= -_LIMIT or not 0 <= header.seq < _LIMIT:
+    times = (header.t_capture_ns, header.t_end_ns, header.bound_ns, header.epoch, header.t_receipt_ns)
+    if max(*times, header.uncertainty_ns) >= _LIMIT or min(times) <= -_LIMIT or not 0 <= header.seq < _LIMIT:
         raise WireError(f"header {header.stream}/{header.seq} states a time or number beyond 2^62: {times}")
     if header.t_end_ns < header.t_capture_ns or header.uncertainty_ns < 0:
         raise WireError(
             f"header {header.stream}/{header.seq} contradicts itself: capture {header.t_capture_ns} ns, "
             f"end {header.t_end_ns} ns, uncertainty {header.uncertainty_ns} ns; end must not lie before capture"
         )
+    if header.layout is not None and not _possible(header.layout):
+        raise WireError(
+            f"header {header.stream}/{header.seq} states the layout {header.layout}; its numbers must lie between 0 "
+            "and 2^30, and pictures, rates and channels of sound must not be 0"
+        )
     return header
+
+
+def _possible(layout: Layout) -> bool:
+    """Whether the numbers of ``layout`` are such as a payload can have, and every schema of a recording can state."""
+    match layout:
+        case FrameLayout(height=h, width=w):
+            return 1 <= h <= LARGEST and 1 <= w <= LARGEST
+        case AudioLayout(rate_hz=rate, channels=c, samples=n):
+            return 1 <= rate <= LARGEST and 1 <= c <= LARGEST and 0 <= n <= LARGEST
+        case ImuLayout(samples=n) | SignalLayout(samples=n) | SweepLayout(points=n) | TextLayout(bytes=n):
+            return 0 <= n <= LARGEST
 
 
 def encode_slot(slot: Slot) -> bytes:

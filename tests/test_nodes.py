@@ -18,7 +18,7 @@ from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamMa
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
 from pipeline.life import Life, NodeSpec, Order
-from pipeline.messages import IMU_DTYPE, Header, ImuLayout, Message, SweepLayout, TextLayout
+from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
@@ -126,6 +126,35 @@ def test_a_dead_stream_is_closed_again_when_its_last_words_come(tmp_path: Path) 
     heard = aligning.turn(410)
     assert [m.step for m in heard] == [1, 2, 3, 4]
     assert heard[3].streams["lidar"].closed is None
+
+
+def test_the_news_of_a_death_that_comes_late_is_of_the_life_that_died(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    for epoch in (0, 150 * MS):  # the second life has spoken before the order comes
+        spoken = msgspec.structs.replace(aligning.cloud(0, 50 + epoch // MS).header, epoch=epoch)
+        aligning.sources["lidar"].publish(Message(spoken, sweep(1.0)[0].data))
+    aligning.sources["imu"].publish(imu(0, 0))
+    aligning.turn(200)
+    aligning.life.orders.put(Order(do="close", stream="lidar", reason="dead", epoch=0))
+    for seq in (1, 2):
+        aligning.sources["imu"].publish(imu(seq, seq * 100 * MS))
+    heard = aligning.turn(210)
+    assert heard[-1].streams["lidar"].closed is None
+    heard = aligning.turn(310)
+    assert "lidar" not in aligning.node.dead
+
+
+def test_the_last_words_of_a_stream_that_died_unheard_do_not_bring_it_back(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    aligning.life.orders.put(Order(do="close", stream="lidar", reason="dead", epoch=20 * MS))
+    aligning.turn(100)
+    late = msgspec.structs.replace(aligning.cloud(0, 95).header, epoch=20 * MS)
+    aligning.sources["lidar"].publish(Message(late, sweep(1.0)[0].data))
+    for seq in (0, 1, 2):
+        aligning.sources["imu"].publish(imu(seq, seq * 100 * MS))
+    heard = aligning.turn(210)
+    assert [(m.step, m.cause) for m in heard] == [(1, "proven"), (2, "proven"), (3, "proven")]
+    assert heard[2].streams["lidar"].closed == "dead"
 
 
 def test_streams_that_ended_are_closed_when_all_they_sent_is_here(tmp_path: Path) -> None:
@@ -390,6 +419,33 @@ def test_a_write_that_fails_ends_the_recorder(tmp_path: Path) -> None:
         node.turn(0)
 
 
+def test_a_message_that_no_schema_can_state_becomes_a_gap_and_ends_nothing(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    publisher = bus.publisher("text", ["text"])
+    node = recorder(tmp_path, bus)
+    wrong = Message(header("text", 1, MS, FrameLayout("bgr8", -1, -1)), b"abc")
+    node.queue.put(3, lambda: node._write(wrong, MS))
+    publisher.publish(text(0, 0))
+    node.turn(1000)
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert [m.header.seq for m, _ in reader.messages()] == [0]
+        gap = msgspec.json.decode(next(iter(reader.json(GAP_TOPIC)))[0])
+        assert (gap["stream"], gap["from"], gap["to"]) == ("text", 1, 1)
+        assert "contradicts itself" in gap["cause"]
+        assert not reader.info.complete
+
+
+def test_whatever_a_write_fails_with_is_raised(tmp_path: Path) -> None:
+    node = recorder(tmp_path, MemoryBus())
+    node.queue.put(1, lambda: int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        node.finish()
+    with pytest.raises(ValueError, match="no number"):
+        node.turn(0)
+    node.writer.close(complete=False)
+
+
 def test_a_recording_never_takes_the_place_of_another(tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     assert free_path(path) == path
@@ -445,8 +501,6 @@ def test_raw_frames_get_slots_and_unknown_streams_are_refused(tmp_path: Path, de
 @pytest.fixture
 def demo_frames(tmp_path: Path) -> Path:
     """A recording of one raw frame."""
-    from pipeline.messages import FrameLayout
-
     path = tmp_path / "frames.mcap"
     layout = FrameLayout("bgr8", 480, 640)
     with RecordingWriter(path, SessionInfo(session="s")) as writer:

@@ -113,7 +113,7 @@ names = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_siz
     lambda name: not name.startswith("/")
 )
 layouts = st.one_of(
-    st.builds(FrameLayout, st.sampled_from(["bgr8", "rgb8", "gray8", "jpeg"]), st.integers(0, 4), st.integers(0, 4)),
+    st.builds(FrameLayout, st.sampled_from(["bgr8", "rgb8", "gray8", "jpeg"]), st.integers(1, 4), st.integers(1, 4)),
     st.builds(AudioLayout, st.integers(1, 192_000), st.integers(1, 3), st.integers(0, 9)),
     st.builds(ImuLayout, st.integers(0, 4)),
     st.builds(SignalLayout, st.integers(0, 4), st.lists(names, min_size=1, max_size=3).map(tuple)),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -19,7 +20,19 @@ from hypothesis import strategies as st
 
 from pipeline.clock import ManualClock
 from pipeline.errors import ConfigError, WireError
-from pipeline.messages import FrameLayout, Header, ImuLayout, Message, TextLayout, array, nbytes_of
+from pipeline.messages import (
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    SignalLayout,
+    SweepLayout,
+    TextLayout,
+    array,
+    nbytes_of,
+)
 from pipeline.shm import new_name, unlink
 from pipeline.transport import (
     Buffered,
@@ -41,7 +54,7 @@ from pipeline.transport import (
     make_curve_keys,
     subscribe_json,
 )
-from pipeline.wire import INLINE, SLOT, Slot, encode_header, encode_slot
+from pipeline.wire import INLINE, SLOT, Slot, decode_header, encode_header, encode_slot
 from tests.bus_peer import LAYOUT, SIZE, message
 
 RING = RingSpec(slots=4, slot_bytes=SIZE, lease_ms=100)
@@ -557,6 +570,17 @@ def test_corrupt_messages_are_counted_and_survived(folder: Path) -> None:
         gather(subscriber, lambda got: any(r.message.header.is_beat for r in got))
         counted = subscriber.counters("camera")
         assert (counted.received, counted.lost, counted.malformed) == (1, 0, len(BAD_PARTS) + 1)
+
+
+@pytest.mark.parametrize("layout", [
+    FrameLayout("bgr8", -1, -1), FrameLayout("bgr8", 0, 4), FrameLayout("gray8", 1, 1 << 40), FrameLayout("jpeg", 0, 0),
+    AudioLayout(-1, 1, 1), AudioLayout(1 << 33, 1, 1), AudioLayout(16_000, -1, -1), AudioLayout(16_000, 0, 5),
+    ImuLayout(-1), SignalLayout(-1, ("a",)), SweepLayout(1 << 40), TextLayout(-1),
+])  # fmt: skip
+def test_a_header_of_an_impossible_layout_is_refused(layout: Layout) -> None:
+    header = msgspec.structs.replace(small(0).header, layout=layout)
+    with pytest.raises(WireError, match="states the layout"):
+        decode_header(encode_header(header))
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
