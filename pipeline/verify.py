@@ -33,6 +33,9 @@ from pipeline.replay import event_time, plan_replay
 SCORE_TOLERANCE = 1e-4
 """How far scores may lie apart between two runtimes that are not the same."""
 
+MARGIN_NS = 5_000_000_000
+"""A message that a window was made from reached the recorder no later than this after the window did."""
+
 LISTED = 20
 """How many unverifiable windows are named one by one."""
 
@@ -136,7 +139,7 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
     declared = {stream.name: stream for stream in spec.streams}
     aligner: Aligner | None = None
     expected = 1
-    for data, _, _ in reader.json(MANIFEST_TOPIC):
+    for data, log_ns, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
         if manifest.step != expected:
             result.doubt(f"windows {expected} to {manifest.step - 1} are not in the recording")
@@ -145,7 +148,7 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
         if aligner is None:
             known = tuple(declared[name] for name in manifest.streams if name in declared)
             aligner = Aligner(event_time(msgspec.structs.replace(spec, streams=known)), manifest.step)
-        received, lost = held.received(manifest)
+        received, lost = held.received(manifest, log_ns)
         step = aligner.obey(manifest, received)
         if step.manifest.digest == manifest.digest:
             result.windows += 1
@@ -159,15 +162,19 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
 
 
 class _Held:
-    """The recorded messages, found by stream, epoch and number; read from the file as far as they are needed."""
+    """The recorded messages, found by stream, epoch and number; read from the file as far as they are needed, and kept
+    until a window lists later ones of their stream."""
 
     def __init__(self, reader: RecordingReader, streams: set[str]) -> None:
+        self._there = streams & reader.streams.keys()
         self._coming = reader.messages(streams)
+        self._read_ns = -(1 << 62)  # how far the file is read
         self._messages: dict[str, dict[tuple[int, int], Message]] = {stream: {} for stream in streams}
         self._newest = dict.fromkeys(streams, (-(1 << 62), -1))
 
-    def received(self, manifest: Manifest) -> tuple[dict[str, list[Message]], str]:
-        """The messages that a manifest lists as received, and the first that is not there, in words."""
+    def received(self, manifest: Manifest, log_ns: int) -> tuple[dict[str, list[Message]], str]:
+        """The messages that a manifest, recorded at ``log_ns``, lists as received, and the first that is not there, in
+        words."""
         found: dict[str, list[Message]] = {}
         lost = ""
         for stream, stated in manifest.streams.items():
@@ -176,27 +183,36 @@ class _Held:
             found[stream] = []
             for epoch, first, last in stated.received:
                 for seq in range(first, last + 1):
-                    message = self._find(stream, (epoch, seq))
+                    message = self._find(stream, (epoch, seq), log_ns + MARGIN_NS)
                     if message is None:
                         lost = lost or f"{stream} {epoch}/{seq}"
                     else:
                         found[stream].append(message)
+            if stated.received:  # a bus delivers in order: what lies below was refused, and is never asked for
+                self._drop(stream, min((epoch, first) for epoch, first, _ in stated.received))
         return found, lost
 
-    def _find(self, stream: str, key: tuple[int, int]) -> Message | None:
+    def _find(self, stream: str, key: tuple[int, int], until_ns: int) -> Message | None:
         messages = self._messages[stream]
-        while key not in messages and self._newest[stream] < key:
-            message = next(self._coming, None)
-            if message is None:
+        while (
+            stream in self._there
+            and key not in messages
+            and self._newest[stream] < key
+            and self._read_ns <= until_ns
+        ):
+            item = next(self._coming, None)
+            if item is None:
                 return None
-            header = message[0].header
-            self._messages[header.stream][header.epoch, header.seq] = message[0]
+            message, self._read_ns = item
+            header = message.header
+            self._messages[header.stream][header.epoch, header.seq] = message
             self._newest[header.stream] = max(self._newest[header.stream], (header.epoch, header.seq))
-        found = messages.pop(key, None)
-        if len(messages) > 4096:  # refused ones are never asked for; the oldest of them go
-            for old in sorted(messages)[:2048]:
-                del messages[old]
-        return found
+        return messages.pop(key, None)
+
+    def _drop(self, stream: str, below: tuple[int, int]) -> None:
+        messages = self._messages[stream]
+        for key in [key for key in messages if key < below]:
+            del messages[key]
 
 
 def _window_difference(recorded: Manifest, made: Manifest) -> Difference:
@@ -227,6 +243,7 @@ class _Predictions:
         self._reader, self._bundle, self._options, self._streams = reader, bundle, options, streams
         self._result = result
         self._recorded = reader.json(PREDICTION_TOPIC)
+        self._fused = PREDICTION_TOPIC in reader.topics or reader.info.bundle is not None
         self._next: Prediction | None = None
         self._fuser: Fuser | None = None
         self._broken = False  # a window is missing that the following predictions look back on
@@ -240,7 +257,7 @@ class _Predictions:
         """Makes the prediction for a window, if one was recorded for it, and compares."""
         if self._next is None or self._next.window.index != manifest.step:
             # No prediction for this window: fusion was away, and begins anew with the next one.
-            if self._next is not None:
+            if self._fused:
                 self._result.doubt(f"window {manifest.step} has no recorded prediction")
             self._fuser = None
             return

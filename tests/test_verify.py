@@ -17,12 +17,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.align import Manifest, StreamManifest
 from pipeline.bundle import load_bundle
 from pipeline.errors import RecordingError
 from pipeline.explain import Session, explain
 from pipeline.explain_window import explain_window
+from pipeline.messages import Header, Message, TextLayout
+from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, RecordingWriter
 from pipeline.recording_damage import damage
-from pipeline.verify import verify
+from pipeline.verify import _Held, verify
 from tests.rigs import STREAMS
 from tests.test_launch import all_ok, running
 from tests.test_replay import record, session
@@ -148,6 +151,54 @@ def test_any_changed_bit_is_found(whole: Path, data: st.DataObject) -> None:
         assert not verify(changed, load_bundle(whole / "model")).holds
     except RecordingError:
         assert damage(changed) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_missing_tail_of_predictions_is_doubted(whole: Path, kept: float) -> None:
+    cut = whole / "cut.mcap"
+    with RecordingReader(whole / "session.mcap") as reader:
+        predictions = list(reader.json(PREDICTION_TOPIC))
+        manifests = list(reader.json(MANIFEST_TOPIC))
+        left = predictions[: int(kept * len(predictions))]
+        with RecordingWriter(cut, reader.info, overwrite=True) as writer:
+            for message, at in reader.messages(beats=True):
+                writer.write(message, at)
+            for topic, items in ((MANIFEST_TOPIC, manifests), (PREDICTION_TOPIC, left)):
+                for data, log_ns, publish_ns in items:
+                    writer.write_json(topic, data, log_ns, publish_ns)
+    found = verify(cut, load_bundle(whole / "model"))
+    assert (found.windows, found.predictions) == (len(manifests), len(left))
+    assert found.unverifiable_count == len(manifests) - len(left)
+    assert f"window {len(left) + 1} has no recorded prediction" in found.unverifiable
+
+
+def test_messages_that_are_not_in_the_file_cost_no_others(tmp_path: Path) -> None:
+    """A stream that was not recorded, and one whose rest is missing: neither makes the whole file be held."""
+    count = 9000
+    calls = [(0, text("lidar", 0, 0)), *((seq * 2_000_000, text("imu", seq, seq * 2_000_000)) for seq in range(count))]
+    path = record(tmp_path / "a.mcap", calls)
+    streams = {"camera", "imu", "lidar"}
+    with RecordingReader(path) as reader:
+        held, most = _Held(reader, streams), 0
+        for step in range(1, count // 50 + 1):
+            first = (step - 1) * 50
+            received = {name: StreamManifest("ok", received=((0, first, first + 49),)) for name in streams}
+            end_ns = step * 100_000_000
+            manifest = Manifest(step=step, start_ns=end_ns - 100_000_000, end_ns=end_ns, cause="proven",
+                                emitted_ns=end_ns, digest="", streams=received)  # fmt: skip
+            found, lost = held.received(manifest, end_ns)
+            assert [m.header.seq for m in found["imu"]] == list(range(first, first + 50))
+            assert lost.split(" ")[0] in ("camera", "lidar")
+            most = max(most, len(held._messages["imu"]))
+    assert most <= 2600  # five seconds
+
+
+def text(stream: str, seq: int, t_ns: int) -> Message:
+    return Message(
+        Header(stream=stream, seq=seq, epoch=0, t_capture_ns=t_ns, t_end_ns=t_ns, bound_ns=t_ns + 1,
+               t_receipt_ns=t_ns, layout=TextLayout(4)), b"word",
+    )  # fmt: skip
 
 
 def test_a_recording_without_windows_is_one_clear_error(tmp_path: Path) -> None:
