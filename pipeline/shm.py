@@ -54,7 +54,11 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class RingSpec(msgspec.Struct, frozen=True):
-    """The size of a ring, and how long a reader may hold a slot that somebody else needs."""
+    """The size of a ring, and how long a reader may hold a slot that somebody else needs.
+
+    It must cover the longest hold times the rate, and two slots more. The nodes of a session copy at once what they
+    keep, and the rest read headers only, so a few slots do. A reader of your own that holds messages takes slots from
+    the publisher, which drops and counts when none is free, and loses them after ``lease_ms``."""
 
     slots: int
     slot_bytes: int
@@ -66,20 +70,6 @@ class RingSpec(msgspec.Struct, frozen=True):
                 f"a ring of {self.slots} slots of {self.slot_bytes} bytes with a lease of {self.lease_ms} ms cannot be "
                 "made; it needs 2 to 1024 slots, at least one byte a slot and a lease of at least 1 ms"
             )
-
-    def check_hold(self, rate_hz: float, hold_ms: float) -> None:
-        """Raises ConfigError unless the ring outlasts a reader that holds each message for ``hold_ms``."""
-        needed = slots_for(rate_hz, hold_ms)
-        if self.slots < needed:
-            raise ConfigError(
-                f"a ring of {self.slots} slots is too small for {rate_hz:g} messages a second that a reader holds for "
-                f"{hold_ms:g} ms: give it at least {needed} slots (hold times rate, and two more)"
-            )
-
-
-def slots_for(rate_hz: float, hold_ms: float) -> int:
-    """How many slots outlast a reader that holds each message for ``hold_ms`` at ``rate_hz``."""
-    return int(np.ceil(rate_hz * hold_ms / 1000)) + 2
 
 
 class Segment:

@@ -41,7 +41,7 @@ from pipeline.memory_bus import MemoryBus
 from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
 from pipeline.sending import Publisher, Sent
 from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
-from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment, slots_for
+from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment
 
 __all__ = [
     "INLINE_MAX",
@@ -69,7 +69,6 @@ __all__ = [
     "load_curve_server",
     "make_curve_keys",
     "remove_leftovers",
-    "slots_for",
     "subscribe_json",
 ]
 

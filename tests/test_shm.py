@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline.clock import ManualClock
 from pipeline.errors import ConfigError, WireError
 from pipeline.session import FileLock, SessionFolder, remove_leftovers
-from pipeline.shm import ROWS, Ring, RingReader, RingSpec, Segment, new_name, remove_segment, slots_for, unlink
+from pipeline.shm import ROWS, Ring, RingReader, RingSpec, Segment, new_name, remove_segment, unlink
 from pipeline.wire import Slot
 
 SPEC = RingSpec(slots=3, slot_bytes=5000, lease_ms=100)
@@ -85,13 +85,6 @@ def test_too_little_shared_memory_is_refused_with_the_sizes_and_leaves_nothing()
 def test_a_ring_that_cannot_work_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="2 to 1024 slots"):
         RingSpec(**{"slots": 4, "slot_bytes": 10, **wrong})
-
-
-def test_a_ring_must_outlast_its_readers() -> None:
-    assert slots_for(30, 200) == 8
-    RingSpec(slots=8, slot_bytes=1).check_hold(30, 200)
-    with pytest.raises(ConfigError, match="at least 8 slots"):
-        RingSpec(slots=7, slot_bytes=1).check_hold(30, 200)
 
 
 def test_what_is_no_ring_is_not_mapped() -> None:
