@@ -38,14 +38,6 @@ _NOTHING, _END = -(1 << 62), 1 << 62
 _NO_LIMIT = 1 << 40
 
 
-def messages_of(
-    recording: str | Path | RecordingReader, streams: Collection[str] | None = None
-) -> Iterator[tuple[Message, int]]:
-    """Messages and beats with their arrival times, in log order: what a node that stands in for the sensors sends."""
-    with reading(recording) as reader:
-        yield from reader.messages(streams, beats=True)
-
-
 def paced(
     items: Iterable[tuple[T, int]], clock: Clock, speed: float | None, stop: threading.Event | None = None
 ) -> Iterator[tuple[T, int]]:

@@ -23,13 +23,12 @@ from pipeline.replay import (
     Truth,
     _steps,
     event_time,
-    messages_of,
     paced,
     plan_replay,
     replay_predictions,
     replay_steps,
 )
-from tests.align_strategies import WELL, Source, arrivals, beat, events, message, rigs
+from tests.align_strategies import WELL, Source, arrivals, events, message, rigs
 from tests.tiny_bundle import FRAME, GRID, write_bundle
 
 pytestmark = pytest.mark.usefixtures("conserved")
@@ -173,14 +172,6 @@ def test_a_stream_that_never_started_and_one_that_nobody_asked_for(tmp_path: Pat
 
 def test_an_empty_recording_has_no_steps(tmp_path: Path) -> None:
     assert list(replay_steps(record(tmp_path / "a.mcap", []), SPEC)) == []
-    assert list(messages_of(record(tmp_path / "a.mcap", []))) == []
-
-
-def test_messages_come_with_beats_as_they_arrived(tmp_path: Path) -> None:
-    calls = [*session(1), (10**9, beat("imu", 10, 10**9)), (10**9, beat("camera", 20, 10**9))]
-    path = record(tmp_path / "a.mcap", calls)
-    assert [(at, one.header) for one, at in messages_of(path)] == [(at, one.header) for at, one in calls]
-    assert {one.header.stream for one, _ in messages_of(path, ["imu"])} == {"imu"}
 
 
 # Pace.
