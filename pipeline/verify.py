@@ -195,10 +195,7 @@ class _Held:
     def _find(self, stream: str, key: tuple[int, int], until_ns: int) -> Message | None:
         messages = self._messages[stream]
         while (
-            stream in self._there
-            and key not in messages
-            and self._newest[stream] < key
-            and self._read_ns <= until_ns
+            stream in self._there and key not in messages and self._newest[stream] < key and self._read_ns <= until_ns
         ):
             item = next(self._coming, None)
             if item is None:
