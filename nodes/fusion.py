@@ -21,6 +21,7 @@ from pipeline.life import Life, Mark, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings, wait_for_readers
 from pipeline.prediction import Prediction
+from pipeline.receiving import drain
 from pipeline.recording import Label
 from pipeline.steps import GAP, STEP, Account, Gap, SentStep, decode_step
 from pipeline.transport import Bus, CurveServer, Lossless, Parts, Publisher, Received, ZmqBus, load_curve_server
@@ -111,7 +112,7 @@ class Fusion:
         self.payload_streams = {s for streams in self.settings.wiring.values() for s in streams}
 
     def run(self) -> None:
-        """Until stopped. Raises BundleError."""
+        """Until stopped, and what was on its way is predicted. Raises BundleError."""
         spec, settings = self.life.spec, self.settings
         with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
             self.life.report(Report(state="starting", note="loading the model"))
@@ -121,6 +122,7 @@ class Fusion:
             self.life.wait_to_begin(Report(state="ready"))
             while not self.life.stop.is_set():
                 self.turn()
+            drain(self.turn)
 
     def join(self, bus: Bus, publisher: Publisher) -> None:
         """Loads the model and subscribes to all that it needs. Raises BundleError."""
@@ -143,11 +145,15 @@ class Fusion:
         secret = self.settings.curve_secret
         return None if secret is None else load_curve_server(secret, self.settings.curve_allow)
 
-    def turn(self) -> None:
-        """Waits a moment for something to come, and predicts what can be predicted."""
+    def turn(self) -> bool:
+        """Waits a moment for something to come, and predicts what can be predicted. Whether more than beats came, or
+        a step still waits."""
+        came = False
         for received in self.subscriber.receive(2 if self.waiting else PATIENCE_MS):
+            came |= not received.message.header.is_beat
             self.cache.put(received)
         for parts in self.subscriber.parts():
+            came = True
             self._parts(parts)
         while self.waiting and self._step(*self.waiting[0]):
             self.waiting.popleft()
@@ -156,6 +162,7 @@ class Fusion:
             note = "; ".join(f"{stream}: {text}" for stream, text in self.fuser.notes.items())
             counters = self.counters | {"evicted": float(self.cache.evicted), "last_step": float(self.mark.value)}
             self.life.report(Report(state="ready", note=note, counters=counters))
+        return came or bool(self.waiting)
 
     def _parts(self, parts: Parts) -> None:
         """Takes a step, the announcement of a gap, or a label. What is damaged is counted."""

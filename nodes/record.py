@@ -21,6 +21,7 @@ from pipeline.errors import WireError
 from pipeline.life import Life, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings
+from pipeline.receiving import drain
 from pipeline.recording import GAP_TOPIC, LABEL_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingWriter, SessionInfo
 from pipeline.steps import GAP, STEP, Account, Gap, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
@@ -71,7 +72,7 @@ class Record:
             try:
                 while not self.life.stop.is_set():
                     self.turn()
-                self.turn(0)
+                drain(self.turn)
             finally:
                 self.finish()
 
@@ -100,11 +101,15 @@ class Record:
         notes += [f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else []
         self.writer.close(complete=not notes, note="; ".join(notes))
 
-    def turn(self, patience_ms: int = PATIENCE_MS) -> None:
-        """Waits a moment for something to come, and queues it. Raises what a write failed with."""
+    def turn(self, patience_ms: int = PATIENCE_MS) -> bool:
+        """Waits a moment for something to come, and queues it. Whether more than beats came. Raises what a write
+        failed with."""
+        came = False
         for received in self.subscriber.receive(patience_ms):
+            came |= not received.message.header.is_beat
             self._message(received)
         for parts in self.subscriber.parts():
+            came = True
             self._parts(parts)
         self.queue.check()
         if self.life.due:
@@ -120,6 +125,7 @@ class Record:
                     },
                 )
             )
+        return came
 
     def _message(self, received: Received) -> None:
         """Copies one message or beat into the queue; what is missing before it, or does not fit, becomes a gap."""

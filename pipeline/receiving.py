@@ -19,6 +19,8 @@ from pipeline.wire import INLINE, SLOT, Slot, check_payload, decode_header, deco
 
 _DRAIN = 4096  # messages taken in one call, so that a fast publisher cannot keep ``receive`` from returning
 
+QUIET_NS, AT_LAST_NS = 200_000_000, 3_000_000_000
+
 
 class StreamCounters(msgspec.Struct, kw_only=True):
     """Of one stream, on the reader's side: ``lost`` messages never came (``before_join`` of them were sent before the
@@ -102,6 +104,15 @@ class Parts(msgspec.Struct, frozen=True):
 
     topic: str
     parts: tuple[Any, ...]
+
+
+def drain(turn: Callable[[], bool]) -> None:
+    """For a reader that is to stop: calls ``turn`` until it has said for 200 ms that nothing came and nothing waits.
+    What was sent before the reader was told to stop may still be on its way. Ends after 3 s whatever comes."""
+    whole = quiet = SystemClock()
+    while quiet.now_ns() < QUIET_NS and whole.now_ns() < AT_LAST_NS:
+        if turn():
+            quiet = SystemClock()
 
 
 class _Stream:

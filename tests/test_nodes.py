@@ -20,6 +20,7 @@ from pipeline.errors import RecordingError
 from pipeline.life import Life, NodeSpec, Order
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
+from pipeline.receiving import drain
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
@@ -294,6 +295,19 @@ def test_the_label_that_covers_a_windows_end_is_its_truth(tmp_path: Path) -> Non
     assert [p.truth for p in fusing.turn()] == ["yes", "no", "later", None]
 
 
+def test_a_fusion_node_that_is_to_stop_finishes_what_waits_and_what_is_on_its_way(tmp_path: Path) -> None:
+    fusing = Fusing(tmp_path)
+    fusing.step(1, seq=0)
+    assert fusing.turn() == []
+    fusing.step(2, seq=1)
+    source = threading.Thread(target=lambda: [fusing.sweep(seq) for seq in (0, 1)])
+    source.start()
+    drain(fusing.node.turn)
+    source.join()
+    assert [p.window.index for p in fusing.turn()] == [1, 2]
+    assert {p.streams["lidar"].masked for p in fusing.predictions} == {None}
+
+
 def test_what_never_came_is_named_as_a_gap(tmp_path: Path) -> None:
     fusing = Fusing(tmp_path)
     fusing.sweep(0)
@@ -444,6 +458,21 @@ def test_whatever_a_write_fails_with_is_raised(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no number"):
         node.turn(0)
     node.writer.close(complete=False)
+
+
+def test_a_recorder_that_is_to_stop_takes_all_that_was_sent(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    publisher = bus.publisher("text", ["text"], lossless=True)
+    node = recorder(tmp_path, bus, queue_bytes=64 << 20)
+    messages = [text(seq, seq * MS) for seq in range(5000)]  # more than one turn takes
+    source = threading.Thread(target=lambda: [publisher.publish(message) for message in messages])
+    source.start()
+    drain(node.turn)
+    source.join()
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert reader.info.complete
+        assert sum(1 for _ in reader.messages()) == 5000
 
 
 def test_a_recording_never_takes_the_place_of_another(tmp_path: Path) -> None:
