@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, re
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
 from pipeline.stamper import Stamper
-from pipeline.transport import INLINE_MAX, Publisher, RingSpec, ZmqBus
+from pipeline.transport import INLINE_MAX, Publisher, RingSpec, Subscriber, ZmqBus
 
 __all__ = [
     "BEAT_NS",
@@ -47,6 +48,10 @@ FAILURES = 30
 
 EXIT_SENSOR = 4
 """Exit status of a node whose device failed for so long; the launcher restarts it without counting that as a crash."""
+
+
+INLET_DROPS = ("overrun", "malformed", "before_join", "dropped")
+"""Of a reader's counters those that nothing else reports."""
 
 
 class Sender(Protocol):
@@ -80,6 +85,22 @@ class _Context:
         self.health = text
 
 
+def inlet_drops(subscriber: Subscriber, streams: Iterable[str], topics: Iterable[str] = ()) -> dict[str, float]:
+    """What did not reach this node whole, for its report: ``stream.what``, only what is not 0."""
+    found: dict[str, int] = {}
+    for stream in streams:
+        counters = subscriber.counters(stream)
+        found |= {f"{stream}.{what}": getattr(counters, what) for what in INLET_DROPS}
+    found |= {f"{topic}.dropped": subscriber.parts_dropped(topic) for topic in topics}
+    return {name: float(count) for name, count in found.items() if count}
+
+
+def ring_drops(publisher: Publisher) -> dict[str, float]:
+    """What readers cost this node's ring, for its report: ``ring.what``, only what is not 0."""
+    counters = msgspec.structs.asdict(publisher.ring_counters)
+    return {f"ring.{what}": float(count) for what, count in counters.items() if count}
+
+
 class SourceShell:
     """Runs one source: ``turn`` does one round and returns; ``run`` turns until stopped or at the data's end."""
 
@@ -98,6 +119,9 @@ class SourceShell:
         self._retry_ns = 0
         self._last_sent_ns = 0
         self._trouble = ""
+        self._said_epoch: int | None = None
+        self.counters: Callable[[], dict[str, float]] = dict
+        """What else goes into every report."""
 
     def run(self) -> None:
         """Turns until the life says stop. When the whole session stops that is the stream's end: nobody need wait for
@@ -166,6 +190,8 @@ class SourceShell:
             self.context.count("order")
             return
         self._failures = 0
+        if header.epoch != self._said_epoch:
+            self._report(force=True)  # before anything of it is sent: whoever buries this node must know its last epoch
         if not self.sender.publish(Message(header, reading.data)):
             self.context.count("no_slot")
         self.published += 1
@@ -197,11 +223,13 @@ class SourceShell:
         state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
                               dropped=dict(self.context.dropped))  # fmt: skip
+        self._said_epoch = self.stamper.epoch
         self.life.report(
             Report(
                 state=state,
                 note=self._trouble or self.context.health,
                 sources={self.stamper.stream: report},
+                counters=self.counters(),
                 ended={self.stamper.stream: (self.stamper.epoch, self.stamper.seq)} if self.ended else {},
             )
         )
@@ -249,6 +277,7 @@ def run_source(source_class: type[Source], life: Life) -> None:
         publisher = bus.publisher(spec.node, [spec.node], ring_spec(spec), stop=life.stop)
         settings = decode_settings(source_class, spec.settings)
         shell = SourceShell(source_class, settings, life, publisher, spec.node)
+        shell.counters = lambda: ring_drops(publisher)
         wait_for_readers(publisher, life)
         life.wait_to_begin(Report(state="loaded"))
         shell.run()

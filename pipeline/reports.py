@@ -23,9 +23,16 @@ def closing(summary: Summary) -> RenderableType:
     """The summary at the end of a run or a replay."""
     if not summary.predictions:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
-        return Group(Text(head), messages(summary)) if summary.counters else Text(head)
+        return Group(Text(head), *((messages(summary),) if summary.counters else ()), *dropped(summary))
     parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
-    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()))
+    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()), *dropped(summary))
+
+
+def dropped(summary: Summary) -> list[RenderableType]:
+    """What each node's bus or ring dropped, a line a node; nothing where nothing was."""
+    lines = [f"{node}: " + ", ".join(f"{name} {n}" for name, n in counts.items())
+             for node, counts in summary.drops.items()]  # fmt: skip
+    return [Text(), Text("dropped between nodes\n" + "\n".join(lines), style="yellow")] if lines else []
 
 
 def headline(summary: Summary) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from pipeline.align import Counters
 from pipeline.reports import closing
 from pipeline.subscriber import Subscription
-from pipeline.summary import Summary
+from pipeline.summary import Summary, drops
 from pipeline.terminal import Lines, Output, Screen, console
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
@@ -94,6 +94,8 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
     """The summary, where it does not get between predictions."""
     if status is not None:
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
+        found = {name: drops(node.counters) for name, node in status.nodes.items()}
+        summary.drops = {name: counts for name, counts in found.items() if counts}
     to_person = sys.stdout.isatty() and not json
     screen = console(sys.stdout if to_person else sys.stderr)
     if to_person:

@@ -44,7 +44,7 @@ class Quantiles:
 
 
 class Summary:
-    """Adds up predictions one by one; ``counters`` and ``sent`` are set when they are known, which is at the end."""
+    """Adds up predictions one by one; ``counters`` and ``drops`` are set when they are known, which is at the end."""
 
     def __init__(self) -> None:
         self.predictions = 0
@@ -55,6 +55,8 @@ class Summary:
         self.latency_ms: dict[str, Quantiles] = {}
         self.verdicts: dict[str, Counter[str]] = {}
         self.counters: dict[str, Counters] = {}
+        self.drops: dict[str, dict[str, int]] = {}
+        """By node, what did not pass through its bus or its ring as it should: ``camera.overrun``, ``ring.expired``."""
         self._start_ns: int | None = None
         self._end_ns = 0
 
@@ -93,7 +95,13 @@ class Summary:
             "verdicts": {stream: dict(counts) for stream, counts in self.verdicts.items()},
             "latency_ms": {stage: quantiles(self.latency_ms[stage]) for stage in ordered(self.latency_ms)},
             "messages": {stream: account(counters) for stream, counters in self.counters.items()},
+            "drops": self.drops,
         }
+
+
+def drops(counters: Mapping[str, float]) -> dict[str, int]:
+    """Of a node's counters those that count drops: they are named ``where.what``."""
+    return {name: int(count) for name, count in counters.items() if "." in name and count}
 
 
 def quantiles(series: Quantiles) -> dict[str, float]:

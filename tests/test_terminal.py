@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.reports import closing, recording_table, verification_text
+from pipeline.show import print_summary
 from pipeline.summary import Summary
 from pipeline.terminal import Lines, Screen, bar, duration, screen
 from pipeline.verify import Difference, Verification
@@ -125,6 +126,24 @@ def test_the_summary_keeps_its_words_on_a_narrow_terminal() -> None:
     assert isinstance(console.file, io.StringIO)
     assert "…" not in console.file.getvalue()
     assert "tolerance" in console.file.getvalue()
+
+
+def test_the_summary_names_what_was_dropped_between_nodes() -> None:
+    summary = Summary()
+    counted = {
+        "align": {"steps": 40.0, "camera.overrun": 3.0},
+        "camera": {"ring.expired": 2.0},
+        "record": {"lost": 1.0},
+    }
+    seen = status()
+    for node, counters in counted.items():
+        seen.nodes[node] = msgspec.structs.replace(seen.nodes["camera"], node=node, counters=counters)
+    print_summary(summary, True, seen)
+    assert summary.as_dict()["drops"] == {"align": {"camera.overrun": 3}, "camera": {"ring.expired": 2}}
+    shown = text(closing(summary))
+    assert "align: camera.overrun 3" in shown
+    assert "camera: ring.expired 2" in shown
+    assert "steps" not in shown
 
 
 def test_a_session_without_predictions_says_so() -> None:
