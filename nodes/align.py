@@ -16,7 +16,7 @@ from pipeline.align import Aligner, AlignSpec, Manifest, Resample, Step
 from pipeline.errors import WireError
 from pipeline.life import AlignReport, Life, Mark, Order, Report
 from pipeline.messages import Message
-from pipeline.node import decode_settings, wait_for_readers
+from pipeline.node import decode_settings, inlet_drops, wait_for_readers
 from pipeline.steps import GAP, STEP, Gap, encode_step
 from pipeline.transport import Bus, Lossless, Publisher, Received, ZmqBus
 
@@ -42,7 +42,7 @@ class Align:
         self.mark = Mark(life)
         self.newest: Manifest | None = None
         self.heard: dict[str, tuple[int, int]] = {}  # epoch and number of what came last, by stream
-        self.dead: dict[str, int] = {}  # streams whose node died: their epoch at that time
+        self.dead: dict[str, int] = {}  # streams whose node died: the last epoch of that life
         self.ending: dict[str, Order] = {}  # streams that will end when their last message is here
         self.ended: set[str] = set()
 
@@ -122,7 +122,9 @@ class Align:
         """Closes a stream: a dead one at once, one that ended as soon as all that it sent is here."""
         heard = self.heard.get(order.stream, (-1, -1))
         if order.reason == "dead":
-            self.dead[order.stream] = heard[0]
+            if heard[0] > order.epoch:
+                return  # its node's next life has spoken already
+            self.dead[order.stream] = order.epoch
         elif heard < (order.epoch, order.seq):
             self.ending[order.stream] = order
             return
@@ -142,7 +144,10 @@ class Align:
         return Report(
             state="ended" if self.finished else "ready",
             aligned={s.name: self._stream_report(s.name) for s in self.settings.spec.streams},
-            counters={"steps": float(max(self.mark.value, 0))},
+            counters={
+                "steps": float(max(self.mark.value, 0)),
+                **inlet_drops(self.subscriber, [stream for names in self.settings.wiring.values() for stream in names]),
+            },
         )
 
     def _stream_report(self, stream: str) -> AlignReport:

@@ -21,7 +21,7 @@ import msgspec
 
 from pipeline.life import Life, Report, SourceReport
 from pipeline.messages import FrameLayout, Header, Message, Payload, nbytes_of
-from pipeline.node import decode_settings, ring_spec, wait_for_readers
+from pipeline.node import decode_settings, ring_drops, ring_spec, wait_for_readers
 from pipeline.recording import Label, RecordingReader
 from pipeline.transport import Publisher, ZmqBus
 
@@ -129,9 +129,12 @@ class Replay:
         if header.is_beat:
             self.publisher.beat(header)
             return
-        self.publisher.publish(message)
         report = self.reports[header.stream]
-        report.epoch, report.newest_ns = header.epoch, header.t_end_ns
+        if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
+            report.epoch = header.epoch
+            self.life.report(Report(state="ready", sources=self.reports, counters=ring_drops(self.publisher)))
+        self.publisher.publish(message)
+        report.newest_ns = header.t_end_ns
         report.published += 1
 
     def _end(self) -> None:
@@ -147,11 +150,12 @@ class Replay:
 
     def _report(self) -> None:
         if self.life.due:
-            self.life.report(Report(state="ready", sources=self.reports))
+            self.life.report(Report(state="ready", sources=self.reports, counters=ring_drops(self.publisher)))
 
 
 def moved_header(header: Header, shift_ns: int) -> Header:
-    """``header`` with all session times moved by ``shift_ns``; a device's own stamp stays what it was."""
+    """``header`` on a session clock that reads ``shift_ns`` more: every session time moves, epoch and receipt too; a
+    device's own stamp stays what it was."""
     return msgspec.structs.replace(
         header,
         epoch=header.epoch + shift_ns,

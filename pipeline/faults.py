@@ -314,7 +314,8 @@ def _stage(items: Iterable[Item], name: str, fault: Fault, seed: int) -> Iterato
 
 
 def moved(message: Message, by_ns: int) -> Message:
-    """The message with its stamps of the session clock ``by_ns`` later."""
+    """The message as a sensor whose stamps are ``by_ns`` too late would have sent it: what the sensor's clock says
+    moves (capture, end, bound), what the host's says does not (epoch, receipt)."""
     header = message.header
     return _with(
         message,

@@ -103,7 +103,8 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 class Order(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What the launcher tells a node. ``begin``: all are up, and the session's time 0 lies at ``origin``; ``close``
-    goes to the align node: a stream is dead, or ended before message ``seq`` of ``epoch``."""
+    goes to the align node: a stream is dead, its node's last life having ended in ``epoch``, or it ended before message
+    ``seq`` of ``epoch``."""
 
     do: Literal["begin", "stop", "close"]
     origin: Origin | None = None

@@ -223,7 +223,7 @@ class Supervisor:
             return
         for stream in self.plan.align.streams:
             if stream.name in child.spec.streams and (reason == "dead" or stream.name in at):
-                epoch, seq = at.get(stream.name, (0, 0))
+                epoch, seq = at.get(stream.name, (0, 0)) if reason == "ended" else (_last_epoch(child, stream.name), 0)
                 align.tell(Order(do="close", stream=stream.name, reason=reason, epoch=epoch, seq=seq))
 
     def _close_dead(self, child: Child) -> None:
@@ -282,3 +282,9 @@ class Supervisor:
 
     def _tell(self, child: Child, kind: What, text: str) -> None:
         self._on_event(Event(self.session_clock.now_ns(), child.name, kind, text))
+
+
+def _last_epoch(child: Child, stream: str) -> int:
+    """The epoch that a node's last life said it was in; -1 if it said nothing, and so sent nothing."""
+    source = child.report.sources.get(stream)
+    return -1 if source is None or source.epoch is None else source.epoch
