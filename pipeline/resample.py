@@ -122,15 +122,22 @@ def band_limited(
     span = np.maximum(times[right] - times[left], 1)
     phase = ((points - times[left]) / span * PHASES + 0.5).astype(np.int64)
     run = breaks.searchsorted(np.arange(len(times)), side="right") if len(breaks) else None
-    near_edge = left[0] < half - 1 or left[-1] + half >= len(times)
+    reach, end = reach_ns(source_hz, target_hz), len(times) - 1
+    # A tap counts only within the filter's reach in time: when a source is slow or samples are lost there are fewer,
+    # and a point must not depend on how many more have come beyond.
+    plain = run is None and left[0] >= half - 1 and left[-1] + half <= end
+    if plain:
+        span_right, span_left = times[left + half] - points, points - times[left - half + 1]
+        plain = bool((span_right <= reach).all() and (span_left <= reach).all())
     out = np.zeros((len(points), values.shape[1]))
     # Tap by tap in a fixed order, elementwise: a sum whose order is left to a library differs between processors.
     for tap in range(2 * half):
         at = left + (tap - half + 1)
         weight = table[tap][phase]
-        if near_edge or run is not None:
-            inside = (at >= 0) & (at < len(times))
-            np.clip(at, 0, len(times) - 1, out=at)
+        if not plain:
+            inside = (at >= 0) & (at <= end)
+            np.clip(at, 0, end, out=at)
+            inside &= np.abs(times[at] - points) <= reach
             if run is not None:
                 inside &= run[at] == run[left]
             weight = np.where(inside, weight, 0.0)

@@ -184,9 +184,11 @@ class Track:
         self.epoch_floor_ns = -FOREVER
         self.bound_ns = -FOREVER  # FOREVER once the stream has ended
         self.last_bound_ns = -FOREVER  # the greatest finite bound of a stream that has ended
-        self.advanced_ns = 0  # arrival time of the header that last moved the bound
+        self.advanced_ns = (step - 1) * hop_ns  # arrival time of the header that last moved the bound
         self.closed: str | None = None
-        self.first_ns = FOREVER  # least capture time of what has come and kept the stream's promises
+        # Least capture time of what has come and kept the stream's promises. Who begins later cannot know that a
+        # stream has never started.
+        self.first_ns = FOREVER if step == 1 else -FOREVER
         self.proven = False
         self.buffer: list[Message] = []  # by capture time
         self.used: set[int] = set()  # ids of the messages in the buffer that some step has used
@@ -195,6 +197,7 @@ class Track:
         self.next_seq = 0
         self.gaps: list[tuple[int, int]] = []  # (first ns, count) of losses whose end is not known yet
         self.last_capture_ns = -FOREVER
+        self.refused: list[Range] = []  # numbers of what came and was not believed: it is not lost
         self.sequence = None if spec.ordered else _Unordered(self.memory)
         self.ordinary = False  # ordered, has begun, is not closed, and no loss is open
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
@@ -226,6 +229,8 @@ class Track:
             if header.bound_ns > self.bound_ns:
                 self.bound_ns = header.bound_ns
                 self.advanced_ns = arrival_ns
+            else:
+                self._ask_again()
             return self.bound_ns >= self.interesting_ns
         return self._take_with_care(message, arrival_ns)
 
@@ -274,13 +279,35 @@ class Track:
 
     def _skip_number(self, header: Header, arrival_ns: int) -> None:
         """A refused message has come all the same: it is not also counted as lost."""
-        if header.layout is None or header.epoch != self.epoch:
+        if header.layout is None or header.epoch < self.epoch:
             return
         if self.sequence is not None:
-            self.sequence.come(header.seq)
-            self._raise_bound(self.sequence.released(), arrival_ns)
-        elif header.seq == self.next_seq:
+            if header.epoch == self.epoch:
+                self.sequence.come(header.seq)
+                self._raise_bound(self.sequence.released(), arrival_ns)
+        elif header.epoch == self.epoch and header.seq == self.next_seq:
             self.next_seq += 1
+        else:
+            self._note_refused(header)
+
+    def _note_refused(self, header: Header) -> None:
+        epoch, seq = header.epoch, header.seq
+        if (epoch, seq) < (self.epoch, self.next_seq) or any(e == epoch and a <= seq <= b for e, a, b in self.refused):
+            return
+        if len(self.refused) >= self.memory:
+            self.refused = [known for known in self.refused if (known[0], known[2]) >= (self.epoch, self.next_seq)]
+        if self.refused and self.refused[-1][0] == epoch and self.refused[-1][2] == seq - 1:
+            self.refused[-1] = (epoch, self.refused[-1][1], seq)
+        elif len(self.refused) < self.memory:
+            self.refused.append((epoch, seq, seq))
+
+    def _missing_before(self, seq: int) -> int:
+        """How many numbers from the next one on, below ``seq``, belong to messages that have not come at all."""
+        came = 0
+        for epoch, first, last in self.refused:
+            if epoch == self.epoch:
+                came += max(0, min(last + 1, seq) - max(first, self.next_seq))
+        return seq - self.next_seq - came
 
     def turn_away(self, message: Message) -> None:
         """Counts a message that there was no room to look at."""
@@ -289,6 +316,8 @@ class Track:
         else:
             self.received += 1
             self._overflow(message.header)
+            if self.sequence is None:
+                self._note_refused(message.header)
 
     def _open(self, epoch: int) -> None:
         if self.sequence is not None:
@@ -299,6 +328,7 @@ class Track:
         self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
         self.last_capture_ns = epoch - 1
+        self.limit()  # what the old epoch's samples could still become is decided: ask again
 
     def _is_duplicate(self, header: Header) -> bool:
         if header.layout is None:
@@ -311,8 +341,7 @@ class Track:
         if self.sequence is not None:
             self.sequence.known(header.seq) if beat else self.sequence.come(header.seq)
             return
-        if header.seq > self.next_seq:
-            count = header.seq - self.next_seq
+        if header.seq > self.next_seq and (count := self._missing_before(header.seq)):
             self.counters.lost += count
             # What is lost was promised to lie at or above the bound that held until now; its end is the next message.
             if len(self.gaps) >= self.memory:
@@ -366,7 +395,13 @@ class Track:
         self.overflows.append((first_ns, header.t_end_ns, count))
         self.fresh_overflows += 1
 
+    def _ask_again(self) -> None:
+        """A message that does not move the bound may prove the step all the same."""
+        if self.interesting_ns == self.bound_ns + 1:
+            self.interesting_ns = self.bound_ns
+
     def _keep(self, message: Message) -> None:
+        self._ask_again()
         self._reopen()
         self.fresh.append(message)
         if self.buffer and by_time(message) < by_time(self.buffer[-1]):
@@ -441,10 +476,15 @@ class Track:
         """Whether nothing has come that lies before the end of what the rule looks at."""
         return self.first_ns >= self.span()[1]
 
+    def missed_within(self, first_ns: int, end_ns: int) -> bool:
+        """Whether something in [first, end) may have been lost or turned away."""
+        if first_ns >= end_ns:
+            return False
+        return bool(self.lost_within(first_ns, end_ns) or self.overflowed_within(first_ns, end_ns))
+
     def touched(self) -> bool:
         """Whether a loss or an overflow lies in what the rule looks at."""
-        first_ns, end_ns = self.span()
-        return bool(self.lost_within(first_ns, end_ns) or self.overflowed_within(first_ns, end_ns))
+        return self.missed_within(*self.span())
 
     def advance(self) -> None:
         """The step is history: what no later step can hold leaves the buffer, and is counted."""
@@ -545,15 +585,13 @@ class NearestTrack(Track):
         self.late_below_ns = self.end_ns - self.tolerance_ns + 1
 
     def _best(self) -> Message | None:
-        best, least, signed, end_ns = None, self.tolerance_ns, 0, self.end_ns
-        for message in self.buffer:
+        best, least, end_ns = None, self.tolerance_ns, self.end_ns
+        for message in self.buffer:  # in order of time: of two that are equally near the earlier stays
             distance = message.header.t_capture_ns - end_ns
-            if distance > least:
+            if distance >= least:
                 break
-            nearer = abs(distance) < least
-            twin = best is not None and distance == signed and message.header.seq < best.header.seq  # of two epochs
-            if nearer or twin:
-                best, least, signed = message, abs(distance), distance
+            if abs(distance) < least:
+                best, least = message, abs(distance)
         return best
 
     def prove(self) -> bool:
@@ -570,7 +608,11 @@ class NearestTrack(Track):
         if best is None:
             return None
         self.used.add(id(best))
-        return Content((best,), 1.0, not self.overflowed_within(*self.span()), best.header.t_capture_ns)
+        # Whatever was lost nearer to E(k) would be the content now; at the same distance the earlier one is preferred.
+        t_ns = best.header.t_capture_ns
+        mirrored = 2 * self.end_ns - t_ns
+        rivals = (t_ns + 1, mirrored) if t_ns < self.end_ns else (mirrored, t_ns)
+        return Content((best,), 1.0, not self.missed_within(*rivals), t_ns)
 
     def obsolete(self) -> int:
         return _before(self.buffer, self.late_below_ns)
@@ -595,7 +637,8 @@ class LatestTrack(Track):
             return None
         last = self.buffer[index]
         self.used.add(id(last))
-        return Content((last,), 1.0, not self.overflowed_within(*self.span()), last.header.t_capture_ns)
+        t_ns = last.header.t_capture_ns
+        return Content((last,), 1.0, not self.missed_within(t_ns + 1, self.end_ns), t_ns)
 
     def obsolete(self) -> int:
         return _before(self.buffer, self.late_below_ns)

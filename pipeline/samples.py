@@ -61,6 +61,7 @@ class FewSamples:
         self._values: list[tuple[float, ...]] = []
         self._owners: list[int] = []
         self._joined: list[bool] = []
+        self._finite = True
         self._epoch: int | None = None
         self._taken = 0  # messages taken and messages dropped since clear
         self._dropped = 0
@@ -76,7 +77,8 @@ class FewSamples:
                 value = sample[1:]
                 joined.append(same_epoch and bool(times) and t_ns - times[-1] <= self._max_gap_ns)
                 times.append(t_ns)
-                values.append(value if isfinite(sum(value)) else tuple([v if v == v else nan for v in value]))
+                values.append(value)
+                self._finite = self._finite and isfinite(sum(value))
                 owners.append(self._taken)
                 same_epoch = True
             self._epoch = header.epoch
@@ -120,7 +122,10 @@ class FewSamples:
                     used.append(owner - self._dropped)
         if not filled:
             return None
-        return Filled(np.array(rows, np.float32), filled, last_ns, used)
+        grid = np.array(rows, np.float32)
+        if not self._finite:
+            grid[np.isnan(grid)] = np.nan  # one NaN, not whichever the processor made: digests cover these bytes
+        return Filled(grid, filled, last_ns, used)
 
 
 class ManySamples:
@@ -260,7 +265,8 @@ class ManySamples:
                 self.times, self._values[self._first : self._end], self.breaks, left[at], right[at], points[at],
                 source_hz, rate_hz,
             )  # fmt: skip
-            used.update(owners[self._under_filter(left[at], resample.half_taps(source_hz, rate_hz))].tolist())
+            half, reach_ns = resample.half_taps(source_hz, rate_hz), resample.reach_ns(source_hz, rate_hz)
+            used.update(owners[self._under_filter(points[at], left[at], half, reach_ns)].tolist())
         return values, [owner - self._dropped for owner in sorted(used)]
 
     def _by_rate(self, owners: Array) -> list[tuple[int, Any]]:
@@ -270,9 +276,11 @@ class ManySamples:
         each = np.array(self._rates)[owners - self._dropped]
         return [(int(rate), each == rate) for rate in np.unique(each)]
 
-    def _under_filter(self, left: Array, half: int) -> Array:
+    def _under_filter(self, points: Array, left: Array, half: int, reach_ns: int) -> Array:
         """The samples that the filter's taps touch: those near the points, in a run with one of them."""
-        indices = np.arange(max(0, int(left[0]) - half + 1), min(self._end - self._first, int(left[-1]) + half + 1))
+        first, last = np.searchsorted(self.times, (points[0] - reach_ns, points[-1] + reach_ns + 1))
+        first, last = max(int(first), int(left[0]) - half + 1), min(int(last), int(left[-1]) + half + 1)
+        indices = np.arange(first, last)
         breaks = self.breaks
         if not len(breaks):
             return indices

@@ -33,7 +33,7 @@ class ReferenceAligner:
 
     def __init__(self, spec: AlignSpec, first_step: int = 1) -> None:
         self.spec, self.next = spec, first_step
-        self.streams = {s.name: Stream(s, spec.hop_ns) for s in spec.streams}
+        self.streams = {s.name: Stream(s, spec.hop_ns, first_step) for s in spec.streams}
         self.now = 0
         """The greatest time heard of."""
         self.heard = 0

@@ -131,7 +131,7 @@ def channels_of(header: Header) -> int:
 class Stream:
     """One stream of the model."""
 
-    def __init__(self, spec: StreamSpec, hop_ns: int) -> None:
+    def __init__(self, spec: StreamSpec, hop_ns: int, first_step: int = 1) -> None:
         self.spec, self.rule, self.hop = spec, spec.rule, hop_ns
         self.fed: list[Fed] = []
         """Everything that is not a beat, in order of arrival."""
@@ -140,7 +140,8 @@ class Stream:
         self.buffered: list[Fed] = []
         """What was ever taken into the buffer."""
         self.samples: list[Sample] = []
-        self.state = State(-inf, False, False, 0, None, 0)
+        self.later = first_step > 1  # what happened before is not known, so nothing is said of a start
+        self.state = State(-inf, False, False, (first_step - 1) * hop_ns, None, 0)
         self.bound_at_open: dict[int, float] = {}
         self.reported = 0
         self.beats = 0
@@ -399,7 +400,7 @@ class Stream:
 
     def never_started(self, step: int) -> bool:
         high = self.grid(step)[-1] + 1 if isinstance(self.rule, Resample) else self.region(step)[1]
-        return not any(f.came and f.header.t_capture_ns < high for f in self.fed)
+        return not self.later and not any(f.came and f.header.t_capture_ns < high for f in self.fed)
 
     def judge(self, step: int, emitted_ns: int) -> tuple[RefStream, tuple[Any, ...]]:
         content, proven = self.content_at(step, self.state), self.proven(step, self.state)

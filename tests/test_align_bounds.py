@@ -23,6 +23,9 @@ def weight(root: Any) -> int:
     todo, total = [root], 0
     while todo:
         x = todo.pop()
+        if type(x) is int:
+            total += 32  # each of them: that Python keeps only one of every small integer is not the aligner's merit
+            continue
         if id(x) in seen or isinstance(x, type) or callable(x) or type(x).__name__ == "module":
             continue
         seen.add(id(x))
@@ -101,7 +104,7 @@ def test_memory_is_bounded_whatever_a_stream_does(kind: str, rule: str, ordered:
             aligner.feed(m, at)
             assert aligner.counters("bad").buffered <= 20
         weights.append(weight(aligner))
-    assert weights[2] <= weights[1] + 4096, f"grew from {weights[0]} over {weights[1]} to {weights[2]} bytes"
+    assert weights[2] <= max(weights[:2]) + 4096, f"grew from {weights[0]} over {weights[1]} to {weights[2]} bytes"
 
 
 def lines_of(do: Any) -> int:
