@@ -19,7 +19,7 @@ from pipeline.errors import WireError
 from pipeline.inference import FuseOptions, Fuser
 from pipeline.life import Life, Mark, Report
 from pipeline.messages import Message
-from pipeline.node import decode_settings, wait_for_readers
+from pipeline.node import decode_settings, inlet_drops, wait_for_readers
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
 from pipeline.recording import Label
@@ -161,6 +161,7 @@ class Fusion:
         if self.life.due:
             note = "; ".join(f"{stream}: {text}" for stream, text in self.fuser.notes.items())
             counters = self.counters | {"evicted": float(self.cache.evicted), "last_step": float(self.mark.value)}
+            counters |= inlet_drops(self.subscriber, self.payload_streams)
             self.life.report(Report(state="ready", note=note, counters=counters))
         return came or bool(self.waiting)
 

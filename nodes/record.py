@@ -20,7 +20,7 @@ from pipeline.clock import SystemClock
 from pipeline.errors import WireError
 from pipeline.life import Life, Report
 from pipeline.messages import Message
-from pipeline.node import decode_settings
+from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
 from pipeline.recording import GAP_TOPIC, LABEL_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingWriter, SessionInfo
 from pipeline.steps import GAP, STEP, Account, Gap, decode_step
@@ -122,10 +122,17 @@ class Record:
                         "bytes": float(self.writer.bytes_written),
                         "queue_bytes": float(self.queue.held),
                         "lost": float(self.lost + self.refused),
+                        **self._drops(),
                     },
                 )
             )
         return came
+
+    def _drops(self) -> dict[str, float]:
+        wiring, topics = self.settings.wiring, self.settings.topics
+        return inlet_drops(
+            self.subscriber, [s for names in wiring.values() for s in names], {t for n in topics.values() for t in n}
+        )
 
     def _message(self, received: Received) -> None:
         """Copies one message or beat into the queue; what is missing before it, or does not fit, becomes a gap."""

@@ -158,6 +158,14 @@ def test_the_last_words_of_a_stream_that_died_unheard_do_not_bring_it_back(tmp_p
     assert heard[2].streams["lidar"].closed == "dead"
 
 
+def test_what_the_bus_dropped_is_in_the_report(tmp_path: Path) -> None:
+    aligning = Aligning(tmp_path)
+    aligning.sources["lidar"].publish(aligning.cloud(2, 95))
+    aligning.turn(100)
+    counters = aligning.node._report().counters
+    assert {name: n for name, n in counters.items() if "." in name} == {"lidar.before_join": 2.0}
+
+
 def test_streams_that_ended_are_closed_when_all_they_sent_is_here(tmp_path: Path) -> None:
     aligning = Aligning(tmp_path)
     for stream, seq in (("imu", 2), ("lidar", 1)):
