@@ -19,6 +19,9 @@ from pipeline.wire import INLINE, SLOT, Slot, check_payload, decode_header, deco
 
 _DRAIN = 4096  # messages taken in one call, so that a fast publisher cannot keep ``receive`` from returning
 
+AHEAD_NS, JUMP = 60_000_000_000, 1 << 31
+"""An epoch's name is the session time at which it opened, little after the receipt of its first message at most; and no
+stream loses so many messages at once. A damaged header that were believed would silence its stream for good."""
 QUIET_NS, AT_LAST_NS = 200_000_000, 3_000_000_000
 
 
@@ -128,14 +131,17 @@ class _Stream:
         self._next = 0
 
     def admit(self, header: Header) -> bool:
-        """Counts what was lost before this message or beat; False for one that came already or comes too late."""
+        """Counts what was lost before this message or beat; False for one that came already or comes too late, and
+        for one whose epoch or number nothing can have led to."""
         counters, joined = self.counters, self._epoch is not None
-        if self._epoch is None or header.epoch > self._epoch:
-            self._epoch, self._next = header.epoch, 0
-        if header.epoch < self._epoch or header.seq < self._next:
+        epoch, number = self._epoch, self._next
+        if epoch is None or header.epoch > epoch:
+            epoch, number = header.epoch, 0
+        gap = header.seq - number
+        if header.epoch < epoch or not 0 <= gap <= JUMP or header.epoch > header.t_receipt_ns + AHEAD_NS:
             counters.malformed += 1
             return False
-        gap = header.seq - self._next
+        self._epoch = epoch
         if gap:
             counters.lost += gap
             counters.before_join += 0 if joined else gap

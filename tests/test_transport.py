@@ -583,6 +583,17 @@ def test_a_header_of_an_impossible_layout_is_refused(layout: Layout) -> None:
         decode_header(encode_header(header))
 
 
+@pytest.mark.parametrize("wrong", [{"epoch": 1 << 60}, {"seq": 1 << 40}, {"epoch": 1 << 37, "seq": 0}])
+def test_one_damaged_header_does_not_silence_its_stream(bus: Bus, wrong: dict[str, int]) -> None:
+    publisher, subscriber = pair(bus)
+    for seq in range(6):
+        sent = small(seq, stream="camera")
+        publisher.publish(Message(msgspec.structs.replace(sent.header, **wrong), sent.data) if seq == 3 else sent)
+    assert seqs(take(subscriber, 5)) == [0, 1, 2, 4, 5]
+    counted = subscriber.counters("camera")
+    assert (counted.received, counted.lost, counted.malformed) == (5, 1, 1)
+
+
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(junk=st.lists(st.lists(st.binary(max_size=60) | st.just(SLOT + GOOD) | st.just(INLINE + NOTE), max_size=4)))
 def test_no_bytes_stop_a_reader(junk: list[list[bytes]]) -> None:
