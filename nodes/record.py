@@ -1,8 +1,8 @@
 """The recorder: everything that is published, into one file, without ever making a source wait.
 
 Payloads are copied on receipt, which gives shared memory back at once, into a queue that is bounded in bytes; a thread
-of its own compresses and writes. What does not fit, or did not even arrive, is named in a gap record, and the recording
-says that it is incomplete.
+of its own compresses and writes. What does not fit, or did not even arrive, is named in a gap record (one for a whole
+range, written when the range has ended), and the recording says that it is incomplete.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from pipeline.steps import GAP, STEP, Account, Gap, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 
 PATIENCE_MS = 50
+ITEM_BYTES = 1024
+"""What anything that waits to be written takes beside its payload: headers, objects, the queue itself."""
 _JSON_TOPICS = {"prediction": PREDICTION_TOPIC, "label": LABEL_TOPIC}
 
 
@@ -60,7 +62,9 @@ class Record:
         # A later life of this node cannot have seen the first steps, and its predecessor's file has them.
         self.account = Account(first=1 if life.spec.life == 0 else None)
         self.expected: dict[str, tuple[int, int]] = {}
-        self.lost = 0
+        self.lost = self.lost_beats = 0
+        self.gaps: dict[str, LostMessages] = {}
+        """Ranges of lost messages that may still grow, by stream."""
         self.refused = 0
         """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
 
@@ -94,10 +98,13 @@ class Record:
     def finish(self) -> None:
         """Writes what waits and closes the file, which says whether anything is missing. Raises what writing
         failed with."""
+        for stream in list(self.gaps):
+            self._close_gap(stream, self.clock.now_ns())
         self.queue.close()
         self.queue.check()
         missing = self.lost + self.refused
         notes = [f"{missing} messages could not be recorded"] if missing else []
+        notes += [f"{self.lost_beats} beats could not be recorded"] if self.lost_beats else []
         notes += [f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else []
         self.writer.close(complete=not notes, note="; ".join(notes))
 
@@ -148,7 +155,9 @@ class Record:
             size = 0 if received.message.data is None else len(received.message.data)
             if not self.queue.fits(size):
                 cause = "the disk was too slow, and the recorder's queue full"
-                if not header.is_beat:
+                if header.is_beat:
+                    self.lost_beats += 1
+                else:
                     self._gap(header.stream, header.epoch, header.seq, header.seq, cause, arrival)
                 return
             try:
@@ -160,6 +169,7 @@ class Record:
         if message.data is None and not header.is_beat:
             self._gap(header.stream, header.epoch, header.seq, header.seq, "its shared memory is gone", arrival)
             return
+        self._close_gap(header.stream, arrival)
         self.queue.put(size, lambda: self._write(message, arrival))
 
     def _write(self, message: Message, arrival_ns: int) -> None:
@@ -176,7 +186,18 @@ class Record:
 
     def _gap(self, stream: str, epoch: int, first: int, last: int, cause: str, now_ns: int) -> None:
         self.lost += last - first + 1
-        self._json(GAP_TOPIC, msgspec.json.encode(LostMessages(stream, epoch, first, last, cause)), now_ns)
+        before = self.gaps.get(stream)
+        if before is not None and (before.epoch, before.last + 1, before.cause) == (epoch, first, cause):
+            first = before.first
+        else:
+            self._close_gap(stream, now_ns)
+        self.gaps[stream] = LostMessages(stream, epoch, first, last, cause)
+
+    def _close_gap(self, stream: str, now_ns: int) -> None:
+        """Records the range of messages that the stream has lost until now, if it has."""
+        gap = self.gaps.pop(stream, None)
+        if gap is not None:
+            self._json(GAP_TOPIC, msgspec.json.encode(gap), now_ns)
 
     def _parts(self, parts: Parts) -> None:
         """Records what is no message: manifests, predictions, labels; and gaps between steps, from its own account."""
@@ -195,12 +216,12 @@ class Record:
             self._json(_JSON_TOPICS[parts.topic], bytes(parts.parts[0]), now)
 
     def _json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
-        """These are few and small, and what explains a gap must not itself be lost: they always fit."""
+        """These are few, and what explains a gap must not itself be lost: they always fit, and are counted."""
         self.queue.put(len(data), lambda: self.writer.write_json(topic, data, log_ns, publish_ns))
 
 
 class BoundedWriter:
-    """A thread that carries out writes in order, and the bytes that wait for it."""
+    """A thread that carries out writes in order, and the bytes that wait for it, ``ITEM_BYTES`` an item included."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit, self.held = limit_bytes, 0
@@ -212,12 +233,12 @@ class BoundedWriter:
 
     def fits(self, size: int) -> bool:
         """Whether ``size`` more bytes may wait. Something always fits into an empty queue."""
-        return self.held == 0 or self.held + size <= self._limit
+        return self.held == 0 or self.held + size + ITEM_BYTES <= self._limit
 
     def put(self, size: int, job: Callable[[], None]) -> None:
         """Queues ``job``, which holds ``size`` bytes."""
         with self._lock:
-            self.held += size
+            self.held += size + ITEM_BYTES
         self._jobs.put((size, job))
 
     def check(self) -> None:
@@ -239,7 +260,7 @@ class BoundedWriter:
             except BaseException as error:  # whatever it is: a thread that dies in silence would lose the rest
                 self._error = error
             with self._lock:
-                self.held -= size
+                self.held -= size + ITEM_BYTES
 
 
 def free_path(path: Path) -> Path:

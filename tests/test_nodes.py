@@ -12,7 +12,7 @@ import pytest
 
 from nodes.align import Align
 from nodes.fusion import Fusion, PayloadCache
-from nodes.record import Record, free_path
+from nodes.record import ITEM_BYTES, Record, free_path
 from nodes.replay import Replay, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
@@ -396,19 +396,23 @@ def test_what_is_lost_is_named_and_the_recording_says_that_it_is_incomplete(tmp_
 def test_a_recorder_whose_disk_is_too_slow_names_what_did_not_fit(tmp_path: Path) -> None:
     bus = MemoryBus()
     publisher = bus.publisher("text", ["text"])
-    node = recorder(tmp_path, bus, queue_bytes=1000)
+    node = recorder(tmp_path, bus, queue_bytes=1000 + 4 * ITEM_BYTES)
     disk = threading.Event()
     node.queue.put(1, disk.wait)  # the disk is busy until we say so
     for seq in range(10):
         publisher.publish(text(seq, seq * MS, bytes(300)))
     node.turn(1000)
+    publisher.beat(header("text", 10, 10 * MS, None))
+    node.turn(1000)
+    assert node.queue.held == 1 + 3 * 300 + 4 * ITEM_BYTES
     disk.set()
     node.finish()
     with RecordingReader(tmp_path / "out.mcap") as reader:
         assert [m.header.seq for m, _ in reader.messages()] == [0, 1, 2]
         gaps = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
-        assert [k for g in gaps for k in range(g["from"], g["to"] + 1)] == list(range(3, 10))
-        assert {g["cause"] for g in gaps} == {"the disk was too slow, and the recorder's queue full"}
+        assert [(g["from"], g["to"]) for g in gaps] == [(3, 9)]  # one record, however many were lost
+        assert gaps[0]["cause"] == "the disk was too slow, and the recorder's queue full"
+        assert reader.info.note == "7 messages could not be recorded; 1 beats could not be recorded"
 
 
 def test_manifests_labels_and_gaps_between_steps_are_recorded(tmp_path: Path) -> None:
