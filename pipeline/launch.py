@@ -172,8 +172,8 @@ class Session:
                         break
             finally:
                 self.stop()
-            if self.failure is not None:
-                raise SensoriumError(self.failure)
+            if (wrong := self.failure or self._supervisor.defect) is not None:
+                raise SensoriumError(wrong)
 
     def _any_starting(self) -> bool:
         return any(node.state == "starting" for node in self.status().nodes.values())

@@ -74,6 +74,8 @@ class Show:
                 while not last:
                     last = self._last_round.is_set()
                     for prediction in subscription.receive(POLL_MS):
+                        if prediction.session != self._session.id:
+                            continue  # another session's, at an address that this one could not have
                         with self._lock:
                             self.summary.add(prediction)
                             self._output.prediction(prediction)

@@ -50,6 +50,8 @@ class Supervisor:
         self.lock = threading.RLock()
         """Held while reports are taken in, and by who reads them."""
         self.failure: str | None = None
+        self.defect: str | None = None
+        """What went wrong without ending the session: it did not do all that was asked."""
         self.crash: BaseException | None = None
         """What went wrong in the thread itself, ``on_event`` included."""
         self.started, self.over, self.hard = threading.Event(), threading.Event(), threading.Event()
@@ -200,11 +202,26 @@ class Supervisor:
             return  # it had nothing more to give
         tail = child.tail()
         self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
+        if child.name == "record" and status > 0:
+            self._recording_failed(child, status, tail)
+            return
         core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if core_at_start or status == ConfigError.exit_code or not child.plan_restart(status == EXIT_SENSOR):
             self._give_up(child, status, tail)
         else:
             self._tell(child, "restarting", "will be started again")
+
+    def _recording_failed(self, child: Child, status: int, tail: str) -> None:
+        """A recorder that could not write would not fare better in another life. Predictions go on without it, if there
+        are any; how the session ends says that the recording is not whole."""
+        with self.lock:
+            child.state = "failed"
+        said = f"the recording failed, and is not whole: {tail or died_how(status)}"
+        self._tell(child, "gave_up", "is not started again")
+        if self.plan.align is None or not self.started.is_set():
+            self.failure = said
+        else:
+            self.defect = said
 
     def _give_up(self, child: Child, status: int, tail: str) -> None:
         with self.lock:
