@@ -328,7 +328,7 @@ class Track:
         self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
         self.last_capture_ns = epoch - 1
-        self.limit()  # what the old epoch's samples could still become is decided: ask again
+        self._turn()  # what the old epoch's samples could still become is decided: ask again
 
     def _is_duplicate(self, header: Header) -> bool:
         if header.layout is None:
@@ -397,8 +397,7 @@ class Track:
 
     def _ask_again(self) -> None:
         """A message that does not move the bound may prove the step all the same."""
-        if self.interesting_ns == self.bound_ns + 1:
-            self.interesting_ns = self.bound_ns
+        self.interesting_ns = max(self.least_ns, min(self.interesting_ns, self.bound_ns))
 
     def _keep(self, message: Message) -> None:
         self._ask_again()
@@ -445,8 +444,12 @@ class Track:
         self.start_ns = (step - 1) * self.hop_ns
         self.end_ns = step * self.hop_ns
         self.proven = False
-        self.limit()
+        self._turn()
 
+
+    def _turn(self) -> None:
+        self.limit()
+        self.least_ns = self.interesting_ns  # below it no message can prove anything
 
     def idle_at(self, now_ns: int) -> bool:
         """Whether the stream has made no progress for its limit."""
@@ -518,7 +521,7 @@ class Track:
         self.overflows.extend(stated.overflows)
         self.fresh_overflows = len(stated.overflows)
         self.gaps = list(stated.gaps)
-        self.limit()
+        self._turn()
         self.proven = self.bound_ns >= self.interesting_ns and (self.closed == "ended" or self.prove())
 
     def count(self) -> Counters:
