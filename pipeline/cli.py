@@ -315,8 +315,11 @@ def main() -> None:
         app()
     except SensoriumError as error:
         fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # Whoever read us has seen enough. What Python still holds back for them is thrown away, not flushed.
+    except (BrokenPipeError, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
+            raise
+        # Whoever read us has seen enough, which typer takes for a failure. What Python still holds back for them is
+        # thrown away, not flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:

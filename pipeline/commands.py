@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pipeline.recording import RecordingReader
 
 
+SILENT_NS = 3_000_000_000
+"""How long an address may be silent before ``subscribe`` says so."""
+
+
 def run(
     rig: str | None,
     *,
@@ -228,16 +232,23 @@ def _say(text: str) -> None:
 
 def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: int | None) -> None:
     """``sensorium subscribe``."""
+    from pipeline.clock import SystemClock
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.subscriber import Subscription
     from pipeline.summary import Summary
 
     title, endpoint, folder = _session(endpoint, session)
-    summary = Summary()
+    summary, waiting = Summary(), SystemClock()
+    told = folder is not None
     with Subscription(endpoint) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)
         try:
             while (count is None or summary.predictions < count) and (folder is None or folder.exists()):
+                if not told and (summary.predictions or waiting.now_ns() > SILENT_NS):
+                    told = True
+                    if not summary.predictions:
+                        _say(f"nothing has come from {endpoint} yet; if no session publishes there, start one with: "
+                             f"sensorium run RIG --predictions {endpoint}")  # fmt: skip
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)

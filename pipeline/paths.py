@@ -26,6 +26,10 @@ def find_rig(name: str | None) -> Path:
     if name is None:
         raise ConfigError(f"name a rig, which is one YAML file. {_known(rigs)}")
     stem = Path(name).name.removesuffix(".yaml")
+    if Path(name).suffix == ".mcap":
+        raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {name}")
+    if Path(name).is_dir():
+        raise ConfigError(f"{name} is a folder; a rig is one YAML file. {_known(rigs)}")
     if Path(name).is_file():
         return Path(name)
     if name in (stem, f"configs/{stem}.yaml") and stem in rigs:

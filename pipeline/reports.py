@@ -23,6 +23,7 @@ def closing(summary: Summary) -> RenderableType:
     """The summary at the end of a run or a replay."""
     if not summary.predictions:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
+        head = head if summary.expected else "no model, so no predictions"
         return Group(Text(head), *((messages(summary),) if summary.counters else ()), *dropped(summary))
     parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
     return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()), *dropped(summary))
@@ -70,14 +71,15 @@ def windows(summary: Summary) -> Table:
     return table
 
 
-def messages(summary: Summary) -> Table:
+def messages(summary: Summary) -> RenderableType:
     """Where every message went: sent = received + lost, and received = used + all that stands to the right of it."""
     places = ("sent", "lost", "received", "used", "late", "superseded", "duplicate", "rejected", "buffered")
     table = numbers("messages", places)
     for stream, counters in summary.counters.items():
         amounts = account(counters)
         table.add_row(stream, *(str(amounts[place]) for place in places))
-    return table
+    said = "late: no window to come could hold it, like a picture between two steps; superseded: a better one was used"
+    return Group(table, Text(said, style="dim"))
 
 
 def recording_table(info: dict[str, Any]) -> RenderableType:

@@ -27,7 +27,7 @@ class Show:
     signals; everything else a few times a second."""
 
     def __init__(self, session: Session, json: bool) -> None:
-        self.summary = Summary()
+        self.summary = Summary(expected=session.rig.bundle is not None)
         self._session = session
         where = (
             f"predictions at {session.predictions}" if session.rig.bundle is not None else "no model, no predictions"

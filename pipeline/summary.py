@@ -46,7 +46,9 @@ class Quantiles:
 class Summary:
     """Adds up predictions one by one; ``counters`` and ``drops`` are set when they are known, which is at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected: bool = True) -> None:
+        """``expected``: there is a model, so that predictions should come."""
+        self.expected = expected
         self.predictions = 0
         self.abstained = 0
         self.labels: Counter[str] = Counter()

@@ -155,6 +155,8 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["run"], "name a rig"),
         (["run", "rgi.yaml"], "There are `"),
         (["check", "nothing/here.yaml"], "there is no such file"),
+        (["run", "."], "is a folder; a rig is one YAML file"),
+        (["run", "session.mcap"], "sensorium replay session.mcap"),
         (["info", "nothing.mcap"], "there is no such file"),
         (["replay", "nothing.mcap"], "there is no such file"),
         (["schema", "predictions"], "Did you mean `prediction`?"),
@@ -215,10 +217,22 @@ def test_an_unexpected_exception_is_one_line_and_its_trace_is_kept(
 
 def test_a_reader_that_has_seen_enough_is_no_error(place: Path) -> None:
     done = subprocess.run(
-        ["bash", "-c", f"{SENSORIUM} schema config | head -n 1"], capture_output=True, text=True, timeout=PATIENCE_S
-    )
+        ["bash", "-c", f"set -o pipefail; {SENSORIUM} schema config | head -n 1"], capture_output=True, text=True,
+        timeout=PATIENCE_S,
+    )  # fmt: skip
     assert done.stdout == "{\n"
     assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
+    with Running(place, "subscribe", f"ipc://{place}/nobody.sock") as running:
+        assert running.process.stderr is not None
+        said = b""
+        while b"note:" not in said and select.select([running.process.stderr], [], [], PATIENCE_S)[0]:
+            said += os.read(running.process.stderr.fileno(), 4096)
+        assert b"nothing has come from ipc://" in said
+        running.stop()
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -345,7 +359,7 @@ def test_a_session_ends_when_nobody_reads_its_predictions_any_more(place: Path) 
         running.line()
         assert running.process.stdout is not None
         running.process.stdout.close()
-        running.process.wait(PATIENCE_S)
+        assert running.process.wait(PATIENCE_S) == 0
         assert running.process.stderr is not None
         assert b"Traceback" not in running.process.stderr.read()
     assert not list((place / "sensorium").glob("*/*"))

@@ -148,6 +148,7 @@ def test_the_summary_names_what_was_dropped_between_nodes() -> None:
 
 def test_a_session_without_predictions_says_so() -> None:
     assert "no predictions" in text(closing(Summary()))
+    assert "no model" in text(closing(Summary(expected=False)))
 
 
 def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
