@@ -38,8 +38,10 @@ $(VENV)/.base: pyproject.toml | $(BIN)/python
 	$(PIP) --editable .
 	@touch $@
 
-# silero-vad is only a model in a wheel; its declared dependencies would bring torch, which nothing here needs.
+# torch first, in the version that the tests are run with; silero-vad is only a model in a wheel, whose declared
+# dependencies would bring more of it.
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) 'torch==2.13.0'
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps 'silero-vad==6.2.3'
 	@touch $@ $(VENV)/.base

@@ -8,11 +8,11 @@ that sends garbage must not end the session.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 
 from pipeline.bundle import Bundle
 from pipeline.errors import BundleError, WireError
@@ -43,12 +43,19 @@ class Encoder(Protocol):
     def reset(self) -> None: ...
 
 
+class Graph(Protocol):
+    """What an encoder runs: an ONNX Runtime session; in training, the preprocessing alone."""
+
+    def get_inputs(self) -> Sequence[Any]: ...
+    def run(self, outputs: Sequence[str], feed: dict[str, Array]) -> Any: ...
+
+
 class MessageEncoder:
     """An ONNX encoder of a stream whose step holds messages: frame, sweep, text, or batches as they came."""
 
     repeatable = True
 
-    def __init__(self, session: ort.InferenceSession, stream: BundleStream, where: str) -> None:
+    def __init__(self, session: Graph, stream: BundleStream, where: str) -> None:
         self._session, self._stream = session, stream
         shape = [d if isinstance(d, int) else 64 for d in session.get_inputs()[0].shape]
         empty = [0, *shape[1:]] if stream.rule.__class__.__name__ == "All" else shape
@@ -86,7 +93,7 @@ class GridEncoder:
 
     repeatable = False
 
-    def __init__(self, session: ort.InferenceSession, stream: BundleStream, where: str) -> None:
+    def __init__(self, session: Graph, stream: BundleStream, where: str) -> None:
         self._session, self._stream = session, stream
         names = {t.name: t for t in session.get_inputs()}
         self._takes_valid = "valid" in names
@@ -171,7 +178,7 @@ class PythonEncoder:
         self._expert.reset()
 
 
-def _run(session: ort.InferenceSession, outputs: list[str], feed: dict[str, Array]) -> list[Array]:
+def _run(session: Graph, outputs: list[str], feed: dict[str, Array]) -> list[Array]:
     try:
         result: list[Array] = session.run(outputs, feed)
     except Exception as error:  # onnxruntime's exception classes share no public base but Exception

@@ -28,7 +28,7 @@ from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock, SystemClock
 from pipeline.fusing import make_encoder, make_fusion
-from pipeline.lanes import Lane
+from pipeline.lanes import Lane, cross_gap
 from pipeline.onnxfile import fingerprint, provider_in_use
 from pipeline.prediction import BundleRef, Prediction, StreamReport, Timing, WindowSpan
 
@@ -140,18 +140,12 @@ class Fuser:
         return self._prediction(manifest, outcome, faults, timing)
 
     def _cross_gap(self, step: int) -> None:
-        """Masks the steps that are missing between the last one and ``step``. Beyond a whole window nothing of the past
-        is left, and encoders start anew."""
+        """Masks the steps that are missing between the last one and ``step``."""
         if self._last is not None and step <= self._last:
             raise ValueError(f"step {step} came after step {self._last}; steps must be given in order")
         missing = 0 if self._last is None else step - self._last - 1
         self._last = step
-        for lane in self._lanes.values():
-            if missing >= self.bundle.window.steps:
-                lane.clear()
-                continue
-            for _ in range(missing):
-                lane.skip()
+        cross_gap(self._lanes.values(), missing, self.bundle.window.steps)
 
     # -- fusing ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ the messages that they were made of.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -91,3 +92,14 @@ class Lane:
             if len(self._kept) > KEPT_TOKENS:
                 self._kept.popitem(last=False)
         return token
+
+
+def cross_gap(lanes: Collection[Lane], missing: int, steps: int) -> None:
+    """Masks ``missing`` steps that will never come. Beyond a whole window of ``steps`` nothing of the past is left, and
+    encoders start anew."""
+    for lane in lanes:
+        if missing >= steps:
+            lane.clear()
+            continue
+        for _ in range(missing):
+            lane.skip()

@@ -161,7 +161,7 @@ def read_model(file: Path) -> tuple[ModelFile, dict[str, BundleStream], str]:
     try:
         document = Document.load(file)
         model = document.decode(ModelFile)
-        streams = {name: _stream(document, name, entry, model.window) for name, entry in model.streams.items()}
+        streams = {name: stream_of(document, name, entry, model.window) for name, entry in model.streams.items()}
         _check_model(document, model)
     except ConfigError as error:
         raise BundleError(str(error)) from None
@@ -183,7 +183,8 @@ def _rule(entry: NearestEntry | LatestEntry | ResampleEntry | AllEntry) -> align
     return align.All()
 
 
-def _stream(document: Document, name: str, entry: StreamEntry, window: WindowEntry) -> BundleStream:
+def stream_of(document: Document, name: str, entry: StreamEntry, window: WindowEntry) -> BundleStream:
+    """The stream ``name`` of ``document`` in the pipeline's terms. Raises ConfigError."""
     at, hop_ns = ("streams", name), to_ns(window.hop_ms)
     samples = context = 0
     if isinstance(entry.rule, ResampleEntry):

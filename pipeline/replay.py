@@ -19,7 +19,7 @@ import threading
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -56,23 +56,36 @@ def paced(
         yield item, t_ns
 
 
+class Heard(Protocol):
+    """Where a session's messages come from, in order of arrival: a ``RecordingReader``, or what a program has made."""
+
+    def messages(
+        self, streams: Collection[str] | None = None, beats: bool = False
+    ) -> Iterator[tuple[Message, int]]: ...
+
+    def headers(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Header, int]]: ...
+
+
 def event_time(spec: AlignSpec) -> AlignSpec:
     """``spec`` without anything that depends on arrival: deadline, future guard, idleness, caps."""
     streams = tuple(msgspec.structs.replace(s, idle_ns=None, max_buffer=_NO_LIMIT) for s in spec.streams)
     return msgspec.structs.replace(spec, streams=streams, max_delay_ns=None, max_future_ns=None, max_open=_NO_LIMIT)
 
 
-def replay_steps(recording: str | Path | RecordingReader, align_spec: AlignSpec) -> Iterator[Step]:
-    """The steps of a recording by event time, in order; limits of ``align_spec`` that depend on arrival are ignored.
+def replay_steps(recording: str | Path | Heard, align_spec: AlignSpec) -> Iterator[Step]:
+    """The steps of a session by event time, in order; limits of ``align_spec`` that depend on arrival are ignored.
 
     Streams of the recording that the spec does not name are left out; a stream that the recording lacks never started.
     Steps carry messages with payloads. RecordingError if the file is damaged.
     """
+    if not isinstance(recording, str | Path):
+        yield from _steps(recording, event_time(align_spec))
+        return
     with reading(recording) as reader:
         yield from _steps(reader, event_time(align_spec))
 
 
-def _steps(reader: RecordingReader, spec: AlignSpec) -> Iterator[Step]:
+def _steps(reader: Heard, spec: AlignSpec) -> Iterator[Step]:
     names = {stream.name for stream in spec.streams}
     foresight = _Foresight(reader, names, {stream.name for stream in spec.streams if stream.ordered})
     present = tuple(stream for stream in spec.streams if stream.name in foresight.started)
@@ -87,7 +100,7 @@ def _steps(reader: RecordingReader, spec: AlignSpec) -> Iterator[Step]:
         yield _with_absent(step, absent) if absent else step
 
 
-def _aligned(reader: RecordingReader, spec: AlignSpec, foresight: _Foresight) -> Iterator[Step]:
+def _aligned(reader: Heard, spec: AlignSpec, foresight: _Foresight) -> Iterator[Step]:
     aligner = Aligner(spec)
     now_ns = 0
     for beat in foresight.first():
@@ -140,7 +153,7 @@ def _beat(header: Header, bound_ns: int) -> Message:
 class _Foresight:
     """What a recording's streams can promise, after each message or beat, from what comes later in the file."""
 
-    def __init__(self, reader: RecordingReader, names: Collection[str], ordered: Collection[str]) -> None:
+    def __init__(self, reader: Heard, names: Collection[str], ordered: Collection[str]) -> None:
         self._first: dict[str, Header] = {}
         self._bounds: dict[str, array[int]] = {}
         self._at = dict.fromkeys(ordered, 0)

@@ -133,6 +133,13 @@ def verify(
 # --- windows ---------------------------------------------------------------------------------------------------------
 
 
+def recorded_steps(reader: RecordingReader, spec: AlignSpec) -> Iterator[tuple[Manifest, Step | None]]:
+    """Every recorded manifest with its step made again by the rules of ``spec``, which may be others than those of the
+    live session: what had come by then, who was idle and who had ended, is as it was. None where a message that the
+    step was made of is not in the recording."""
+    return _steps(reader, spec, Verification(session=reader.info.session))
+
+
 def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> Iterator[tuple[Manifest, Step | None]]:
     """Every recorded manifest with the step made again; None where that cannot be."""
     held = _Held(reader, {stream.name for stream in spec.streams})

@@ -1,0 +1,93 @@
+"""What was true in a session, read strictly: a model learns whatever it is told, so nothing is guessed here.
+
+The labels of ``X.mcap`` are those of the sidecar ``X.labels.csv`` (columns start_s, end_s, label; seconds of session
+time) if that file is there, else those in the recording itself. Attributes of a session (who, where, which day) are
+what its recording says of itself, overridden by the row of the file in a ``sessions.csv`` beside it: a column ``file``,
+and one column an attribute. The truth of a window is the label at its end (``pipeline.replay.Truth``).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from pipeline.errors import ConfigError, RecordingError
+from pipeline.importing.labels import read_labels
+from pipeline.recording import Label, RecordingReader, reading
+from pipeline.strict import listed, nearest
+
+SIDECAR = ".labels.csv"
+SESSIONS = "sessions.csv"
+
+
+def session_labels(recording: str | Path | RecordingReader, known: Collection[str] | None = None) -> list[Label]:
+    """The labels of a session in order of time, without overlaps; only labels of ``known`` where that is given.
+    RecordingError names the session and the time; ConfigError if the sidecar cannot be read."""
+    with reading(recording) as reader:
+        sidecar = reader.path.with_suffix(SIDECAR)
+        labels = read_labels(sidecar) if sidecar.is_file() else reader.labels()
+        where = sidecar if sidecar.is_file() else reader.path
+        if not labels:
+            raise RecordingError(
+                f"{where} has no labels. Write {sidecar.name} beside the recording: a line start_s,end_s,label, then "
+                "one line an interval"
+            )
+        return checked(labels, str(where), known)
+
+
+def checked(
+    labels: Iterable[Label], where: str, known: Collection[str] | None = None, end_ns: int | None = None
+) -> list[Label]:
+    """``labels`` in order of time. RecordingError, which begins with ``where``, if one is empty, ends before it
+    begins, is none of ``known``, begins after the session's end ``end_ns``, or overlaps another."""
+    ordered = sorted(labels, key=lambda label: (label.start_ns, label.end_ns, label.label))
+    before: Label | None = None
+    for label in ordered:
+        what = f"{where}: the label `{label.label}` from {_s(label.start_ns)} to {_s(label.end_ns)}"
+        if not label.label:
+            raise RecordingError(f"{where}: the label from {_s(label.start_ns)} to {_s(label.end_ns)} has no name")
+        if label.end_ns <= label.start_ns:
+            raise RecordingError(f"{what} ends before it begins; correct its times")
+        if known is not None and label.label not in known:
+            raise RecordingError(f"{what} is none of {listed(known)}.{nearest(label.label, known)}")
+        if end_ns is not None and label.start_ns >= end_ns:
+            raise RecordingError(f"{what} begins after the session's end at {_s(end_ns)}; correct its times")
+        if before is not None and label.start_ns < before.end_ns:
+            raise RecordingError(
+                f"{what} overlaps `{before.label}`, which lasts until {_s(before.end_ns)}: a window has one truth. End "
+                "one where the other begins"
+            )
+        before = label
+    return ordered
+
+
+def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str]:
+    """What is known of a session beside its streams. Raises RecordingError; ConfigError for a wrong table."""
+    with reading(recording) as reader:
+        table = reader.path.parent / SESSIONS
+        row = read_sessions(table).get(reader.path.name, {}) if table.is_file() else {}
+        return {**reader.info.extra, **row}
+
+
+def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:
+    """File -> attribute -> value of a ``sessions.csv``. Raises ConfigError."""
+    try:
+        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{table} cannot be read: {error}") from None
+    found: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, start=2):
+        file = row.pop("file", None)
+        if not file or None in row or None in row.values():
+            raise ConfigError(
+                f"{table}, line {number}: it needs a `file`, and one value for every column of the header"
+            )
+        if file in found:
+            raise ConfigError(f"{table}, line {number}: `{file}` has a line already; keep one of them")
+        found[file] = {key.strip(): value.strip() for key, value in row.items()}
+    return found
+
+
+def _s(t_ns: int) -> str:
+    return f"{t_ns / 1e9:.3f} s"

@@ -1,0 +1,1 @@
+"""From labelled sessions to a bundle that runs live: datasets, models, training, export. Needs the extra `learn`."""
