@@ -1,0 +1,242 @@
+"""TRAIN.yaml: one file that says which sessions, which window, which streams, and how to learn from them.
+
+The least that it needs is a name, sessions and streams; ``strategy`` is one key. Times are in the unit that a key ends
+in, shares are parts of 1. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from pipeline.errors import ConfigError
+from pipeline.messages import Layout, Payload, SignalLayout, payload_of
+from pipeline.modelfile import (
+    AllEntry,
+    BundleStream,
+    LatestEntry,
+    NearestEntry,
+    ResampleEntry,
+    StreamEntry,
+    WindowEntry,
+    stream_of,
+)
+from pipeline.strict import Document, listed, nearest
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Strategy = Literal["early", "late", "hybrid"]
+Part = Annotated[float, msgspec.Meta(ge=0, lt=1)] | tuple[str, ...]
+
+
+class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A part of TRAIN.yaml."""
+
+
+class LearnStream(_Strict, frozen=True):
+    """One stream. What is left out comes from the sessions (``payload``, ``channels``) or is usual for such a payload
+    (``rule``, see ``usual_rule``). ``recorded_as`` is its name in the sessions where that is another. ``token`` is how
+    many numbers a step becomes; ``encoder`` are the settings of what makes them."""
+
+    payload: Payload | None = None
+    recorded_as: str | None = None
+    rule: NearestEntry | LatestEntry | ResampleEntry | AllEntry | None = None
+    channels: Positive | None = None
+    context_ms: NotNegative = 0.0
+    token: Positive = 32
+    encoder: dict[str, Any] = {}
+
+
+class SplitEntry(_Strict, frozen=True):
+    """Which sessions are learnt from (the rest), held out (for the curves and the calibration) and tested on (once, at
+    the end). A part is a share of the groups, or the groups by name; ``by`` is ``session`` or an attribute of the
+    sessions, all of whose sessions stay together. Of the draws by ``seed`` the one is taken whose parts have the labels
+    most alike."""
+
+    by: str = "session"
+    held_out: Part = 0.2
+    test: Part = 0.2
+    seed: int = 0
+
+
+class TrainEntry(_Strict, frozen=True):
+    """The loop: AdamW with one cycle of the learning rate (up over ``warm_up`` of all steps, then down along a cosine).
+    A chunk of ``chunk_steps`` is encoded once and gives all windows that end in it (default: four windows' length);
+    ``batch_windows`` are seen between two changes of the weights. ``ema`` is the share that the mean of the weights,
+    which is what is exported, keeps at each change. ``stream_loss`` weighs what each stream says by itself."""
+
+    epochs: Positive = 30
+    batch_windows: Positive = 256
+    chunk_steps: Positive | None = None
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NotNegative = 0.01
+    warm_up: Share = 0.15
+    ema: Share = 0.98
+    label_smoothing: Share = 0.05
+    class_weights: Literal["none", "root", "balanced"] = "root"
+    clip_norm: PositiveFloat = 2.0
+    stream_loss: NotNegative = 0.3
+
+
+class PretrainEntry(_Strict, frozen=True):
+    """A phase before, on sessions with or without labels (default: those that are learnt from): tokens of one moment
+    are brought together, those of different moments apart."""
+
+    sessions: tuple[str, ...] = ()
+    epochs: Positive = 10
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NotNegative = 0.01
+    temperature: PositiveFloat = 0.1
+
+
+class CalibrateEntry(_Strict, frozen=True):
+    """``coverage`` of the prediction sets; ``wrong``: the share of any class's windows that may get a confident wrong
+    answer."""
+
+    coverage: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.9
+    wrong: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+
+
+class InitEntry(_Strict, frozen=True):
+    """Begin with the weights of another trained bundle, as far as its streams are the same; ``freeze`` keeps its
+    encoders as they are."""
+
+    bundle: Path
+    freeze: bool = False
+
+
+class TrainFile(_Strict, frozen=True):
+    """TRAIN.yaml. ``labels`` (default: all that the sessions have, sorted) fixes their order; windows under one of
+    ``ignore_labels`` are not learnt from. ``windows: recorded`` makes windows as the live session made them where a
+    session recorded that, so that what was late, partial or missing stays so; ``event_time`` never does.
+    ``missing_streams: allow`` takes sessions that lack a stream. ``cache`` holds prepared steps between runs."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    streams: dict[str, LearnStream]
+    sessions: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+    ignore_labels: tuple[str, ...] = ()
+    window: WindowEntry = WindowEntry(hop_ms=100.0, steps=10)
+    strategy: Strategy = "hybrid"
+    fusion: dict[str, Any] = {}
+    split: SplitEntry = SplitEntry()
+    train: TrainEntry = TrainEntry()
+    robust: dict[str, Any] = {}
+    pretrain: PretrainEntry | None = None
+    calibration: CalibrateEntry = CalibrateEntry()
+    init: InitEntry | None = None
+    windows: Literal["recorded", "event_time"] = "recorded"
+    missing_streams: Literal["refuse", "allow"] = "refuse"
+    seed: Count = 0
+    cache: Path | None = None
+
+
+class Config(msgspec.Struct, frozen=True):
+    """A TRAIN.yaml that was read, and the document, which knows the line of every key."""
+
+    file: TrainFile
+    document: Document
+
+    def sessions(self, patterns: tuple[str, ...], at: str) -> list[Path]:
+        """The files that ``patterns`` mean, sorted, each once. ConfigError for a pattern that nothing matches."""
+        folder, found = self.document.path.resolve().parent, dict[Path, None]()
+        for pattern in patterns:
+            whole = str(folder / Path(pattern).expanduser())
+            files = sorted(glob.glob(whole, recursive=True)) if glob.has_magic(whole) else [whole]
+            files = [name for name in files if Path(name).is_file()]
+            if not files:
+                raise self.document.error((at,), f"`{pattern}` matches no file in {folder}.")
+            found |= {Path(name): None for name in files}
+        return list(found)
+
+    def names(self) -> dict[str, str]:
+        """Stream -> its name in the sessions."""
+        return {name: entry.recorded_as or name for name, entry in self.file.streams.items()}
+
+
+def read_config(path: Path | str) -> Config:
+    """The TRAIN.yaml at ``path``. Raises ConfigError."""
+    return check_config(Document.load(path))
+
+
+def check_config(document: Document) -> Config:
+    """The configuration in ``document``. Raises ConfigError."""
+    file = document.decode(TrainFile)
+    if not file.streams:
+        raise document.error(("streams",), "a model needs at least one stream, like `imu: {}`.")
+    both = sorted(set(file.labels or ()) & set(file.ignore_labels))
+    if both:
+        raise document.error(("ignore_labels",), f"{listed(both)} cannot be learnt and ignored; remove one of the two.")
+    return Config(file, document)
+
+
+def streams_of(config: Config, layouts: Mapping[str, Layout]) -> dict[str, BundleStream]:
+    """The model's streams in the pipeline's terms, and what ``layouts`` (of the sessions' streams, by their names
+    there) tell of those that the file does not describe. ConfigError names the key."""
+    found = {}
+    for name, recorded in config.names().items():
+        entry = stream_entry(config, name, layouts.get(recorded), listed(sorted(layouts)))
+        found[name] = stream_of(config.document, name, entry, config.file.window)
+    return found
+
+
+def stream_entry(config: Config, name: str, layout: Layout | None, known: str = "") -> StreamEntry:
+    """The stream ``name`` as model.yaml states it, its encoder's file and token included."""
+    given, at = config.file.streams[name], ("streams", name)
+    payload = given.payload or (payload_of(layout) if layout is not None else None)
+    if payload is None:
+        raise config.document.error(
+            at,
+            f"no session has a stream `{config.names()[name]}`; they have {known or 'none'}. Name it by `recorded_as`, "
+            f"or state its `payload`.{nearest(config.names()[name], known.replace('`', '').split(', '))}",
+        )
+    channels = given.channels
+    if channels is None and isinstance(layout, SignalLayout):
+        channels = len(layout.channels)
+    if payload == "signal" and given.rule is None:
+        raise config.document.error(
+            at, "a signal needs its `rule`, like {kind: resample, rate_hz: 50, max_gap_ms: 100}, for its rate is its own."
+        )
+    return StreamEntry(
+        payload=payload,
+        rule=given.rule or usual_rule(payload, config.file.window.hop_ms),
+        encoder=f"encoder.{name}.onnx",
+        token=given.token,
+        channels=channels,
+        context_ms=given.context_ms,
+    )
+
+
+def usual_rule(payload: Payload, hop_ms: float) -> NearestEntry | LatestEntry | ResampleEntry:
+    """What a step of such a stream usually holds: the frame nearest to its end, audio at 16 kHz, an IMU at 100 Hz, the
+    last sweep of a quarter of a second, the last line of ten."""
+    match payload:
+        case "frame":
+            return NearestEntry(tolerance_ms=max(hop_ms / 2, 20.0))
+        case "audio":
+            return ResampleEntry(rate_hz=16_000, max_gap_ms=20.0, method="band_limited")
+        case "imu" | "signal":
+            return ResampleEntry(rate_hz=100, max_gap_ms=50.0)
+        case "sweep":
+            return LatestEntry(max_age_ms=250.0)
+    return LatestEntry(max_age_ms=10_000.0)
+
+
+def with_overrides(config: Config, **changes: Any) -> Config:
+    """``config`` with what the command line says instead; None changes nothing. ConfigError names the option."""
+    file = config.file
+    epochs = changes.pop("epochs", None)
+    if epochs is not None:
+        file = msgspec.structs.replace(file, train=msgspec.structs.replace(file.train, epochs=epochs))
+    kept = {key: value for key, value in changes.items() if value is not None}
+    for key in kept:
+        if key not in TrainFile.__struct_fields__:
+            raise ConfigError(f"`{key}` is no key of a training file.")
+    return Config(msgspec.structs.replace(file, **kept), config.document)

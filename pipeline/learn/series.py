@@ -1,0 +1,249 @@
+"""Encoders of sampled values: an IMU, and signals of any kind (skeletons, physiological channels, features).
+
+A prepared step is f4 [channels + 1, points]: the values, and last whether a sample was there. What is derived from them
+(gravity, movement, distances) is computed in the learned half, so that a step may be turned or bent in training and all
+that derives from it follows. The network is residual convolutions over time; beside its pooled features, plain
+statistics of each channel go into the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from pipeline.learn.blocks import TINY, Moments, Normalise, ResidualNet, pooled, statistics
+from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
+
+GRAVITY = 9.80665
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Range = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``widths``: channels of the residual blocks; ``halve`` halves the time from block to block. ``points``: length to
+    which the samples of a step are stretched where the stream is not resampled. ``differences`` adds first differences,
+    ``statistics`` plain statistics of each channel.
+
+    Augmentation in training: ``warp`` (share of the length that may be cut off at either end, the rest being
+    stretched), ``scale`` (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise relative to the standard
+    deviation)."""
+
+    widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
+    kernel: Count = 5
+    dropout: Share = 0.1
+    halve: bool = True
+    points: Annotated[int, msgspec.Meta(ge=2)] = 32
+    differences: bool = True
+    statistics: bool = True
+    warp: Annotated[float, msgspec.Meta(ge=0, le=0.4)] = 0.0
+    scale: Share = 0.0
+    turn_deg: Range = 0.0
+    jitter: Range = 0.0
+
+
+class ImuSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``frame: level`` leaves out what depends on how the sensor is mounted about the vertical: of each sample it keeps
+    the parts along gravity and across it. ``both`` gives the raw axes, too."""
+
+    frame: Literal["raw", "level", "both"] = "both"
+
+
+class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``dims``: channels a point, for channels that are the coordinates of points (3 for a skeleton). Then ``origin``
+    is the point that the others are relative to, ``pairs`` are points whose distance is a channel, and ``axis`` the
+    coordinate about which ``turn_deg`` rotates."""
+
+    dims: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    origin: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
+    axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
+
+
+class SeriesEncoder(StreamEncoder):
+    """[channels + 1, points] to a token; see the module's text. ``points`` is context + samples of a resampled stream."""
+
+    def __init__(self, settings: SeriesSettings, channels: int, points: int, token: int) -> None:
+        super().__init__()
+        self.token, self.channels, self.settings = token, channels, settings
+        self.resampled = points > 0
+        self.points = points or settings.points
+        self.shape = (channels + 1, self.points)
+        with torch.no_grad():
+            known = self.derived(torch.zeros(1, channels, self.points), torch.ones(1, 1, self.points))[0].shape[1]
+        self.known = known
+        self.normalise = Normalise(known * (2 if settings.differences else 1), 1)
+        self.raw = Normalise(channels, 1)
+        features = self.normalise.mean.shape[1]
+        stride = max(1, self.points // 128)
+        self.net = ResidualNet(
+            1, features + 1, settings.widths, settings.kernel, settings.dropout, stride=stride, halve=settings.halve
+        )
+        size = 2 * settings.widths[-1] + (4 * features if settings.statistics else 0)
+        self.head = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(size, token))
+
+    def prepare(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        finite = torch.isfinite(x)
+        values = torch.where(finite, x, 0.0)
+        known = finite.any(1).to(x) if valid is None else valid
+        if not self.resampled:
+            values, known = self._stretched(values, known)
+        return torch.cat([values * known[:, None], known[:, None]], 1).T
+
+    def _stretched(self, values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, C] as [points, C], linear in between; n = 0 gives zeros that are not valid."""
+        n = values.shape[0]
+        place = ((2 * torch.arange(self.points) + 1) * n - self.points).clamp(min=0)  # in units of 1 / (2 points)
+        left = place // (2 * self.points)
+        right = torch.minimum(left + 1, torch.clamp(torch.full_like(left, n) - 1, min=0))
+        part = ((place % (2 * self.points)).to(values) / (2 * self.points))[:, None]
+        rows = torch.cat([values, torch.zeros(1, self.channels)])
+        there = torch.cat([known, torch.zeros(1)])
+        return rows[left] * (1 - part) + rows[right] * part, there[left] * there[right]
+
+    def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Channels [B, C', T] that the network sees, and where they hold [B, 1, T]."""
+        return values, valid
+
+    def features(self, prepared: Tensor) -> tuple[Tensor, Tensor]:
+        """All channels with their first differences, and the weight of each [B, C', T]."""
+        valid = prepared[:, -1:]
+        channels, valid = self.derived(prepared[:, :-1], valid)
+        if not self.settings.differences:
+            return channels, valid.expand_as(channels)
+        steps = channels[:, :, 1:] - channels[:, :, :-1]
+        steps = torch.cat([torch.zeros_like(channels[:, :, :1]), steps], 2)
+        both = torch.cat([torch.zeros_like(valid[:, :, :1]), valid[:, :, 1:] * valid[:, :, :-1]], 2)
+        return torch.cat([channels, steps], 1), torch.cat([valid.expand_as(channels), both.expand_as(steps)], 1)
+
+    def fit(self, prepared: Iterable[Tensor]) -> None:
+        raw, derived = Moments(), Moments()
+        for steps in map(self.flat, prepared):
+            raw.add(steps[:, :-1], steps[:, -1:])
+            values, weight = self.features(steps)
+            derived.add(values, weight[:, :1])
+        self.raw.take(raw)
+        self.normalise.take(derived)
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        values, weight = self.features(prepared)
+        valid = weight[:, :1]
+        normal = self.normalise(values) * weight
+        parts = [pooled(self.net(torch.cat([normal, valid], 1)), valid)]
+        if self.settings.statistics:
+            parts.append(statistics(normal, valid))
+        token: Tensor = self.head(torch.cat(parts, 1))
+        return token
+
+    def augment(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
+        settings, lots = self.settings, len(prepared)
+        values, valid = prepared[:, :, :-1], prepared[:, :, -1:]
+        if settings.warp:
+            values, valid = self._warped(values, valid, generator)
+        if settings.turn_deg:
+            values = self._turned(values, generator)
+        if settings.scale:
+            values = values * uniform((lots, 1, 1, 1), 1 - settings.scale, 1 + settings.scale, generator, values)
+        if settings.jitter:
+            noise = normal(tuple(values.shape), generator, values) * self.raw.scale
+            values = values + settings.jitter * noise
+        return torch.cat([values * valid, valid], 2)
+
+    def _warped(self, values: Tensor, valid: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A part of each step, stretched to its length."""
+        lots, warp, last = len(values), self.settings.warp, self.points - 1
+        first = uniform((lots, 1), 0, warp, generator, values) * last
+        end = last - uniform((lots, 1), 0, warp, generator, values) * last
+        at = first + (end - first) * torch.linspace(0, 1, self.points).to(values)
+        left = at.floor().long().clamp(max=last - 1)
+        part = (at - left)[:, None, None]
+        both = torch.cat([values, valid], 2)
+        index = left[:, None, None].expand(*both.shape[:-1], -1)
+        before, after = both.gather(3, index), both.gather(3, index + 1)
+        there = before[:, :, -1:] * after[:, :, -1:]
+        return ((1 - part) * before + part * after)[:, :, :-1] * there, there
+
+    def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """The values in a turned frame of reference; a plain signal has none."""
+        return values
+
+    def disturb(self, prepared: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
+        values, valid = prepared[:, :, :-1], prepared[:, :, -1:]
+        noise = normal(tuple(values.shape), generator, values) * self.raw.scale
+        return torch.cat([(values + spread(strength, values) * noise) * valid, valid], 2)
+
+
+class ImuEncoder(SeriesEncoder):
+    """Accelerations in m/s² and angular rates in rad/s. Gravity is taken to be the mean acceleration of what the encoder
+    sees, as good as its context is long."""
+
+    settings: ImuSettings
+
+    def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        accel, gyro = values[:, :3] / GRAVITY, values[:, 3:]
+        mean = accel.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp(min=1)
+        free = (accel - mean) * valid
+        parts = [] if self.settings.frame == "level" else [accel, gyro, free]
+        if self.settings.frame != "raw":
+            down = mean / (mean.square().sum(1, keepdim=True) + TINY).sqrt()
+            along, turning = ((v * down).sum(1, keepdim=True) for v in (free, gyro))
+            across, tilting = free - along * down, gyro - turning * down
+            parts += [along, turning, length(across), length(tilting), length(accel), length(gyro)]
+        return torch.cat(parts, 1), valid
+
+    def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        lots = len(values)
+        axis = nn.functional.normalize(normal((lots, 3), generator, values), dim=1)
+        angle = torch.deg2rad(uniform((lots, 1), -1, 1, generator, values) * self.settings.turn_deg)
+        turn = rotation(axis, angle)[:, None]
+        return torch.cat([turn @ values[:, :, :3], turn @ values[:, :, 3:]], 2)
+
+
+class SignalEncoder(SeriesEncoder):
+    """Any channels; those of points may be made relative to one of them, turned, and measured against each other."""
+
+    settings: SignalSettings
+
+    def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        dims = self.settings.dims
+        if not dims:
+            return values, valid
+        points = values.unflatten(1, (-1, dims))
+        parts = [points.flatten(1, 2)]
+        if (origin := self.settings.origin) is not None:
+            centre = points[:, origin : origin + 1]
+            where = centre.sum(3, keepdim=True) / valid.sum(2)[:, :, None, None].clamp(min=1)
+            moved = (centre - where) * valid[:, :, None]
+            parts = [(points - centre).flatten(1, 2), moved.flatten(1, 2)]
+        if self.settings.pairs:
+            first, second = (list(side) for side in zip(*self.settings.pairs, strict=True))
+            parts.append(length((points[:, first] - points[:, second]).transpose(1, 2)).squeeze(1))
+        return torch.cat(parts, 1), valid
+
+    def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        dims, lots = self.settings.dims, len(values)
+        if dims < 2:
+            return values
+        axis = torch.zeros(lots, 3).to(values)
+        axis[:, self.settings.axis if dims == 3 else 2] = 1
+        angle = torch.deg2rad(uniform((lots, 1), -1, 1, generator, values) * self.settings.turn_deg)
+        turn = rotation(axis, angle)[:, None, None, :dims, :dims]
+        return (turn @ values.unflatten(2, (-1, dims))).flatten(2, 3)
+
+
+def length(vectors: Tensor) -> Tensor:
+    """Euclidean length over dimension 1, which stays, with a gradient everywhere."""
+    return (vectors.square().sum(1, keepdim=True) + TINY).sqrt()
+
+
+def rotation(axis: Tensor, angle: Tensor) -> Tensor:
+    """Matrices [N, 3, 3] that turn by ``angle`` [N, 1] about unit vectors ``axis`` [N, 3] (Rodrigues' formula)."""
+    x, y, z = axis.unbind(1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).reshape(-1, 3, 3)
+    sine, cosine = angle.sin()[..., None], angle.cos()[..., None]
+    return torch.eye(3).to(axis) + sine * cross + (1 - cosine) * (cross @ cross)
