@@ -10,7 +10,8 @@ same batch and sum to each other:
     sum of contributions = v(all) - v(none)
 
 A stream with nothing in the window contributes exactly 0. Note that a stream which is missing in the newest step may
-still contribute by its older steps.
+still contribute by its older steps. Each row of the batch is calibrated as its own subset of the streams needs it
+(``answers``), so the values are probabilities of a model that knows what it lacks, and still sum.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import msgspec
 import numpy as np
 
 from pipeline.align import Manifest, Step, StreamManifest
+from pipeline.answers import Answers
 from pipeline.attribution import EXACT, Plan, exact_plan, sampled_plan, shares
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock, SystemClock
@@ -48,11 +50,14 @@ class FuseOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Outcome(msgspec.Struct):
-    """What one fusion call says: probabilities [labels] of the window as it is, and each stream's share."""
+    """What one fusion call says: probabilities [labels] of the window as it is, each stream's share, and for which
+    subsets of the streams (``members`` [rows, streams]) it had probabilities ``rows`` [rows, labels]."""
 
     scores: Array
     label: int
     contributions: dict[str, tuple[float, float]] | None
+    members: Array
+    rows: Array
 
 
 class Fuser:
@@ -79,12 +84,14 @@ class Fuser:
             for name, stream in bundle.streams.items()
         }  # fmt: skip
         self._order = list(self._lanes)
+        self._answers = Answers(bundle.calibration, bundle.labels, self._order)
         self._span_ns = bundle.window.steps * bundle.window.hop_ns
         self._fusion = make_fusion(bundle, self.options.threads, self.options.providers)
         self.provider = provider_in_use(self._fusion.session, self.options.providers)
         stated = msgspec.json.encode(sorted(self.fingerprint().items()))
         self._fingerprint_id = hashlib.blake2b(stated, digest_size=8).hexdigest()
         self._last: int | None = None
+        self._outcome: _Outcome | None = None
         # The first run allocates and chooses kernels; no live step shall wait for that.
         self._fusion.logits(self._lanes, self._plan(self._order).coalitions)
 
@@ -102,6 +109,23 @@ class Fuser:
         """Each stream's part of the window by the bundle's names, copied: tokens f4 [steps, token] and mask f4 [steps],
         oldest step first. What a fusion model is trained on."""
         return {name: (lane.tokens.copy(), lane.mask.copy()) for name, lane in self._lanes.items()}
+
+    def subset_scores(self, members: Array | None = None) -> Array:
+        """Calibrated probabilities [rows, labels] of the last step's window, had there been only the streams of each
+        row of ``members``, boolean [rows, streams] in the bundle's order (default: all 2^M subsets, where row r holds
+        stream i iff bit i of r is set). A stream with nothing in the window makes no difference. What was computed for
+        the contributions already is not computed again; the live path computes nothing for this. ValueError before the
+        first step."""
+        if self._outcome is None:
+            raise ValueError("there is no window before the first step")
+        asked = exact_plan(len(self._order)).coalitions if members is None else members
+        asked = asked & np.array([lane.present for lane in self._lanes.values()])
+        known = {row.tobytes(): i for i, row in enumerate(self._outcome.members)}
+        wanted = [known.get(row.tobytes(), -1) for row in asked]
+        if -1 not in wanted:
+            found: Array = self._outcome.rows[wanted]
+            return found
+        return self._answers.probabilities(self._fusion.logits(self._lanes, asked), asked)
 
     def fingerprint(self) -> dict[str, str]:
         """What the floats of the predictions depend on beside bundle and messages."""
@@ -129,7 +153,7 @@ class Fuser:
             for name, lane in self._lanes.items()
         }
         encoded = self._clock.now_ns()
-        outcome = self._fuse()
+        outcome = self._outcome = self._fuse()
         fused = self._clock.now_ns()
         latency = {
             "wait": (manifest.emitted_ns - manifest.end_ns) / 1e6,
@@ -161,22 +185,15 @@ class Fuser:
         plan = self._plan(present)
         members = np.zeros((len(plan.coalitions), len(self._order)), bool)
         members[:, [self._order.index(name) for name in present]] = plan.coalitions
-        scores = self._probabilities(self._fusion.logits(self._lanes, members))
+        scores = self._answers.probabilities(self._fusion.logits(self._lanes, members), members)
         label = int(np.argmax(scores[-1])) if np.isfinite(scores[-1]).all() else -1
         if not self.options.contributions or not np.isfinite(scores).all():
-            return _Outcome(scores[-1], label, None)
+            return _Outcome(scores[-1], label, None, members, scores)
         found = shares(plan, scores[:, label])
         pairs = zip(found.values.tolist(), found.standard_error.tolist(), strict=True)
         given = dict(zip(present, pairs, strict=True))
-        return _Outcome(scores[-1], label, {name: given.get(name, (0.0, 0.0)) for name in self._order})
-
-    def _probabilities(self, logits: Array) -> Array:
-        """Calibrated probabilities, float64; rows that are not finite become NaN."""
-        scaled = logits.astype(np.float64) / self.bundle.calibration.temperature
-        scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
-        raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        result: Array = raised / raised.sum(axis=1, keepdims=True)
-        return result
+        contributions = {name: given.get(name, (0.0, 0.0)) for name in self._order}
+        return _Outcome(scores[-1], label, contributions, members, scores)
 
     # -- saying it ---------------------------------------------------------------------------------------------------
 
@@ -193,8 +210,8 @@ class Fuser:
             label=bundle.labels[outcome.label] if anything else None,
             confidence=confidence,
             scores=scores,
-            set=self._set(outcome),
-            abstained=confidence is None or confidence < bundle.calibration.abstain_below,
+            set=self._answers.prediction_set(outcome.members[-1], outcome.scores) if outcome.label >= 0 else [],
+            abstained=confidence is None or self._answers.abstains(outcome.members[-1], outcome.label, confidence),
             streams={self._lanes[name].rig or name: self._report(name, manifest, outcome, faults[name])
                      for name in self._order},
             sync_uncertainty_ms=_sync_uncertainty_ms(manifest, [lane.rig for lane in self._lanes.values()]),
@@ -202,18 +219,6 @@ class Fuser:
             bundle=BundleRef(bundle.name, bundle.sha256),
             digest=manifest.digest,
         )  # fmt: skip
-
-    def _set(self, outcome: _Outcome) -> list[str]:
-        """The prediction set (see ``Calibration``), most probable first; never without the most probable label."""
-        calibration, chosen, before = self.bundle.calibration, list[str](), 0.0
-        if outcome.label < 0:
-            return chosen
-        scores = outcome.scores.tolist()
-        for i in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
-            if i == outcome.label or scores[i] >= calibration.set_threshold or before <= calibration.set_mass:
-                chosen.append(self.bundle.labels[i])
-            before += scores[i]
-        return chosen
 
     def _report(self, name: str, manifest: Manifest, outcome: _Outcome, fault: str | None) -> StreamReport:
         rig = self._lanes[name].rig

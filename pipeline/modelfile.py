@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import msgspec
 from pipeline import align
 from pipeline.errors import BundleError, ConfigError
 from pipeline.messages import Payload
-from pipeline.strict import Document, listed
+from pipeline.strict import Document, listed, nearest
 
 PYTHON = "python:"
 MODEL_FILE = "model.yaml"
@@ -92,18 +93,47 @@ class WholeEntry(_Strict, frozen=True):
     gives: Literal["logits", "probabilities"] = "logits"
 
 
-class Calibration(_Strict, frozen=True):
+class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
+    """What differs from the general calibration when exactly one set of streams has something in the window; the fields
+    are those of ``Calibration``, and what is not stated is as there."""
+
+    temperature: PositiveFloat | None = None
+    abstain_below: Share | None = None
+    answer_above: dict[str, Share] | None = None
+    set_threshold: Share | None = None
+    set_mass: Share | None = None
+
+
+class Calibration(_Strict, frozen=True, omit_defaults=True):
     """From held-out data: logits are divided by ``temperature``; below a confidence of ``abstain_below`` the model
-    abstains. The prediction set is the most probable label, those of at least ``set_threshold``, and those before which
-    the more probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds
-    the truth in a share ``set_coverage`` of cases. A mass adapts better where streams may be missing: sets then grow
-    with every label that becomes possible, even if each of them is improbable."""
+    abstains, and so it does when its answer is a label in ``answer_above`` and its confidence not above what stands
+    there (1: it never answers with that label). The prediction set is the most probable label, those of at least
+    ``set_threshold``, and those before which the more probable ones have together no more than ``set_mass``; one of the
+    two is measured, so that the set holds the truth in a share ``set_coverage`` of cases. A mass adapts better where
+    streams may be missing: sets then grow with every label that becomes possible, even if each of them is improbable.
+
+    A model that lacks a sensor is wrong in its own way, so ``subsets`` may state all of it anew for each set of streams
+    that may be left. Its keys are the names of the streams that are there, sorted and joined by ``+``
+    (``camera+imu``)."""
 
     temperature: PositiveFloat = 1.0
     abstain_below: Share = 0.0
+    answer_above: dict[str, Share] = {}
     set_threshold: Share = 1.0
     set_mass: Share = 0.0
     set_coverage: Share | None = None
+    subsets: dict[str, SubsetCalibration] = {}
+
+    def at(self, streams: Iterable[str]) -> Calibration:
+        """What holds when just ``streams`` have something in the window."""
+        own = self.subsets.get(subset_key(streams))
+        stated = {} if own is None else {k: v for k, v in msgspec.structs.asdict(own).items() if v is not None}
+        return msgspec.structs.replace(self, subsets={}, **stated)
+
+
+def subset_key(streams: Iterable[str]) -> str:
+    """The key of a set of streams in ``Calibration.subsets``."""
+    return "+".join(sorted(streams))
 
 
 class Lineage(_Strict, frozen=True):
@@ -282,3 +312,33 @@ def _check_model(document: Document, model: ModelFile) -> None:
             ("calibration", "set_coverage"),
             "a coverage needs the `set_threshold` or the `set_mass` that it was measured with.",
         )
+    _check_calibration(document, model)
+
+
+def _check_calibration(document: Document, model: ModelFile) -> None:
+    """Every subset is one of the bundle's streams, written as it is looked up; every label is one of the bundle's."""
+    at: tuple[str, ...] = ("calibration",)
+    _check_limits(document, model, at, model.calibration.answer_above)
+    for key, own in model.calibration.subsets.items():
+        where = (*at, "subsets", key)
+        names = key.split("+")
+        unknown = next((name for name in names if name not in model.streams), None)
+        if unknown is not None:
+            raise document.error(
+                where,
+                f"`{unknown}` is no stream of this bundle, which has {listed(model.streams)}; a subset is written as "
+                f"the names of its streams, sorted and joined by +.{nearest(unknown, model.streams)}",
+            )
+        if key != subset_key(set(names)):
+            raise document.error(where, f"write this subset as `{subset_key(set(names))}`: sorted, each name once.")
+        _check_limits(document, model, where, own.answer_above or {})
+
+
+def _check_limits(document: Document, model: ModelFile, at: tuple[str, ...], limits: dict[str, float]) -> None:
+    for label in limits:
+        if label not in model.labels:
+            raise document.error(
+                (*at, "answer_above", label),
+                f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
+                f"{nearest(label, model.labels)}",
+            )

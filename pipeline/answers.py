@@ -1,0 +1,87 @@
+"""From logits to an answer: probabilities, prediction set and abstention, as the calibration says for the streams that
+are there.
+
+A model that lacks a sensor is wrong in its own way, so each set of streams may have a calibration of its own
+(``Calibration.subsets``). Sets of streams are boolean rows [rows, streams], in the bundle's order; every row of logits
+is calibrated by the streams that it was made from, and by nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.modelfile import Calibration
+
+Array = np.ndarray[Any, Any]
+
+
+class Answers:
+    """The calibration of a bundle, ready to be asked once a step."""
+
+    def __init__(self, calibration: Calibration, labels: Sequence[str], streams: Sequence[str]) -> None:
+        self._general, self._labels, self._streams = calibration.at(()), tuple(labels), tuple(streams)
+        self._bits = 1 << np.arange(len(streams), dtype=np.int64)
+        self._own = {
+            sum(1 << self._streams.index(name) for name in key.split("+")): calibration.at(key.split("+"))
+            for key in calibration.subsets
+        }
+
+    def at(self, member: Array) -> Calibration:
+        """What holds for one set of streams, boolean [streams]."""
+        return self._own.get(int(member @ self._bits), self._general) if self._own else self._general
+
+    def probabilities(self, logits: Array, members: Array) -> Array:
+        """Calibrated probabilities of logits [rows, labels], float64, by the streams [rows, streams] of each row. Rows
+        that are not finite become NaN."""
+        return softmax(logits, self._temperatures(members))
+
+    def abstains(self, member: Array, label: int, confidence: float) -> bool:
+        """Whether the model had better not answer with this label."""
+        stated = self.at(member)
+        limit = stated.answer_above.get(self._labels[label])
+        return confidence < stated.abstain_below or (limit is not None and confidence <= limit)
+
+    def prediction_set(self, member: Array, scores: Array) -> list[str]:
+        """The labels in the prediction set of one row of probabilities, most probable first."""
+        inside = in_set(scores[None], self.at(member))[0]
+        return [self._labels[i] for i in np.argsort(-scores, kind="stable") if inside[i]]
+
+    def _temperatures(self, members: Array) -> Any:
+        if not self._own:
+            return self._general.temperature
+        codes = (members @ self._bits).tolist()
+        return np.array([[self._own.get(code, self._general).temperature] for code in codes])
+
+
+def softmax(logits: Array, temperature: Any = 1.0) -> Array:
+    """Probabilities, float64 [rows, labels]; rows that are not finite become NaN."""
+    scaled = logits.astype(np.float64) / temperature
+    scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
+    raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    result: Array = raised / raised.sum(axis=1, keepdims=True)
+    return result
+
+
+def mass_before(p: Array) -> Array:
+    """How much probability the labels have together that are more probable than each one, [rows, labels]; of equals
+    the first counts as the more probable."""
+    order = np.argsort(-p, axis=1, kind="stable")
+    descending = np.take_along_axis(p, order, axis=1)
+    sums = np.zeros_like(p)
+    sums[:, 1:] = descending.cumsum(axis=1)[:, :-1]  # not the sum less the label's own: that would round differently
+    before = np.empty_like(p)
+    np.put_along_axis(before, order, sums, axis=1)
+    return before
+
+
+def in_set(p: Array, calibration: Calibration) -> Array:
+    """Which labels are in the prediction set, boolean [rows, labels] (see ``Calibration``). The most probable one is
+    always in it; a row that is not finite has an empty set."""
+    before = mass_before(p)
+    first = np.zeros(p.shape, bool)
+    first[np.arange(len(p)), p.argmax(axis=1)] = True
+    found: Array = first | (p >= calibration.set_threshold) | (before <= calibration.set_mass)
+    return found & np.isfinite(p).all(axis=1, keepdims=True)

@@ -1,0 +1,267 @@
+"""How good a model is, in numbers; and the calibration that makes its own numbers honest. Pure functions over numpy.
+
+Rows are windows, in no order that matters. ``truth`` and ``predicted`` are indices of labels; a prediction of -1 says
+that there was nothing to predict from, and is wrong. Windows of one session resemble each other, so intervals are drawn
+over whole sessions (cluster bootstrap), never over windows.
+
+**Abstention**, and why it is not a target for the accuracy of what is answered. A model without its camera sees a
+``flash`` as ``calm``, and there is no way to tell such a ``calm`` from a true one. If flashes are rare, answering
+``calm`` every time is nearly always right, and a threshold for the accuracy over all windows would let it: the common
+class pays for the rare one, which is then denied with confidence every time that it happens. So what is bounded is, for
+*each class by itself*, the share of its windows that get a confident wrong answer, and what is set are thresholds for
+each *answer*: an answer that some class would elicit just as well, with the same confidence, is no answer. The price is
+stated plainly: what cannot be told from a flash is not called ``calm`` either. Other answers stay as they are: without
+a camera a ``shake`` is still a ``shake``. The bound holds with the finite-sample correction of split conformal
+prediction (Vovk's label-conditional form) where held-out windows and later ones are exchangeable.
+
+Sources: temperature: Guo et al. 2017, with Platt's (1999) soft targets; sets by mass: Romano, Sesia and Candès 2020,
+without their randomisation, since a replay must give the same sets; by threshold: Sadinle, Lei and Wasserman 2019.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.answers import in_set, mass_before, softmax
+from pipeline.modelfile import Calibration, SubsetCalibration, subset_key
+
+Array = np.ndarray[Any, Any]
+
+BINS = 10
+LEAST = 30
+"""Held-out windows below which a subset of the streams gets no calibration of its own."""
+_COARSEST, _FINEST = 0.02, 50.0
+"""Limits of 1 / temperature."""
+
+
+# -- how good ----------------------------------------------------------------------------------------------------------
+
+
+def accuracy(truth: Array, predicted: Array) -> float:
+    """Share of windows whose label is right; NaN of none."""
+    return float(np.mean(truth == predicted)) if len(truth) else math.nan
+
+
+def confusion(truth: Array, predicted: Array, labels: int) -> Array:
+    """Counts i8 [labels, labels + 1]: truth by prediction; the last column counts windows without a prediction."""
+    columns = np.where(predicted < 0, labels, predicted)
+    return np.bincount(truth * (labels + 1) + columns, minlength=labels * (labels + 1)).reshape(labels, labels + 1)
+
+
+def f1_by_class(counts: Array) -> Array:
+    """F1 of each label [..., labels] from confusions [..., labels, labels + 1]; NaN for labels that never were true."""
+    square = counts[..., :-1]
+    hits = np.diagonal(square, axis1=-2, axis2=-1)
+    true, said = counts.sum(axis=-1), square.sum(axis=-2)
+    return np.where(true > 0, 2 * hits / np.maximum(true + said, 1), np.nan)
+
+
+def macro_f1(counts: Array) -> Array:
+    """Mean F1 [...] over the labels that are true somewhere; NaN where none is."""
+    by_class = f1_by_class(counts)
+    known = ~np.isnan(by_class)
+    total = known.sum(axis=-1)
+    mean: Array = np.where(known, by_class, 0.0).sum(axis=-1) / np.where(total > 0, total, np.nan)
+    return mean
+
+
+def reliability(confidence: Array, right: Array, bins: int = BINS) -> tuple[Array, Array, Array]:
+    """Bins of equal mass, least confident first: mean confidence, share right, and windows of each; bins that would be
+    empty are left out. Windows of equal confidence count alike, whichever bin they fall into."""
+    values, group, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    shared = np.bincount(group, weights=right.astype(np.float64), minlength=len(values)) / np.maximum(counts, 1)
+    order = np.sort(group)
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    means = [(values[part].mean(), shared[part].mean(), len(part)) for part in parts]
+    table = np.array(means, np.float64).reshape(-1, 3)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def calibration_error(confidence: Array, right: Array, bins: int = BINS) -> float:
+    """Expected calibration error: mean distance of confidence and share right over bins of equal mass; NaN of none."""
+    said, found, counts = reliability(confidence, right, bins)
+    return float(np.sum(np.abs(said - found) * counts) / counts.sum()) if len(counts) else math.nan
+
+
+def bootstrap(
+    parts: Array, statistic: Callable[[Array], Array], *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """An interval of ``statistic`` over sessions drawn with replacement. ``parts`` [sessions, ...] are what each
+    session adds to a sum; ``statistic`` maps sums [draws, ...] to values [draws]. None for a single session, which says
+    nothing about others, and where no draw has a value."""
+    if len(parts) < 2:
+        return None
+    n = len(parts)
+    weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    values = statistic((weights @ parts.reshape(n, -1)).reshape(draws, *parts.shape[1:]))
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+class Separation:
+    """How well each pair of labels can be told apart, by the odds that a model gives them: the probability that a
+    window of the one has higher odds for it than a window of the other (area under the curve), counted in bins, so that
+    memory does not grow with windows."""
+
+    _BINS, _REACH = 128, 16.0
+
+    def __init__(self, labels: int) -> None:
+        self._labels = labels
+        self._counts = np.zeros((labels, labels, self._BINS), np.int64)
+
+    def add(self, p: Array, truth: Array) -> None:
+        """Counts probabilities [windows, labels]."""
+        logs = np.log(np.maximum(p, 1e-12))
+        odds = logs[np.arange(len(p)), truth][:, None] - logs
+        place = (np.clip(odds / self._REACH, -1, 1) + 1) / 2 * (self._BINS - 1)
+        columns = np.arange(self._labels)
+        np.add.at(self._counts, (truth[:, None], columns[None, :], np.rint(place).astype(np.int64)), 1)
+
+    def join(self, other: Separation) -> None:
+        """Adds what another one has counted."""
+        self._counts += other._counts
+
+    def areas(self) -> Array:
+        """[labels, labels], symmetric; 1: never confused, 0.5: as good as equal. NaN for labels never seen, and on the
+        diagonal."""
+        own = self._counts
+        other = self._counts.transpose(1, 0, 2)[..., ::-1]  # the other label's windows, by the same odds
+        below = other.cumsum(axis=-1) - other
+        wins = (own * (below + other / 2)).sum(axis=-1)
+        pairs = own.sum(axis=-1) * other.sum(axis=-1)
+        areas = np.where(pairs > 0, wins / np.maximum(pairs, 1), np.nan)
+        np.fill_diagonal(areas, np.nan)
+        return areas
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def fit_temperature(logits: Array, truth: Array) -> float:
+    """The temperature of the least log loss on held-out logits [windows, labels], found as the root of the loss's slope
+    in 1 / T, in which it is convex. The targets are softened by one part in windows + 2, so that a set on which the
+    model is never wrong does not ask for infinite confidence."""
+    n, labels = logits.shape
+    if not n:
+        return 1.0
+    z = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    soft = 1.0 / (n + 2)
+    own = z[np.arange(n), truth]
+    wanted = float(np.mean((1 - soft) * own + soft * (z.sum(axis=1) - own) / (labels - 1)))
+    low, high, beta = _COARSEST, _FINEST, 1.0
+    for _ in range(60):
+        p = softmax(z, 1 / beta)
+        mean = (p * z).sum(axis=1)
+        slope = float(mean.mean()) - wanted
+        low, high = (low, beta) if slope > 0 else (beta, high)
+        curve = float(np.mean((p * z**2).sum(axis=1) - mean**2))
+        step = beta - slope / curve if curve > 0 else math.nan
+        following = step if low < step < high else math.sqrt(low * high)
+        if abs(following - beta) <= 1e-6 * beta:
+            break
+        beta = following
+    return float(f"{1 / beta:.5g}")
+
+
+def fit_mass(p: Array, truth: Array, coverage: float) -> float:
+    """The mass whose sets hold the truth in a share of at least ``coverage`` of later windows (split conformal)."""
+    return _round_up(_quantile(mass_before(p)[np.arange(len(p)), truth], coverage))
+
+
+def fit_threshold(p: Array, truth: Array, coverage: float) -> float:
+    """The same for sets of the labels that are probable enough. The most probable label is always in the set."""
+    own = p[np.arange(len(p)), truth]
+    own = np.where(p.argmax(axis=1) == truth, 1.0, own)
+    return 1.0 - _round_up(_quantile(1.0 - own, coverage))
+
+
+def fit_limits(p: Array, truth: Array, wrong: float) -> dict[int, float]:
+    """Confidences above which each answer counts, by label, such that of every class at most a share ``wrong`` of its
+    windows gets a wrong answer that counts. Labels that need no limit are left out.
+
+    A class may have so and so many errors, (windows + 1) * wrong less one; they are left to the answers with the
+    fewest, and an answer with more is limited as far as it must be. A class with too few windows for any error to be
+    allowed limits every wrong answer to it that was seen."""
+    predicted, confidence = p.argmax(axis=1), p.max(axis=1)
+    limits: dict[int, float] = {}
+    for true in np.unique(truth):
+        own = truth == true
+        allowed = max(0, math.floor(wrong * (int(own.sum()) + 1)) - 1)
+        errors = {int(c): np.sort(confidence[own & (predicted == c)])[::-1] for c in np.unique(predicted[own])}
+        errors.pop(int(true), None)
+        level = _level([len(found) for found in errors.values()], allowed)
+        for label, found in errors.items():
+            if len(found) > level:
+                limits[label] = max(limits.get(label, 0.0), _round_up(float(found[level])))
+    return limits
+
+
+def fit_calibration(
+    logits_by_subset: Mapping[frozenset[str], Array],
+    truth: Array,
+    labels: Sequence[str],
+    *,
+    coverage: float = 0.9,
+    sets: Literal["mass", "threshold"] = "mass",
+    wrong: float = 0.1,
+    abstain_below: float = 0.0,
+) -> Calibration:
+    """A calibration from held-out windows, for each set of streams by itself and, for sets that it does not state, for
+    all of them together.
+
+    ``logits_by_subset`` [windows, labels]: what the model says of the same windows with just these streams left
+    unmasked; rows that are not finite (windows in which a stream of the subset had nothing) and rows whose truth is -1
+    are left out, and so is the empty subset. ``coverage`` is the prediction sets'; ``wrong`` the share of any class's
+    windows that may get a confident wrong answer (see above). ValueError if no row is left.
+    """
+    usable: dict[str, tuple[Array, Array]] = {}
+    for streams, logits in sorted(logits_by_subset.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
+        kept = np.isfinite(logits).all(axis=1) & (truth >= 0)
+        if streams and kept.any():
+            usable[subset_key(streams)] = np.asarray(logits[kept], np.float64), truth[kept]
+    if not usable:
+        raise ValueError("no held-out window has both a label and something to predict it from")
+
+    def fitted(logits: Array, own: Array) -> dict[str, Any]:
+        temperature = fit_temperature(logits, own)
+        p = softmax(logits, temperature)
+        limits = {labels[i]: limit for i, limit in sorted(fit_limits(p, own, wrong).items())}
+        size = {"set_mass": fit_mass} if sets == "mass" else {"set_threshold": fit_threshold}
+        chosen = {key: fit(p, own, coverage) for key, fit in size.items()}
+        return {"temperature": temperature, "answer_above": limits, **chosen}
+
+    pooled = fitted(*(np.concatenate(part) for part in zip(*usable.values(), strict=True)))
+    own = {key: SubsetCalibration(**fitted(*rows)) for key, rows in usable.items() if len(rows[0]) >= LEAST}
+    return Calibration(**pooled, abstain_below=abstain_below, set_coverage=coverage, subsets=own)
+
+
+def coverage_of(p: Array, truth: Array, calibration: Calibration) -> tuple[float, float]:
+    """How often the prediction sets hold the truth, and how many labels they have in the mean."""
+    inside = in_set(p, calibration)
+    return float(inside[np.arange(len(p)), truth].mean()), float(inside.sum(axis=1).mean())
+
+
+def _quantile(scores: Array, coverage: float) -> float:
+    """The conformal quantile of scores in [0, 1]: 1 where there are too few of them."""
+    place = math.ceil(coverage * (len(scores) + 1))
+    return float(np.sort(scores)[place - 1]) if place <= len(scores) else 1.0
+
+
+def _level(counts: Sequence[int], allowed: int) -> int:
+    """The greatest level to which counts can be cut so that they have together no more than ``allowed``."""
+    level, left = 0, list(counts)
+    while any(count > level for count in left) and sum(min(count, level + 1) for count in left) <= allowed:
+        level += 1
+    return level
+
+
+def _round_up(value: float) -> float:
+    """To six digits, never below: a file that is read again gives no smaller sets and no more answers."""
+    return min(1.0, math.ceil(value * 1e6) / 1e6)

@@ -1,0 +1,281 @@
+"""Scores against naive references, and calibrations against what they promise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pipeline.answers import Answers, in_set, mass_before, softmax
+from pipeline.modelfile import Calibration, SubsetCalibration, subset_key
+from pipeline.scoring import (
+    Separation,
+    accuracy,
+    bootstrap,
+    calibration_error,
+    confusion,
+    coverage_of,
+    f1_by_class,
+    fit_calibration,
+    fit_limits,
+    fit_mass,
+    fit_temperature,
+    fit_threshold,
+    macro_f1,
+    reliability,
+)
+
+Array = np.ndarray[Any, Any]
+LABELS = ("a", "b", "c", "d")
+
+
+@st.composite
+def answered(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Truth and prediction of some windows over four labels; -1 predicts nothing."""
+    n = draw(st.integers(1, 60))
+    truth = draw(hnp.arrays(np.int64, n, elements=st.integers(0, 3)))
+    return truth, draw(hnp.arrays(np.int64, n, elements=st.integers(-1, 3)))
+
+
+def world(seed: int, n: int, sharp: float = 1.0) -> tuple[Array, Array]:
+    """Logits [n, 4] and truths that follow their softmax, once the logits are multiplied by ``sharp``."""
+    random = np.random.default_rng(seed)
+    logits = random.normal(0, 2, (n, 4))
+    p = softmax(logits * sharp)
+    truth = (p.cumsum(axis=1) < random.random((n, 1))).sum(axis=1)
+    return logits, np.minimum(truth, 3)
+
+
+# -- how good ----------------------------------------------------------------------------------------------------------
+
+
+@given(answered())
+def test_counts_and_f1_are_those_of_counting_by_hand(rows: tuple[Array, Array]) -> None:
+    truth, predicted = rows
+    counts = confusion(truth, predicted, 4)
+    for i in range(4):
+        for j in range(4):
+            assert counts[i, j] == sum((t, p) == (i, j) for t, p in zip(truth, predicted, strict=True))
+        assert counts[i, 4] == sum((t, p) == (i, -1) for t, p in zip(truth, predicted, strict=True))
+    by_class = []
+    for i in range(4):
+        tp = int(counts[i, i])
+        fn, fp = int(np.sum(truth == i)) - tp, int(np.sum(predicted == i)) - tp
+        if tp + fn:
+            recall = tp / (tp + fn)
+            precision = tp / (tp + fp) if tp + fp else 0.0
+            by_class.append(2 * precision * recall / (precision + recall) if tp else 0.0)
+            assert f1_by_class(counts)[i] == pytest.approx(by_class[-1])
+        else:
+            assert math.isnan(f1_by_class(counts)[i])
+    assert macro_f1(counts) == pytest.approx(np.mean(by_class))
+    assert accuracy(truth, predicted) == pytest.approx(np.trace(counts[:, :4]) / len(truth))
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.2, 0.3, 0.5, 0.9, 1.0]), st.booleans()), min_size=1, max_size=50),
+       st.randoms())  # fmt: skip
+def test_calibration_error_is_that_of_its_bins_in_any_order(rows: list[tuple[float, bool]], random: Any) -> None:
+    def error(some: list[tuple[float, bool]]) -> float:
+        return calibration_error(np.array([c for c, _ in some]), np.array([r for _, r in some]))
+
+    shared = {c: np.mean([r for d, r in rows if d == c]) for c, _ in rows}
+    ordered = sorted((c, shared[c]) for c, _ in rows)
+    parts = [part for part in np.array_split(np.array(ordered), 10) if len(part)]
+    assert error(rows) == pytest.approx(sum(abs((p[:, 0] - p[:, 1]).mean()) * len(p) for p in parts) / len(rows))
+    mixed = list(rows)
+    random.shuffle(mixed)
+    assert error(mixed) == pytest.approx(error(rows), abs=1e-12)
+
+
+def test_calibration_error_knows_the_honest_from_the_boastful() -> None:
+    logits, truth = world(0, 20_000)
+    p = softmax(logits)
+    right = p.argmax(axis=1) == truth
+    assert calibration_error(p.max(axis=1), right) < 0.01
+    boast = softmax(logits, 0.4)
+    assert calibration_error(boast.max(axis=1), right) > 0.1
+    said, found, counts = reliability(boast.max(axis=1), right)
+    assert (len(counts), counts.sum(), counts.max() - counts.min()) == (10, 20_000, 0)
+    assert np.all(np.diff(said) > 0)
+    assert np.all(found[3:] < said[3:])
+    assert math.isnan(calibration_error(np.zeros(0), np.zeros(0, bool)))
+
+
+def test_nothing_scores_nothing() -> None:
+    none = np.zeros(0, np.int64)
+    assert math.isnan(accuracy(none, none))
+    assert math.isnan(macro_f1(confusion(none, none, 4)))
+
+
+def test_intervals_are_over_sessions_and_seeded() -> None:
+    random = np.random.default_rng(1)
+    # Sessions differ: a bootstrap over windows would promise far too much.
+    shares = random.uniform(0.5, 1.0, 30)
+    parts = np.stack([np.round(shares * 1000), np.full(30, 1000)], axis=1)
+
+    def ratio(sums: Array) -> Array:
+        return sums[:, 0] / sums[:, 1]
+
+    found = bootstrap(parts, ratio, seed=3)
+    assert found is not None
+    assert found == bootstrap(parts, ratio, seed=3)
+    spread = shares.std() / math.sqrt(30)
+    assert found[1] - found[0] == pytest.approx(4 * spread, rel=0.2)
+    assert found[0] < shares.mean() < found[1]
+    assert bootstrap(parts[:1], ratio) is None
+    assert bootstrap(parts * 0, lambda sums: np.full(len(sums), np.nan)) is None
+
+
+def test_separation_is_the_area_under_the_curve() -> None:
+    logits, truth = world(5, 400)
+    p = softmax(logits)
+    parts = Separation(4), Separation(4)
+    for part, half in zip(parts, (slice(0, 150), slice(150, None)), strict=True):
+        part.add(p[half], truth[half])
+    parts[0].join(parts[1])
+    areas = parts[0].areas()
+    odds = np.log(p[:, 0]) - np.log(p[:, 2])
+    wins = [(a > b) + (a == b) / 2 for a in odds[truth == 0] for b in odds[truth == 2]]
+    assert areas[0, 2] == areas[2, 0] == pytest.approx(np.mean(wins), abs=0.02)
+    assert math.isnan(areas[1, 1])
+    alone = Separation(4)
+    alone.add(p[truth == 1], truth[truth == 1])
+    assert np.isnan(alone.areas()).all()
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharp", [0.3, 1.0, 2.5])
+def test_the_temperature_undoes_what_was_done_to_the_logits(sharp: float) -> None:
+    logits, truth = world(2, 20_000, sharp)
+    found = fit_temperature(logits, truth)
+    assert found == pytest.approx(1 / sharp, rel=0.05)
+
+    def loss(t: float) -> float:
+        return float(-np.log(softmax(logits, t)[np.arange(len(truth)), truth]).mean())
+
+    assert loss(found) <= min(loss(t) for t in np.geomspace(0.1, 10, 200)) + 1e-6
+
+
+def test_a_temperature_of_a_perfect_model_stays_finite() -> None:
+    truth = np.arange(200) % 4
+    assert 0.02 <= fit_temperature(np.eye(4)[truth] * 3, truth) < 1
+    assert fit_temperature(np.zeros((0, 4)), truth[:0]) == 1.0
+    assert fit_temperature(np.ones((5, 4)), truth[:5]) > 0
+
+
+@given(hnp.arrays(np.float64, (7, 5), elements=st.floats(-6, 6)))
+def test_mass_before_is_the_mass_of_what_is_more_probable(logits: Array) -> None:
+    p = softmax(logits)
+    for row, found in zip(p, mass_before(p), strict=True):
+        order = sorted(range(5), key=lambda i: (-row[i], i))
+        before = 0.0
+        for i in order:
+            assert found[i] == before
+            before += row[i]
+
+
+@pytest.mark.parametrize("coverage", [0.8, 0.9, 0.97])
+def test_sets_hold_the_truth_as_often_as_stated(coverage: float) -> None:
+    (held, own), (later, truth) = world(10, 4000, 0.4), world(11, 4000, 0.4)
+    for stated in (Calibration(set_mass=fit_mass(softmax(held), own, coverage)),
+                   Calibration(set_threshold=fit_threshold(softmax(held), own, coverage))):  # fmt: skip
+        found, size = coverage_of(softmax(later), truth, stated)
+        assert found == pytest.approx(coverage, abs=0.02)
+        assert 1 < size < 4
+
+
+def test_sets_of_too_few_windows_hold_everything() -> None:
+    logits, truth = world(3, 5)
+    p = softmax(logits)
+    assert fit_mass(p, truth, 0.9) == 1.0
+    assert fit_threshold(p, truth, 0.9) == 0.0
+    assert in_set(p, Calibration(set_mass=1.0)).all()
+
+
+@given(st.integers(0, 1000), st.integers(1, 300), st.floats(0.02, 0.5))
+def test_no_class_is_denied_with_confidence_more_often_than_allowed(seed: int, n: int, wrong: float) -> None:
+    logits, truth = world(seed, n, 0.5)
+    p = softmax(logits)
+    limits = fit_limits(p, truth, wrong)
+    predicted, confidence = p.argmax(axis=1), p.max(axis=1)
+    counts = confidence > np.array([limits.get(int(c), -1.0) for c in predicted])
+    for true in np.unique(truth):
+        own = truth == true
+        errors = int(np.sum(own & counts & (predicted != true)))
+        assert errors <= max(0, math.floor(wrong * (own.sum() + 1)) - 1)
+
+
+def test_a_limit_is_no_higher_than_it_must_be() -> None:
+    # 40 windows of each class; of `a` ten are called b and one c, all with confidence.
+    truth = np.repeat([0, 1, 2, 3], 40)
+    predicted = truth.copy()
+    predicted[:11] = [1] * 10 + [2]
+    p = np.full((160, 4), 0.1)
+    p[np.arange(160), predicted] = 0.7 + np.arange(160) / 1000
+    p /= p.sum(axis=1, keepdims=True)
+    limits = fit_limits(p, truth, 0.1)  # three errors are allowed: the one c, and two b
+    assert set(limits) == {1}
+    accepted = p[:10].max(axis=1) > limits[1]
+    assert accepted.sum() == 2
+    assert fit_limits(p, truth, 0.5) == {}
+
+
+def test_what_looks_like_another_class_is_not_answered() -> None:
+    """Without its camera a model takes a rare flash for calm; calm cannot be answered then, and shake still can."""
+    random = np.random.default_rng(0)
+    truth = random.choice(3, 4000, p=[0.7, 0.25, 0.05])  # calm, shake, flash
+    seen = np.where(truth == 1, 1, 0)
+    blind = np.array([[2.5, -2.0, 0.0], [-2.0, 3.0, -2.0]])[seen] + random.normal(0, 0.3, (4000, 3))
+    sighted = np.eye(3)[truth] * 6 + random.normal(0, 0.3, (4000, 3))
+    given_ = {frozenset({"imu"}): blind, frozenset({"imu", "camera"}): sighted}
+    found = fit_calibration(given_, truth, ("calm", "shake", "flash"))
+    assert set(found.at(["imu"]).answer_above) == {"calm"}
+    assert found.at(["imu", "camera"]).answer_above == {}
+    answers = Answers(found, ("calm", "shake", "flash"), ("imu", "camera"))
+    member = np.array([True, False])
+    p = answers.probabilities(blind, np.tile(member, (4000, 1)))
+    silent = np.array([answers.abstains(member, int(row.argmax()), float(row.max())) for row in p])
+    assert silent[truth == 2].mean() > 0.8
+    assert silent[truth == 1].mean() < 0.05
+
+
+def test_every_subset_is_calibrated_by_itself() -> None:
+    logits, truth = world(4, 3000)
+    given_ = {frozenset[str](): logits * 9, frozenset({"x"}): logits * 3, frozenset({"x", "y"}): logits / 2,
+              frozenset({"y"}): logits[:]}  # fmt: skip
+    given_[frozenset({"y"})] = np.where(np.arange(3000)[:, None] < 20, logits, np.nan)
+    truth[:10] = -1
+    found = fit_calibration(given_, truth, LABELS, coverage=0.8, abstain_below=0.2)
+    assert sorted(found.subsets) == ["x", "x+y"]  # of y alone there are too few windows
+    assert found.at(["x"]).temperature == pytest.approx(3.0, rel=0.05)
+    assert found.at(["y", "x"]).temperature == pytest.approx(0.5, rel=0.05)
+    assert found.at(["y"]) == found.at([]) != found
+    assert (found.set_coverage, found.at(["x"]).set_coverage, found.at(["x"]).abstain_below) == (0.8, 0.8, 0.2)
+    for streams in (["x"], ["x", "y"]):
+        p = softmax(given_[frozenset(streams)], found.at(streams).temperature)
+        assert coverage_of(p[10:], truth[10:], found.at(streams))[0] == pytest.approx(0.8, abs=0.01)
+    with pytest.raises(ValueError, match="no held-out window"):
+        fit_calibration({frozenset({"x"}): logits}, np.full(3000, -1), LABELS)
+    other = fit_calibration(given_, truth, LABELS, sets="threshold")
+    assert other.set_mass == 0.0
+    assert 0 < other.set_threshold < 1
+
+
+def test_each_row_is_calibrated_by_the_streams_that_it_was_made_from() -> None:
+    own = {"x": SubsetCalibration(temperature=3.0), subset_key({"y", "x"}): SubsetCalibration(abstain_below=0.4)}
+    answers = Answers(Calibration(temperature=2.0, set_mass=0.5, subsets=own), LABELS, ("x", "y"))
+    members = np.array([[False, False], [True, False], [False, True], [True, True]])
+    logits = np.tile([1.0, 0.0, -1.0, 3.0], (4, 1))
+    found = answers.probabilities(logits, members)
+    for row, temperature in zip(found, (2.0, 3.0, 2.0, 2.0), strict=True):
+        assert row.tolist() == softmax(logits[:1], temperature)[0].tolist()
+    assert answers.abstains(members[3], 0, 0.39)
+    assert not answers.abstains(members[1], 0, 0.39)
+    assert answers.prediction_set(members[1], np.array([0.3, 0.1, 0.4, 0.2])) == ["c", "a"]
