@@ -293,20 +293,53 @@ def schema(
     commands.print_schema(name)
 
 
-@app.command(hidden=True)
-def node(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="what the node is")],
-    spec: Annotated[Path, typer.Option(metavar="FILE", help="the launcher's JSON file about this node")],
+@app.command()
+def keys(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="whose keys: this host's name, say")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FOLDER", help="where to")] = Path("keys"),
 ) -> None:
-    """Run one node of a session; the launcher's own command.
+    """Make a pair of keys for what other hosts can reach.
+
+    NAME.key is public: copy it to the other side. NAME.key_secret stays on this host.
 
     \b
     Example:
-      sensorium node camera --spec /run/user/1000/sensorium/SESSION/camera.json
+      sensorium keys hub
     """
     from pipeline import commands
 
-    commands.node(kind, spec)
+    commands.make_keys(name, out)
+
+
+@app.command()
+def node(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="what the node is, with --spec")] = None,
+    spec: Annotated[Path | None, typer.Option(metavar="FILE", help="the launcher's own: its file about a node")] = None,
+    join: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="where the hub's rig listens, like tcp://hub:5600")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="this host's own secret key")] = None,
+    hub_key: Annotated[Path | None, typer.Option(metavar="FILE", help="the hub's public key")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="join a hub beyond this host without keys")] = False,
+    once: Annotated[bool, typer.Option("--once", help="end with the first session")] = False,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="let the hub name kinds of its own")] = False,
+) -> None:
+    """Run sources on this host for a session of another.
+
+    The hub's rig has a source of kind `remote`, which says what runs here; messages are stamped on the hub's clock.
+
+    \b
+    Example:
+      sensorium node --join tcp://hub:5600 --key keys/pi.key_secret --hub-key keys/hub.key
+    """
+    from pipeline import commands
+
+    if join is not None:
+        commands.join(join, key, hub_key, insecure=insecure, once=once, allow_code=allow_code)
+    elif kind is not None and spec is not None:
+        commands.node(kind, spec)
+    else:
+        raise ConfigError("say which session's hub to join: sensorium node --join tcp://HUB:5600.")
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def _load(rig: str | None, predictions: str | None) -> RigFile:
 
 
 def _record_entry(rig_file: RigFile, out: Path) -> RecordEntry:
-    """The rig's wishes about a recording, with another place for it."""
+    """The rig's wishes about a recording, but for its place: a file that is named is no ring."""
     from pipeline.config import RecordEntry
 
     path = new_file(out)
@@ -393,6 +393,41 @@ def import_file(file: Path, out: Path, labels: Path | None) -> None:
             progress=lambda t_ns: status.update(f"reading {file.name}: {t_ns / 1e9:.0f} s taken over"),
         )
     screen.print(f"{out}: done; see it with: sensorium info {out}")
+
+
+def make_keys(name: str, out: Path) -> None:
+    """``sensorium keys``."""
+    from pipeline.session import check_name
+    from pipeline.transport import make_curve_keys
+
+    check_name("a pair of keys", name)
+    try:
+        public, secret = make_curve_keys(out, name)
+    except FileExistsError as error:
+        raise ConfigError(f"{error} exists already, and keys are never replaced; choose another name.") from None
+    print(f"{public}: copy this to the other side")
+    print(f"{secret}: keep this here, and show it to nobody")
+
+
+def join(
+    address: str, key: Path | None, hub_key: Path | None, *, insecure: bool, once: bool, allow_code: bool
+) -> None:
+    """``sensorium node --join``."""
+    import signal
+    import threading
+
+    from pipeline import joining
+    from pipeline.link import LinkSpec
+
+    absolute = [None if path is None else str(path.absolute()) for path in (key, hub_key)]
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    joining.join(
+        LinkSpec(address, absolute[0], absolute[1], insecure),
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+        stop=stop, once=once, allow_code=allow_code, paths=(str(Path.cwd()),),
+    )  # fmt: skip
 
 
 def node(kind: str, spec: Path) -> None:

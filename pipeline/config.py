@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from pipeline.strict import Document, listed, load_yaml
+from pipeline.strict import Document, Where, listed, load_yaml
 
 __all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml"]
 
@@ -176,12 +176,7 @@ def check_rig(document: Document) -> RigFile:
     if not rig.sources:
         raise document.error(("sources",), "a rig needs at least one source, like `camera: {kind: camera}`.")
     for name in rig.sources:
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
-            raise document.error(
-                ("sources", name),
-                f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
-                f"letter, and none of {listed(CORE)}.",
-            )
+        check_source_name(document, name, ("sources",))
     return RigFile(rig, document)
 
 
@@ -204,6 +199,16 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def check_source_name(document: Document, name: str, at: Where) -> None:
+    """Raises ConfigError unless the key ``name`` of the mapping ``at`` can name a source."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
+        raise document.error(
+            (*at, name),
+            f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
+            f"letter, and none of {listed(CORE)}.",
+        )
 
 
 def config_schema() -> dict[str, Any]:

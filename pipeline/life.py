@@ -58,6 +58,8 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     lease_ms: int = 1000
     ring_mib: int = 64
     supervised: bool = True
+    link: dict[str, Any] | None = None
+    """Where a source on another host finds its hub (``pipeline.link.LinkSpec``); None on the hub itself."""
 
 
 class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -18,6 +18,8 @@ from pipeline.envelope import Line, Prior, weigh_line
 
 _MAX_BURSTS = 32
 _PROBE_NOISE_NS = 1000.0
+SLEW_PPM = 500
+"""Published times leave the fitted drift by at most this much to follow a correction."""
 
 
 class RoundTrip(NamedTuple):
@@ -112,3 +114,45 @@ def _measure(trip: RoundTrip) -> tuple[int, int, int]:
     out, back = trip.remote_received_ns - trip.sent_ns, trip.remote_sent_ns - trip.received_ns
     round_trip = (trip.received_ns - trip.sent_ns) - (trip.remote_sent_ns - trip.remote_received_ns)
     return (trip.sent_ns + trip.received_ns) // 2, (out + back) // 2, -(-round_trip // 2)
+
+
+class Steered:
+    """Local times on another host's clock, along a line that never jumps: what a ``LinkClock`` learns is slewed in at
+    ``SLEW_PPM``, so that order stays and distances keep to within that. What was mapped once is mapped the same ever
+    after (32 bursts back). ``jump`` lays the line anew, for a new epoch."""
+
+    def __init__(self) -> None:
+        self._knots: deque[tuple[int, int, float]] = deque(maxlen=2 * _MAX_BURSTS)  # local time, offset, slope from it
+        self._mapped_ns = -(1 << 62)  # nothing up to here may change any more
+
+    def jump(self, now_ns: int, state: LinkState) -> None:
+        """From now on exactly what ``state`` says."""
+        self._knots.clear()
+        self._knots.append((now_ns, state.offset_ns, state.drift_ppm * 1e-6))
+        self._mapped_ns = now_ns
+
+    def steer(self, now_ns: int, link: LinkClock) -> None:
+        """Goes from where the line is to where ``link`` says that it should be."""
+        start = max(now_ns, self._mapped_ns)
+        state, offset = link.at(start), self.offset_ns(start)
+        while self._knots and self._knots[-1][0] > start:
+            self._knots.pop()
+        gap, slope = state.offset_ns - offset, state.drift_ppm * 1e-6
+        slew = SLEW_PPM * 1e-6
+        self._knots.append((start, offset, slope + (slew if gap > 0 else -slew if gap < 0 else 0.0)))
+        if gap:
+            arrived = start + ceil(abs(gap) / slew)
+            self._knots.append((arrived, link.at(arrived).offset_ns, slope))
+        self._mapped_ns = start
+
+    def map(self, t_ns: int) -> int:
+        """A local time on the other clock."""
+        self._mapped_ns = max(self._mapped_ns, t_ns)
+        return t_ns + self.offset_ns(t_ns)
+
+    def offset_ns(self, t_ns: int) -> int:
+        """What is added to the local time ``t_ns``. ValueError before the first ``jump``."""
+        if not self._knots:
+            raise ValueError("the other host's clock is not known yet; probe it, then jump()")
+        at, offset, slope = next((knot for knot in reversed(self._knots) if knot[0] <= t_ns), self._knots[0])
+        return offset + round(slope * (t_ns - at))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import numpy as np
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, SensorError, SensoriumError
 from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
+from pipeline.link import LinkSender, LinkSpec, find_hub, keep_time
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
 from pipeline.stamper import Stamper
@@ -60,6 +62,32 @@ class Sender(Protocol):
     def publish(self, message: Message) -> bool: ...
     def beat(self, header: Header) -> bool: ...
     def loan(self, nbytes: int) -> np.ndarray[Any, Any] | None: ...
+
+
+class Place(Protocol):
+    """The clock that a source's messages are stamped by, as seen from the clock that the source itself lives on."""
+
+    generation: int
+    """Changes when times from before and after do not belong to one epoch."""
+
+    def now_ns(self) -> int: ...
+    def time(self, t_ns: int) -> int: ...
+    def reading(self, reading: Reading) -> Reading: ...
+
+
+class _Here:
+    """The session clock is this host's."""
+
+    generation = 0
+
+    def __init__(self, clock: Clock) -> None:
+        self.now_ns = clock.now_ns
+
+    def time(self, t_ns: int) -> int:
+        return t_ns
+
+    def reading(self, reading: Reading) -> Reading:
+        return reading
 
 
 class _Context:
@@ -104,8 +132,18 @@ def ring_drops(publisher: Publisher) -> dict[str, float]:
 class SourceShell:
     """Runs one source: ``turn`` does one round and returns; ``run`` turns until stopped or at the data's end."""
 
-    def __init__(self, source_class: type[Source], settings: Any, life: Life, sender: Sender, stream: str) -> None:
+    def __init__(
+        self,
+        source_class: type[Source],
+        settings: Any,
+        life: Life,
+        sender: Sender,
+        stream: str,
+        place: Place | None = None,
+    ) -> None:
         self.life, self.sender = life, sender
+        self.place: Place = place or _Here(life.clock)
+        self._generation = self.place.generation
         self.context = _Context(stream, life.clock, sender)
         self.source = source_class(settings, self.context)
         self.stamper = Stamper(
@@ -122,13 +160,15 @@ class SourceShell:
         self._said_epoch: int | None = None
         self.counters: Callable[[], dict[str, float]] = dict
         """What else goes into every report."""
+        self.say: Callable[[Report], None] = life.report
+        """Where reports go."""
 
     def run(self) -> None:
         """Turns until the life says stop. When the whole session stops that is the stream's end: nobody need wait for
         more. Raises SensorError after ``FAILURES``."""
         try:
             self._last_sent_ns = self.life.clock.now_ns()
-            self.stamper.open(self._last_sent_ns)
+            self.stamper.open(self.place.now_ns())
             self._report(force=True)
             while not self.life.stop.is_set():
                 self.turn()
@@ -140,6 +180,8 @@ class SourceShell:
     def turn(self) -> None:
         """Opens the device if need be, reads once, publishes, beats in silence, reports."""
         clock = self.life.clock
+        if self.place.generation != self._generation:
+            self._reopen()
         if self.ended:
             clock.wait_until(clock.now_ns() + BEAT_NS, self.life.stop)
         elif not self._open:
@@ -149,6 +191,16 @@ class SourceShell:
         if clock.now_ns() - self._last_sent_ns >= BEAT_NS:
             self._beat()
         self._report()
+
+    def _reopen(self) -> None:
+        """The clock that messages are stamped by jumped, or could not be seen for a while: says how far the numbers of
+        the old epoch had come, so that what was lost of them is known, and opens a new one."""
+        self._generation = self.place.generation
+        self._beat()
+        if not self.ended:
+            self.stamper.open(self.place.now_ns())
+            self._report(force=True)
+            self._beat()
 
     def _try_open(self) -> None:
         clock = self.life.clock
@@ -161,7 +213,7 @@ class SourceShell:
             self._failed(error)
             return
         self._open, self._trouble = True, ""
-        self.stamper.open(clock.now_ns())
+        self.stamper.open(self.place.now_ns())
         self._beat()
         self._report(force=True)
 
@@ -184,8 +236,8 @@ class SourceShell:
         self._report(force=True)
 
     def _publish(self, reading: Reading) -> None:
-        now = self.life.clock.now_ns()
-        header = self.stamper.stamp(reading, now)
+        reading = self.place.reading(reading)
+        header = self.stamper.stamp(reading, self.place.now_ns())
         if header is None:
             self.context.count("order")
             return
@@ -196,7 +248,7 @@ class SourceShell:
             self.context.count("no_slot")
         self.published += 1
         self.newest_ns = header.t_end_ns
-        self._last_sent_ns = now
+        self._last_sent_ns = self.life.clock.now_ns()
 
     def _failed(self, error: SensorError) -> None:
         self.source.close()
@@ -212,10 +264,10 @@ class SourceShell:
         self._report(force=True)
 
     def _beat(self) -> None:
-        now = self.life.clock.now_ns()
         promise = self.source.bound_ns() if self._open and not self.ended else None
-        self.sender.beat(self.stamper.beat(now, promise, self._trouble or self.context.health))
-        self._last_sent_ns = now
+        promised = None if promise is None else self.place.time(promise)
+        self.sender.beat(self.stamper.beat(self.place.now_ns(), promised, self._trouble or self.context.health))
+        self._last_sent_ns = self.life.clock.now_ns()
 
     def _report(self, force: bool = False) -> None:
         if not (force or self.life.due):
@@ -224,7 +276,7 @@ class SourceShell:
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
                               dropped=dict(self.context.dropped))  # fmt: skip
         self._said_epoch = self.stamper.epoch
-        self.life.report(
+        self.say(
             Report(
                 state=state,
                 note=self._trouble or self.context.health,
@@ -273,6 +325,9 @@ def wait_for_readers(publisher: Publisher, life: Life) -> None:
 def run_source(source_class: type[Source], life: Life) -> None:
     """Runs a source on the session's bus until the life says stop. Raises SensoriumError."""
     spec = life.spec
+    if spec.link is not None:
+        _run_joined(source_class, life, msgspec.convert(spec.link, LinkSpec))
+        return
     with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
         publisher = bus.publisher(spec.node, [spec.node], ring_spec(spec), stop=life.stop)
         settings = decode_settings(source_class, spec.settings)
@@ -281,6 +336,30 @@ def run_source(source_class: type[Source], life: Life) -> None:
         wait_for_readers(publisher, life)
         life.wait_to_begin(Report(state="loaded"))
         shell.run()
+
+
+def _run_joined(source_class: type[Source], life: Life, where: LinkSpec) -> None:
+    """Runs a source for the hub of another host."""
+    spec, encode = life.spec, msgspec.json.Encoder().encode
+    with contextlib.closing(where.connect()) as carrier:
+        link = find_hub(where, life)
+        if link is None:
+            return
+        keeper = threading.Thread(target=keep_time, args=(where, link, life), name="time", daemon=True)
+        keeper.start()
+        sender = LinkSender(carrier, link, spec.node)
+        shell = SourceShell(source_class, decode_settings(source_class, spec.settings), life, sender, spec.node, link)
+
+        def say(report: Report) -> None:
+            life.report(report)
+            sender.report(encode(report))
+
+        shell.say, shell.counters = say, lambda: {"link.dropped": float(sender.dropped)} if sender.dropped else {}
+        try:
+            shell.run()
+        finally:
+            life.stop.set()
+            keeper.join()
 
 
 def run_node(path: Path | str) -> int:

@@ -17,7 +17,7 @@ import msgspec
 from pipeline.align import AlignSpec, Resample
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.clock import Origin
-from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry
+from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry, check_source_name
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
@@ -64,7 +64,7 @@ def make_plan(rig_file: RigFile, allow_code: bool = False, record: RecordEntry |
     """The plan of a rig; ``record`` replaces the rig's own recording. Raises ConfigError, BundleError,
     RecordingError."""
     rig = rig_file.rig
-    sources = tuple(_source(rig_file, name, entry) for name, entry in rig.sources.items())
+    sources = tuple(_source(rig_file, name, entry, ("sources", name)) for name, entry in rig.sources.items())
     streams = _streams(rig_file, sources)
     _known(rig_file, ("align", "streams"), rig.align.streams, streams)
     record = record or rig.record
@@ -75,8 +75,8 @@ def make_plan(rig_file: RigFile, allow_code: bool = False, record: RecordEntry |
     return Plan(rig_file, sources, streams, bundle, mapping, spec, record, allowed)
 
 
-def _source(rig_file: RigFile, name: str, entry: SourceEntry) -> SourcePlan:
-    document, at = rig_file.document, ("sources", name)
+def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> SourcePlan:
+    document = rig_file.document
     if entry.kind in CORE_KINDS:
         raise document.error((*at, "kind"), f"`{entry.kind}` is no kind of source. Shipped are {listed(KINDS)}.")
     with placed(rig_file, (*at, "kind")):
@@ -91,12 +91,16 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry) -> SourcePlan:
                              "elsewhere, and changes none of them; leave the offset out.")  # fmt: skip
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
+    inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
+    for stream, source in inner.items():  # of another host: checked as if they were this one's
+        check_source_name(document, stream, (*at, "sources"))
+        _source(rig_file, stream, source, (*at, "sources", stream))
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
         )
         slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
     plain = msgspec.to_builtins(settings, enc_hook=str)
     return SourcePlan(
-        name, entry.kind, entry.required, plain, streams, slots, labels=not is_source,
+        name, entry.kind, entry.required, plain, streams, slots, labels=not is_source and not inner,
         offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
     )  # fmt: skip
 

@@ -159,7 +159,7 @@ class Publisher:
             index, source = ring.loaned(data), None
             if index is None and nbytes > INLINE_MAX:
                 if nbytes <= ring.segment.stride:
-                    index, source = ring.acquire(), _bytes(data)
+                    index, source = ring.acquire(), as_bytes(data)
                     if index is None:
                         return None
                 else:
@@ -167,7 +167,7 @@ class Publisher:
             if index is not None:
                 slot = ring.lend(index, header.stream, nbytes)
                 return (topic, SLOT + packed, encode_slot(slot)), partial(ring.fill, slot, source)
-        return (topic, INLINE + packed, _bytes(data).data), None
+        return (topic, INLINE + packed, as_bytes(data).data), None
 
     def _wait_for_attached(self, timeout_s: float) -> None:
         """The end of a short import must not take away memory that a reader is yet to map."""
@@ -218,7 +218,7 @@ class Publisher:
             self._ring.remove_reader(row)
 
 
-def _bytes(data: Any) -> Bytes:
+def as_bytes(data: Any) -> Bytes:
     """Any C-contiguous buffer as its bytes."""
     if isinstance(data, np.ndarray):
         return data.reshape(-1).view(np.uint8)

@@ -46,12 +46,9 @@ import msgspec
 import numpy as np
 
 from pipeline.envelope import MIN_BLOCKS, Line, Prior, fit_lower, fit_middle
-from pipeline.linkclock import LinkClock, LinkState, RoundTrip
+from pipeline.linkclock import SLEW_PPM, LinkClock, LinkState, RoundTrip
 
-__all__ = ["LinkClock", "LinkState", "Mapped", "MappedBlock", "RoundTrip", "SampleClock", "Timebase"]
-
-SLEW_PPM = 500
-"""Published times leave the fitted drift by at most this much to follow a correction."""
+__all__ = ["SLEW_PPM", "LinkClock", "LinkState", "Mapped", "MappedBlock", "RoundTrip", "SampleClock", "Timebase"]
 
 _SLEW = SLEW_PPM * 1e-6
 _MAX_BLOCKS = 48

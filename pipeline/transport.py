@@ -52,6 +52,8 @@ __all__ = [
     "Delivery",
     "JsonSubscription",
     "Latest",
+    "LinkClient",
+    "LinkServer",
     "Lossless",
     "MemoryBus",
     "Parts",
@@ -73,6 +75,8 @@ __all__ = [
 ]
 
 _LINGER_MS = 1000
+_LINK_WAITING = 200  # messages of one host that wait for the network before the newest are dropped and counted
+_LINK_LARGEST = 256 << 20  # bytes of one part of a message from another host
 # As plain numbers: pyzmq's are enum members, whose bitwise operators cost a microsecond each.
 _EVENTS, _READABLE, _AT_ONCE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 _LOSSLESS_LINGER_MS = 30_000  # what a slow reader of a replay has not fetched yet; a dead one does not count
@@ -260,11 +264,7 @@ class ZmqBus:
             if self._auth is None:
                 self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
                 self._auth.start()
-            domain = address
-            self._auth.configure_curve_callback(domain, _Allowed(frozenset(key.encode() for key in curve.allow)))
-            socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
-            socket.curve_server = True
-            socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+            _guard(socket, address, curve, self._auth)
         _bind(socket, address)
 
 
@@ -284,6 +284,21 @@ class _Allowed:
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key in self._keys
+
+
+def _guard(
+    socket: zmq.Socket[bytes], domain: str, curve: CurveServer, auth: zmq.auth.thread.ThreadAuthenticator
+) -> None:
+    """Lets only those connect to what is bound next who are on the list."""
+    auth.configure_curve_callback(domain, _Allowed(frozenset(key.encode() for key in curve.allow)))
+    socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+    socket.curve_server = True
+    socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+
+
+def _own_keys(socket: zmq.Socket[bytes], curve: CurveClient) -> None:
+    socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
+    socket.curve_serverkey = curve.server.encode()
 
 
 def _bind(socket: zmq.Socket[bytes], address: str) -> None:
@@ -361,6 +376,88 @@ class _ZmqInlet:
         self._socket.close(0)
 
 
+class LinkServer:
+    """The hub's end of a link to other hosts: whoever connects is told apart by a name of ZeroMQ's own. Used by one
+    thread."""
+
+    def __init__(self, address: str, curve: CurveServer | None = None, insecure: bool = False) -> None:
+        """ConfigError if the address cannot be bound, or lies beyond this host without keys (unless ``insecure``)."""
+        check_remote(address, keys=curve is not None or insecure)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth: zmq.auth.thread.ThreadAuthenticator | None = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        try:
+            self._socket.linger, self._socket.maxmsgsize = _LINGER_MS, _LINK_LARGEST
+            self._socket.rcvhwm, self._socket.sndhwm = HIGH_WATER, _LINK_WAITING
+            if curve is not None:
+                self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
+                self._auth.start()
+                _guard(self._socket, address, curve, self._auth)
+            _bind(self._socket, address)
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self, timeout_ms: int) -> tuple[bytes, list[bytes]] | None:
+        """Who sent it, and the parts of the next message; None if none came in time."""
+        if not self._socket.poll(timeout_ms):
+            return None
+        peer, *parts = self._socket.recv_multipart()
+        return peer, parts
+
+    def send(self, peer: bytes, parts: Sequence[Any]) -> bool:
+        """Sends to one of those who have been heard; False if there is no room. To who has gone it goes nowhere."""
+        try:
+            self._socket.send_multipart([peer, *parts], _AT_ONCE)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Delivers what was sent, within a second. Idempotent."""
+        self._socket.close()
+        if self._auth is not None:
+            self._auth.stop()
+            self._auth = None
+        self._context.term()
+
+
+class LinkClient:
+    """Another host's end of a link to the hub: connects, and connects again. Used by one thread."""
+
+    def __init__(self, address: str, curve: CurveClient | None = None, insecure: bool = False) -> None:
+        """ConfigError for what is no address, and for one beyond this host without keys (unless ``insecure``)."""
+        check_remote(address, keys=curve is not None or insecure)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger, self._socket.maxmsgsize = _LINGER_MS // 2, _LINK_LARGEST
+        self._socket.sndhwm = self._socket.rcvhwm = _LINK_WAITING
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 50, 500
+        self._socket.immediate = True  # what cannot leave is dropped and counted, not kept for a hub that is away
+        # A path that died without a word is given up, so that another connection can be made.
+        self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 1000, 3000
+        if curve is not None:
+            _own_keys(self._socket, curve)
+        self._socket.connect(address)
+
+    def receive(self, timeout_ms: int) -> list[bytes] | None:
+        """The parts of the next message; None if none came in time."""
+        return self._socket.recv_multipart() if self._socket.poll(timeout_ms) else None
+
+    def send(self, parts: Sequence[Any]) -> bool:
+        """Sends a message; False if it cannot leave now. Never waits."""
+        try:
+            self._socket.send_multipart(parts, _AT_ONCE)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()
+        self._context.term()
+
+
 def _json_object(data: bytes) -> dict[str, Any] | None:
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
@@ -379,8 +476,7 @@ class JsonSubscription:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = _sub(self._context)
         if curve is not None:
-            socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
-            socket.curve_serverkey = curve.server.encode()
+            _own_keys(socket, curve)
         socket.connect(endpoint)
         socket.subscribe(self._topic)
         self._inlet = _ZmqInlet(socket)

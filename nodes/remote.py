@@ -1,0 +1,264 @@
+"""Sources on another host, as the hub sees them: that host joins here, and what it sends goes onto the session's bus.
+
+    sources:
+      pi:
+        kind: remote
+        listen: tcp://0.0.0.0:5600
+        curve: {secret: keys/hub.key_secret, allow: [keys/pi.key]}
+        sources:
+          front: {kind: camera, device: /dev/video0}
+
+and on the other host `sensorium node --join tcp://HUB:5600 --key pi.key_secret --hub-key hub.key`. The streams are
+called as the inner sources are. What is said over the link, and how the other host comes to stamp on this session's
+clock, is told in ``pipeline.link``. Nothing that comes is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeline.clock import SystemClock
+from pipeline.config import CurveEntry, SourceEntry
+from pipeline.errors import ConfigError, WireError
+from pipeline.life import Life, Report, SourceReport, State
+from pipeline.link import (
+    DATA,
+    ECHO,
+    INVITE,
+    JOIN,
+    PROBE,
+    PROTOCOL,
+    REPORT,
+    STOP,
+    Echo,
+    Hello,
+    Invitation,
+    RemoteStream,
+)
+from pipeline.messages import Message, Payload, payload_of
+from pipeline.node import Source, decode_settings, load_kind, ring_drops, ring_spec, wait_for_readers
+from pipeline.session import check_remote
+from pipeline.transport import LinkServer, Publisher, ZmqBus, load_curve_server
+from pipeline.wire import check_payload, decode_header
+
+PATIENCE_MS = 20
+BATCH = 256
+"""Messages taken in one turn, so that reports go out however much comes."""
+SILENT_NS = 1_500_000_000
+"""A source of which nothing was heard for so long is away."""
+AHEAD_NS = 1_000_000_000
+"""An epoch that opens later than this from now is nonsense, and would silence its stream until then."""
+LEAVE_NS = 1_500_000_000
+"""How long after the end the other host may take to send what it has."""
+
+
+class Remote:
+    """Publishes the streams of a host that joins."""
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``listen``: where the other host joins; beyond loopback only with ``curve`` (this end's secret key, the
+        public keys of those who may join: `sensorium keys`), or with ``insecure: true``, which lets anybody on the
+        network join and listen in. ``sources``: what the other host is to run."""
+
+        listen: str
+        sources: dict[str, SourceEntry]
+        curve: CurveEntry | None = None
+        insecure: bool = False
+
+        def __post_init__(self) -> None:
+            if not self.sources:
+                raise ValueError("`sources`: name at least one source that the other host is to run.")
+            try:
+                check_remote(self.listen, keys=self.curve is not None or self.insecure)
+            except ConfigError as error:
+                raise ValueError(
+                    f"`listen`: {error}; `insecure: true` does without, where you trust everybody."
+                ) from None
+            if self.listen.startswith("ipc:") or self.listen.endswith(":*"):
+                raise ValueError(f"`listen: {self.listen}`: another host needs an address like tcp://0.0.0.0:5600.")
+
+    @classmethod
+    def streams_of(cls, settings: Remote.Settings) -> dict[str, Payload]:
+        """The streams that a node with these settings publishes. Raises ConfigError."""
+        return {name: kind.payload_of(own) for name, (kind, own) in _inner(settings).items()}
+
+    @classmethod
+    def slots_of(cls, settings: Remote.Settings) -> dict[str, int]:
+        """Bytes of the largest payload to expect, by stream."""
+        return {name: kind.largest_payload(own) for name, (kind, own) in _inner(settings).items()}
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.clock = life, life.clock
+        self.settings: Remote.Settings = decode_settings(Remote, life.spec.settings)
+        self.streams = life.spec.streams
+        self.reports = {stream: SourceReport() for stream in self.streams}
+        self.said: dict[str, Report] = {}
+        self.heard_ns: dict[str, int] = {}
+        self.joined: deque[bytes] = deque(maxlen=8)
+        self.host = ""
+        self.counters: dict[str, float] = {}
+        self.own_life = secrets.token_hex(8)
+
+    def run(self) -> None:
+        """Until stopped. Raises ConfigError if nobody can join."""
+        spec, settings = self.life.spec, self.settings
+        curve = None if settings.curve is None else load_curve_server(settings.curve.secret, settings.curve.allow)
+        with (
+            contextlib.closing(LinkServer(settings.listen, curve, settings.insecure)) as server,
+            contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus,
+        ):
+            publisher = bus.publisher(spec.node, sorted(self.streams), ring_spec(spec), stop=self.life.stop)
+            wait_for_readers(publisher, self.life)
+            self.life.wait_to_begin(Report(state="loaded"))
+            self.serve(server, publisher)
+
+    def serve(self, server: LinkServer, publisher: Publisher) -> None:
+        """Answers and publishes until stopped, and takes what the other host still has."""
+        self.server, self.publisher = server, publisher
+        while not self.life.stop.is_set():
+            self.turn()
+        for peer in self.joined:
+            server.send(peer, (STOP,))
+        leaving = SystemClock()
+        while self.present() and self.state() != "ended" and leaving.now_ns() < LEAVE_NS:
+            self.turn()
+
+    def turn(self) -> None:
+        """Takes what has come, and reports."""
+        wait_ms = PATIENCE_MS
+        for _ in range(BATCH):
+            item = self.server.receive(wait_ms)
+            if item is None:
+                break
+            self._take(*item, self.clock.now_ns())
+            wait_ms = 0
+        self.publisher.readers()  # takes note of who has joined meanwhile
+        if self.life.due:
+            self.life.report(self._report())
+
+    def present(self) -> bool:
+        """Whether anything was heard from the other host lately."""
+        now = self.clock.now_ns()
+        return any(now - heard < SILENT_NS for heard in self.heard_ns.values())
+
+    def state(self) -> State:
+        """Of all sources together: waiting while one of them is away or has nothing to give."""
+        states = {self._state_of(stream) for stream in self.streams}
+        return "ended" if states == {"ended"} else "waiting" if states - {"ended", "ready"} else "ready"
+
+    def _state_of(self, stream: str) -> State:
+        said = self.said.get(stream)
+        if said is None or (said.state != "ended" and self.clock.now_ns() - self.heard_ns[stream] > SILENT_NS):
+            return "waiting"
+        return said.state
+
+    def _take(self, peer: bytes, parts: list[bytes], now_ns: int) -> None:
+        """One message from another host. What is malformed is counted."""
+        try:
+            match parts:
+                case [kind, number] if kind == PROBE:
+                    asked = msgspec.msgpack.decode(number, type=int)
+                    echo = Echo(asked, now_ns, self.clock.now_ns(), self.own_life)
+                    self.server.send(peer, (ECHO, msgspec.msgpack.encode(echo)))
+                case [kind, header, *payload] if kind == DATA and len(payload) < 2:
+                    self._publish(header, payload[0] if payload else None, now_ns)
+                case [kind, stream, report] if kind == REPORT:
+                    self._hear(stream.decode(), msgspec.json.decode(report, type=Report), now_ns)
+                case [kind, hello] if kind == JOIN:
+                    self._join(peer, msgspec.json.decode(hello, type=Hello))
+                case _:
+                    raise WireError("nothing that a host says")
+        except (WireError, msgspec.MsgspecError, UnicodeDecodeError):
+            self._count("link.malformed")
+
+    def _join(self, peer: bytes, hello: Hello) -> None:
+        if peer not in self.joined:
+            self.joined.append(peer)
+        self.host = hello.host[:64]
+        streams = {
+            name: RemoteStream(
+                kind=entry.kind, payload=self.streams[name], settings=entry.settings,
+                offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
+            )
+            for name, entry in self.settings.sources.items()
+        }  # fmt: skip
+        invitation = Invitation(PROTOCOL, self.life.spec.session, self.own_life, streams)
+        self.server.send(peer, (INVITE, msgspec.json.encode(invitation)))
+
+    def _publish(self, data: bytes, payload: bytes | None, now_ns: int) -> None:
+        header = decode_header(data)
+        report = self.reports.get(header.stream)
+        if report is None or header.is_beat != (payload is None) or header.epoch > now_ns + AHEAD_NS:
+            raise WireError(f"{header.stream}/{header.seq} is nothing that this node can publish")
+        if header.layout is not None and payload_of(header.layout) != self.streams[header.stream]:
+            raise WireError(f"{header.stream}/{header.seq} is no {self.streams[header.stream]}")
+        if report.epoch is not None and header.epoch < report.epoch:
+            self._count("link.stale")  # from a process that another has followed
+            return
+        self.heard_ns[header.stream] = now_ns
+        if payload is not None:
+            check_payload(header, len(payload))
+        if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
+            report.epoch = header.epoch
+            self.life.report(self._report())
+        if payload is None:
+            self.publisher.beat(header)
+            return
+        report.published += 1
+        report.newest_ns = header.t_end_ns
+        if not self.publisher.publish(Message(header, payload)):
+            report.dropped["no_slot"] = report.dropped.get("no_slot", 0) + 1
+
+    def _hear(self, stream: str, report: Report, now_ns: int) -> None:
+        if stream not in self.reports:
+            raise WireError(f"there is no stream {stream}")
+        self.said[stream], self.heard_ns[stream] = report, now_ns
+        there = report.sources.get(stream)
+        if there is not None:
+            self.reports[stream].dropped = there.dropped | {
+                name: n for name, n in self.reports[stream].dropped.items() if name == "no_slot"
+            }
+
+    def _count(self, what: str) -> None:
+        self.counters[what] = self.counters.get(what, 0.0) + 1
+
+    def _report(self) -> Report:
+        ended = {
+            name: at for report in self.said.values() if report.state == "ended" for name, at in report.ended.items()
+        }
+        there: dict[str, float] = {}
+        for stream, said in self.said.items():
+            there |= {f"{stream}.{name}": count for name, count in said.counters.items()}
+        return Report(
+            state=self.state(), note=self._note(), sources=self.reports, ended=ended,
+            counters=self.counters | there | ring_drops(self.publisher),
+        )  # fmt: skip
+
+    def _note(self) -> str:
+        if not self.heard_ns:
+            come = "has joined; its sources start" if self.joined else "may join"
+            return f"{self.host or 'a host'} {come} at {self.settings.listen}"
+        if not self.present():
+            return f"nothing comes from {self.host}"
+        away = [stream for stream in self.streams if self._state_of(stream) == "waiting"]
+        return "; ".join(
+            f"{stream}: {said.note if (said := self.said.get(stream)) and said.note else 'nothing comes'}"
+            for stream in away
+        )
+
+
+def _inner(settings: Remote.Settings) -> dict[str, tuple[type[Source], Any]]:
+    """The classes of the inner sources and their settings."""
+    found = {}
+    for name, entry in settings.sources.items():
+        kind = load_kind(entry.kind)
+        if not issubclass(kind, Source):
+            raise ConfigError(f"a source of kind `{entry.kind}` cannot run on another host; name a kind of sensor.")
+        found[name] = kind, msgspec.convert(entry.settings, kind.Settings, dec_hook=lambda type_, value: type_(value))
+    return found
