@@ -1,4 +1,4 @@
-"""The recorder: everything that is published, into one file, without ever making a source wait.
+"""The recorder: everything that is published, into one file or a ring of them, without ever making a source wait.
 
 Payloads are copied on receipt, which gives shared memory back at once, into a queue that is bounded in bytes; a thread
 of its own compresses and writes. What does not fit, or did not even arrive, is named in a gap record (one for a whole
@@ -22,7 +22,16 @@ from pipeline.life import Life, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
-from pipeline.recording import GAP_TOPIC, LABEL_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingWriter, SessionInfo
+from pipeline.recording import (
+    GAP_TOPIC,
+    LABEL_TOPIC,
+    MANIFEST_TOPIC,
+    PREDICTION_TOPIC,
+    RecordingWriter,
+    Ring,
+    RingWriter,
+    SessionInfo,
+)
 from pipeline.steps import GAP, STEP, Account, Gap, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 
@@ -43,10 +52,11 @@ class LostMessages(msgspec.Struct, frozen=True):
 
 
 class Record:
-    """Writes a session to an MCAP file."""
+    """Writes a session to an MCAP file, or into a ring of them."""
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-        """``wiring``: the streams to record by publishing node; ``topics``: what else they publish."""
+        """``wiring``: the streams to record by publishing node; ``topics``: what else they publish. With
+        ``limit_bytes``, ``path`` is the folder of a ring, whose segments are ``segment_ns`` long at most."""
 
         path: Path
         wiring: dict[str, list[str]]
@@ -55,6 +65,8 @@ class Record:
         compression: Literal["zstd", "lz4", "none"] = "zstd"
         rig: str | None = None
         bundle: str | None = None
+        limit_bytes: int | None = None
+        segment_ns: int = 0
 
     def __init__(self, life: Life) -> None:
         self.life, self.clock = life, life.clock
@@ -67,6 +79,7 @@ class Record:
         """Ranges of lost messages that may still grow, by stream."""
         self.refused = 0
         """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
+        self._told = (0, 0)
 
     def run(self) -> None:
         """Until stopped; then the rest is written and the file closed. Raises RecordingError."""
@@ -83,7 +96,8 @@ class Record:
     def join(self, bus: Bus) -> None:
         """Opens the file and subscribes to all that goes into it. Raises RecordingError."""
         spec, settings = self.life.spec, self.settings
-        path = free_path(settings.path)
+        ring = None if settings.limit_bytes is None else Ring(settings.path, settings.limit_bytes)
+        path = settings.path if ring is not None else free_path(settings.path)
         self.subscriber = bus.subscriber(
             spec.node,
             {node: {s: Lossless() for s in streams} for node, streams in settings.wiring.items() if streams},
@@ -91,8 +105,17 @@ class Record:
         )
         self.life.wait_to_begin(Report(state="ready", note=str(path)))
         origin = self.clock.origin if isinstance(self.clock, SystemClock) else spec.origin
-        session = SessionInfo(session=spec.session, unix_ns=origin.unix_ns, rig=settings.rig, bundle=settings.bundle)
-        self.writer = RecordingWriter(path, session, settings.compression)
+        streams = [stream for names in settings.wiring.values() for stream in names]
+        session = SessionInfo(
+            session=spec.session, unix_ns=origin.unix_ns, rig=settings.rig, bundle=settings.bundle,
+            since=dict.fromkeys(streams) if spec.life else None,
+        )  # fmt: skip
+        self.writer: RecordingWriter | RingWriter = (
+            RecordingWriter(path, session, settings.compression)
+            if ring is None
+            else RingWriter(ring, session, self.clock.now_ns(), segment_ns=settings.segment_ns,
+                            compression=settings.compression, account=self._account)
+        )  # fmt: skip
         self.queue = BoundedWriter(settings.queue_bytes)
 
     def finish(self) -> None:
@@ -102,11 +125,17 @@ class Record:
             self._close_gap(stream, self.clock.now_ns())
         self.queue.close()
         self.queue.check()
-        missing = self.lost + self.refused
-        notes = [f"{missing} messages could not be recorded"] if missing else []
-        notes += [f"{self.lost_beats} beats could not be recorded"] if self.lost_beats else []
-        notes += [f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else []
+        notes = self._account()
         self.writer.close(complete=not notes, note="; ".join(notes))
+        self._report()
+
+    def _account(self) -> list[str]:
+        """What is missing that was not said before, in words. Once a file, or once a segment of a ring."""
+        missing, beats = self.lost + self.refused, self.lost_beats
+        before, self._told = self._told, (missing, beats)
+        notes = [f"{missing - before[0]} messages could not be recorded"] if missing > before[0] else []
+        notes += [f"{beats - before[1]} beats could not be recorded"] if beats > before[1] else []
+        return notes + ([f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else [])
 
     def turn(self, patience_ms: int = PATIENCE_MS) -> bool:
         """Waits a moment for something to come, and queues it. Whether more than beats came. Raises what a write
@@ -120,20 +149,20 @@ class Record:
             self._parts(parts)
         self.queue.check()
         if self.life.due:
-            self.life.report(
-                Report(
-                    state="ready",
-                    note=str(self.writer.path),
-                    counters={
-                        "messages": float(self.writer.messages),
-                        "bytes": float(self.writer.bytes_written),
-                        "queue_bytes": float(self.queue.held),
-                        "lost": float(self.lost + self.refused),
-                        **self._drops(),
-                    },
-                )
-            )
+            self._report()
         return came
+
+    def _report(self) -> None:
+        counters = {
+            "messages": float(self.writer.messages),
+            "bytes": float(self.writer.bytes_written),
+            "queue_bytes": float(self.queue.held),
+            "lost": float(self.lost + self.refused),
+        }
+        if isinstance(self.writer, RingWriter):
+            deleted = self.writer.ring.deleted
+            counters |= {"deleted_segments": float(deleted.segments), "deleted_bytes": float(deleted.bytes)}
+        self.life.report(Report(state="ready", note=self.writer.note, counters=counters | self._drops()))
 
     def _drops(self) -> dict[str, float]:
         wiring, topics = self.settings.wiring, self.settings.topics

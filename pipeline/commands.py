@@ -79,7 +79,7 @@ def _record_entry(rig_file: RigFile, out: Path) -> RecordEntry:
     from pipeline.config import RecordEntry
 
     path = new_file(out)
-    return msgspec.structs.replace(rig_file.rig.record or RecordEntry(path=""), path=str(path))
+    return msgspec.structs.replace(rig_file.rig.record or RecordEntry(path=""), path=str(path), limit_mb=None)
 
 
 def _run(

@@ -22,6 +22,9 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
+RING_LEAST_MB = 32
+"""A ring that is smaller has segments too small for a message."""
+
 CORE = ("align", "fusion", "record", "launch", "step", "prediction", "gap", "log", "label", "manifest")
 """Names that the runtime uses itself and no source may have."""
 
@@ -83,12 +86,30 @@ class FusionEntry(_Strict, frozen=True):
 
 
 class RecordEntry(_Strict, frozen=True):
-    """A recording: ``path`` may hold ``{session}`` and ``{time}``; ``streams`` null means all."""
+    """A recording: ``path`` may hold ``{session}`` and ``{time}``; ``streams`` null means all. With ``limit_mb`` it is
+    a ring: ``path`` is a folder of segments, each a recording of ``segment_s`` at most, all of them together never
+    larger than the limit; the oldest are deleted, and later sessions go on in the same ring."""
 
     path: str
     streams: tuple[str, ...] | None = None
     compression: Literal["zstd", "lz4", "none"] = "zstd"
     queue_mib: Positive = 128
+    limit_mb: Annotated[int, msgspec.Meta(ge=RING_LEAST_MB)] | None = None
+    segment_s: PositiveFloat = 60.0
+
+    def __post_init__(self) -> None:
+        if self.limit_mb is None:
+            return
+        if "{" in self.path or self.path.endswith(".mcap"):
+            raise ValueError(
+                f"`path: {self.path}` names a file for each session, but with `limit_mb` all sessions share one "
+                "folder of segments; name a folder, like `path: ../recordings/edge`, or leave `limit_mb` out."
+            )
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Bytes of all segments of a ring; None for a single file."""
+        return None if self.limit_mb is None else self.limit_mb * 1_000_000
 
 
 class CurveEntry(_Strict, frozen=True):
@@ -180,6 +201,16 @@ def check_rig(document: Document) -> RigFile:
     return RigFile(rig, document)
 
 
+def check_source_name(document: Document, name: str, at: Where) -> None:
+    """Raises ConfigError unless the key ``name`` of the mapping ``at`` can name a source."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
+        raise document.error(
+            (*at, name),
+            f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
+            f"letter, and none of {listed(CORE)}.",
+        )
+
+
 def check_environment() -> list[str]:
     """What is wrong with the installed packages, in sentences; empty if nothing."""
     wheels = [name for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python",
@@ -199,16 +230,6 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def check_source_name(document: Document, name: str, at: Where) -> None:
-    """Raises ConfigError unless the key ``name`` of the mapping ``at`` can name a source."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
-        raise document.error(
-            (*at, name),
-            f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
-            f"letter, and none of {listed(CORE)}.",
-        )
 
 
 def config_schema() -> dict[str, Any]:

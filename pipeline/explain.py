@@ -273,8 +273,10 @@ class _Ledger:
         self.unaccounted = 0
         self.received = self.lost = 0
         self._stream = stream
-        self._taken = set(_keys(r for m in manifests for r in m.streams[stream].received))
-        self._used = set(_keys(r for m in manifests for r in m.streams[stream].used))
+        received = set(_keys(r for m in manifests for r in m.streams[stream].received))
+        self._first, self._last = _span(session, stream, manifests)
+        self._taken = {key for key in received if self._first <= key <= self._last}
+        self._used = self._taken & set(_keys(r for m in manifests for r in m.streams[stream].used))
         self._overflows = [span for m in manifests for span in m.streams[stream].overflows]
         self._absences = _absences(manifests) if session.live else []
         self._obsolete_ns = _obsolete_ns(session, stream, manifests)
@@ -304,9 +306,10 @@ class _Ledger:
             stale = of < epoch
             if of > epoch:
                 epoch, floor_ns = of, bound_ns
-            known[of] = max(known.get(of, 0), seq + (not beat))
+            if (of, seq + (not beat)) > self._first:
+                known[of] = max(known.get(of, 0), seq + (not beat))
             refused = self._beyond(max(end_ns, promise_ns), arrival_ns)
-            if not beat:
+            if not beat and (of, seq) >= self._first:
                 self.received += 1
                 if (of, seq) in seen:
                     place = "duplicate"
@@ -354,7 +357,20 @@ class _Ledger:
             known[of] = max(known.get(of, 0), seq + 1)
         self.received += len(unrecorded)
         self.unaccounted += len(unrecorded)
-        self.lost = sum(known.values()) - len(seen | unrecorded)
+        before = self._first[1] if self._first[0] in known else 0
+        self.lost = sum(known.values()) - before - len(seen | unrecorded)
+
+
+def _span(session: Session, stream: str, manifests: list[Manifest]) -> tuple[Key, Key]:
+    """The first and the last message of a stream that this file accounts for. A file that has its session's beginning
+    accounts for all. In one that begins later what was sent before is another file's, and so is what the windows before
+    its first one took in, or what only reached the recorder after its end."""
+    if session.info.since is None:
+        return (-_NEVER, 0), (_NEVER, 0)
+    heard = [(row[0], row[1]) for row in session.heard[stream].rows()]
+    listed = next((m.streams[stream].received[0] for m in manifests if m.streams[stream].received), None)
+    first = session.info.standing(stream) or heard[0]
+    return (first if listed is None else max(first, listed[:2])), max(heard)
 
 
 def _keys(ranges: Iterable[tuple[int, int, int]]) -> Iterator[Key]:

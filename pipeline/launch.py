@@ -30,6 +30,7 @@ from pipeline.config import RecordEntry, RigFile, check_environment
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
 from pipeline.plan import Place, make_plan
+from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
 from pipeline.transport import endpoint_path, remove_leftovers
@@ -49,6 +50,8 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         notes += [f"the model's stream `{name}` is left out and will always be masked." for name in left_out]
     elif plan.record is None:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
+    if plan.record is not None and plan.record.limit_bytes is not None:
+        notes += ring_notes(rig_file.resolve(plan.record.path), plan.record.limit_bytes)
     return notes
 
 

@@ -21,6 +21,7 @@ from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry, check
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
+from pipeline.recording import message_limit
 from pipeline.source import CORE_KINDS, KINDS, Source, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Where, listed, nearest
@@ -70,6 +71,7 @@ def make_plan(rig_file: RigFile, allow_code: bool = False, record: RecordEntry |
     record = record or rig.record
     if record is not None and record.streams is not None:
         _known(rig_file, ("record", "streams"), record.streams, streams)
+    _check_ring(rig_file, record, sources)
     allowed = allow_code or (rig.bundle is not None and rig.bundle.allow_code)
     bundle, mapping, spec = _model(rig_file, streams, allowed)
     return Plan(rig_file, sources, streams, bundle, mapping, spec, record, allowed)
@@ -89,12 +91,12 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
     if not is_source and (entry.offset_ms or entry.offset_uncertainty_ms):
         raise document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
                              "elsewhere, and changes none of them; leave the offset out.")  # fmt: skip
-    with placed(rig_file, at):
-        streams: dict[str, Payload] = (
     inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
     for stream, source in inner.items():  # of another host: checked as if they were this one's
         check_source_name(document, stream, (*at, "sources"))
         _source(rig_file, stream, source, (*at, "sources", stream))
+    with placed(rig_file, at):
+        streams: dict[str, Payload] = (
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
         )
         slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
@@ -122,6 +124,21 @@ def placed(rig_file: RigFile, at: Where) -> Iterator[None]:
 def import_paths(rig_file: RigFile) -> tuple[str, ...]:
     """Where a user's own kinds may lie, beside what is installed: the rig's folder, and the current one."""
     return str(rig_file.document.path.resolve().parent), str(Path.cwd())
+
+
+def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: tuple[SourcePlan, ...]) -> None:
+    """A ring must take the largest message of every source that it records."""
+    if record is None or record.limit_bytes is None:
+        return
+    sizes = {stream: size for source in sources for stream, size in source.slots.items()
+             if record.streams is None or stream in record.streams}  # fmt: skip
+    stream = max(sizes, key=sizes.__getitem__, default="")
+    if stream and sizes[stream] > (most := message_limit(record.limit_bytes)):
+        least = -(-record.limit_bytes * sizes[stream] // (most * 1_000_000))
+        raise rig_file.document.error(
+            ("record", "limit_mb"), f"a ring of {record.limit_mb} MB takes messages of {most / 1e6:.1f} MB, and one of "
+            f"`{stream}` may have {sizes[stream] / 1e6:.1f} MB; set `limit_mb: {least}` or more, or make it smaller "
+            "(`encoding: jpeg`, `width`).")  # fmt: skip
 
 
 def _streams(rig_file: RigFile, sources: tuple[SourcePlan, ...]) -> dict[str, Payload]:
@@ -284,4 +301,5 @@ def _record_settings(plan: Plan, record: RecordEntry, place: Place) -> dict[str,
         "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": _wiring(plan, _recorded(plan)),
         "topics": topics, "queue_bytes": record.queue_mib << 20, "compression": record.compression,
         "rig": plan.rig_file.document.text, "bundle": None if plan.bundle is None else plan.bundle.sha256,
+        "limit_bytes": record.limit_bytes, "segment_ns": round(record.segment_s * 1e9),
     }  # fmt: skip

@@ -1,17 +1,26 @@
-"""Recordings: one MCAP file a session, written by ``RecordingWriter`` and read by ``RecordingReader``.
+"""Recordings: one MCAP file a session (or a ring of them), written by ``RecordingWriter``, read by ``RecordingReader``.
 
 ``log_time`` is the arrival and ``publish_time`` the capture of a message, both in Unix time; our own times are read
 back on the session clock. How a message lies in the file stands in ``recording_schemas``, when bytes reach the disk in
-``recording_writer``, and what survives of a file that was cut off in ``recording_reader``.
+``recording_writer``, what survives of a file that was cut off in ``recording_reader``, and how a folder of recordings
+is kept below a limit in ``recording_ring``.
 
 Topics: a stream's messages under its own name, all beats under ``/beat``, JSON objects under ``/manifest``,
 ``/prediction``, ``/label``, ``/log``, ``/gap`` and whatever else begins with a slash.
 """
 
 from pipeline.recording_reader import RecordingReader, reading
+from pipeline.recording_ring import Ring, RingWriter, deleted_text, message_limit, ring_notes
 from pipeline.recording_schemas import BEAT_TOPIC, GAP_TOPIC, LABEL_TOPIC, LOG_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
 from pipeline.recording_summary import summarise
-from pipeline.recording_writer import Compression, Label, RecordingWriter, SessionInfo
+from pipeline.recording_writer import (
+    Compression,
+    Deleted,
+    Label,
+    RecordingWriter,
+    RingPart,
+    SessionInfo,
+)
 
 __all__ = [
     "BEAT_TOPIC",
@@ -21,10 +30,17 @@ __all__ = [
     "MANIFEST_TOPIC",
     "PREDICTION_TOPIC",
     "Compression",
+    "Deleted",
     "Label",
     "RecordingReader",
     "RecordingWriter",
+    "Ring",
+    "RingPart",
+    "RingWriter",
     "SessionInfo",
+    "deleted_text",
+    "message_limit",
     "reading",
+    "ring_notes",
     "summarise",
 ]

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import struct
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import msgspec
 import zstandard
@@ -29,7 +30,7 @@ from mcap.stream_reader import get_chunk_data_stream
 from pipeline.errors import RecordingError
 from pipeline.messages import Header, Message, Payload
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
-from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, SessionInfo
+from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
 
 _MAGIC = b"\x89MCAP0\r\n"
 _HEAD = struct.Struct("<BQ")
@@ -37,6 +38,11 @@ _CHUNK_TIMES = struct.Struct("<QQ")
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
 _KEPT = {Opcode.SCHEMA, Opcode.CHANNEL, Opcode.METADATA, Opcode.ATTACHMENT, Opcode.CHUNK_INDEX}
 _DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)
+
+_HEAD_RECORDS = 4
+"""Within so many records of its beginning a recording says whose it is."""
+
+Stated = TypeVar("Stated")
 
 # log time, chunk, index in the chunk, channel, publish time, bytes
 _Record = tuple[int, int, int, int, int, memoryview]
@@ -130,6 +136,14 @@ class RecordingReader:
         except msgspec.MsgspecError as error:
             raise RecordingError(f"{self.path} has a damaged label: {error}") from None
         return sorted(labels, key=lambda label: (label.start_ns, label.end_ns, label.label))
+
+    def counts(self) -> dict[str, int]:
+        """How many messages of each stream are in the file. What it says of itself, else counted."""
+        stated = self._metadata.get(END, {}).get("messages")
+        if stated is not None:
+            return msgspec.json.decode(stated, type=dict[str, int])
+        names = {number: c.topic for number, c in self._channels.items() if "payload" in c.metadata}
+        return dict(Counter(names[channel] for _, _, _, channel, _, _ in self._records(names.keys())))
 
     def close(self) -> None:
         """Lets go of the file. Idempotent."""
@@ -227,10 +241,12 @@ class RecordingReader:
                     if name.startswith(CALIBRATION)
                 },
                 extra={k.removeprefix("extra."): v for k, v in facts.items() if k.startswith("extra.")},
+                since=_stated(facts, "since", Standing),
+                ring=_stated(facts, "ring", RingPart),
                 complete=whole and end.get("complete") == "true",
                 note=end.get("note", ""),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, msgspec.MsgspecError) as error:
             raise RecordingError(f"{self.path} contradicts itself about its session: {error!r}") from None
 
     # Reading.
@@ -272,6 +288,29 @@ class RecordingReader:
             raise RecordingError(f"{self.path} is damaged in the chunk at byte {place.offset}: {error}") from None
 
 
+def ring_part(path: Path) -> RingPart | None:
+    """Where a file says at its beginning that it stands in a ring; None if it is no segment of one. Reads no further
+    than that, and raises nothing."""
+    try:
+        with path.open("rb") as file:
+            at = len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 1 << 62
+            for _ in range(_HEAD_RECORDS):
+                file.seek(at)
+                opcode, length = _HEAD.unpack(file.read(_HEAD.size))
+                if opcode == Opcode.METADATA:
+                    metadata = Metadata.read(ReadDataStream(BytesIO(file.read(length))))
+                    if metadata.name == SESSION:
+                        return _stated(metadata.metadata, "ring", RingPart)
+                at += _HEAD.size + length
+    except (*_DAMAGE, OSError, msgspec.MsgspecError):
+        pass
+    return None
+
+
+def _stated(facts: dict[str, str], name: str, type_: type[Stated]) -> Stated | None:
+    return msgspec.json.decode(facts[name], type=type_) if name in facts else None
+
+
 def _log_time(record: _Record) -> int:
     return record[0]
 
@@ -300,4 +339,4 @@ def reading(recording: str | Path | RecordingReader) -> Iterator[RecordingReader
             yield reader
 
 
-__all__ = ["RecordingReader", "reading"]
+__all__ = ["RecordingReader", "reading", "ring_part"]

@@ -6,10 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
 from pipeline.recording_reader import RecordingReader, reading
+
+_UNKNOWN = -(1 << 62)
+"""An epoch before all others: that of a stream of which nobody knows where it stood."""
 
 
 def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
@@ -32,25 +36,27 @@ def _summarise(reader: RecordingReader) -> dict[str, Any]:
             if name in streams:
                 streams[name].sequence(message.header.epoch, message.header.seq)
         else:
-            streams.setdefault(name, _Stream()).add(message, arrival_ns)
+            streams.setdefault(name, _Stream(reader.info.standing(name))).add(message, arrival_ns)
     starts = [stream.start_ns for stream in streams.values()]
     ends = [stream.end_ns for stream in streams.values()]
+    ring = reader.info.ring
     return {
         "duration_s": (max(ends) - min(starts)) / 1e9 if streams else 0.0,
         "session": reader.info.session,
         "complete": reader.info.complete,
         "streams": {name: streams[name].result() for name in sorted(streams)},
-    }
+    } | ({} if ring is None else {"ring": msgspec.to_builtins(ring)})
 
 
 class _Stream:
     """One stream's sums. Memory grows by eight bytes a message (the delays), for an exact median."""
 
-    def __init__(self) -> None:
+    def __init__(self, stands: tuple[int, int] | None) -> None:
+        """``stands``: the epoch and the number before which nothing can be missing; None: nobody knows."""
         self.payload = ""
         self.messages = self.samples = self.gaps = self.lost = 0
         self.start_ns = self.end_ns = 0
-        self._epoch = self._next_seq = -1
+        self._epoch, self._next_seq = stands or (_UNKNOWN, 0)
         self._first_ns = self._last_ns = 0
         self._max_gap_ns: int | None = None
         self._delays: list[int] = []
@@ -80,6 +86,8 @@ class _Stream:
 
     def sequence(self, epoch: int, seq: int) -> None:
         """Counts what is missing before number ``seq`` of ``epoch``. What comes late is not taken off again."""
+        if self._epoch == _UNKNOWN:
+            self._epoch, self._next_seq = epoch, seq
         if epoch > self._epoch:
             self._epoch, self._next_seq = epoch, 0
         if epoch == self._epoch and seq > self._next_seq:

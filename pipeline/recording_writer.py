@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -28,6 +29,32 @@ SESSION, END = "sensorium", "sensorium.end"
 RIG, CALIBRATION = "rig.yaml", "calibration/"
 """Names of the attachments."""
 
+_MESSAGE_BYTES = 64
+"""What a message takes in a chunk and in its index beside its data."""
+_CHUNK_INDEX_BYTES = 1024
+_END_BYTES = 128 << 10
+"""What the end of a file takes beside the index of its chunks: schemas, channels, sums."""
+
+
+Standing = dict[str, tuple[int, int] | None]
+"""By stream the epoch and the number of its next message; None where nobody knows."""
+
+
+class Deleted(msgspec.Struct, frozen=True):
+    """What a ring has deleted so far, in all its sessions; ``messages`` by stream."""
+
+    segments: int = 0
+    bytes: int = 0
+    messages: dict[str, int] = {}
+
+
+class RingPart(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a file stands in its ring: it is segment ``segment``, and when it began all below ``oldest`` were gone."""
+
+    segment: int
+    oldest: int
+    deleted: Deleted
+
 
 class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a recording says of its session. ``complete`` and ``note`` are set by reading; writing ignores them."""
@@ -45,9 +72,19 @@ class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Name -> text."""
     extra: dict[str, str] = msgspec.field(default_factory=dict)
     """Anything else worth knowing: the imported file, its device, what was dropped."""
+    since: Standing | None = None
+    """None: the file has its session's beginning. Else where each stream stood when the file began: its epoch and the
+    number of the next message; None of a stream: nobody knows. Streams that are not named had not begun."""
+    ring: RingPart | None = None
+    """If the file is a segment of a ring."""
     complete: bool = False
     note: str = ""
     """Why a recording that was closed in order is incomplete."""
+
+    def standing(self, stream: str) -> tuple[int, int] | None:
+        """The (epoch, number) of ``stream`` at the file's beginning: what lies below is in no file or in one before;
+        None: nobody knows."""
+        return (-1, 0) if self.since is None else self.since.get(stream, (-1, 0))
 
 
 class Label(msgspec.Struct, frozen=True, gc=False):
@@ -79,8 +116,9 @@ class RecordingWriter:
         self.messages = 0
         """Messages written so far, beats and JSON objects not counted."""
         self._chunk_bytes, self._chunk_ns = chunk_bytes, chunk_ns
-        self._pending_bytes = 0
+        self._pending_bytes = self._pending_messages = self._chunks = 0
         self._pending_since: int | None = None
+        self._counts: Counter[str] = Counter()
         self._channels: dict[tuple[str, str], int] = {}
         self._schemas: dict[tuple[str, bytes], int] = {}
         self._stream_channels: dict[tuple[str, Any], int] = {}
@@ -100,10 +138,24 @@ class RecordingWriter:
         """Bytes in the file so far."""
         return self._output.size
 
+    def size_with(self, size: int) -> int:
+        """No less than what the file has in the end if a message of ``size`` bytes is the last that is written."""
+        pending = self._pending_bytes + size + (self._pending_messages + 1) * _MESSAGE_BYTES
+        return self._output.size + pending + pending // 128 + (self._chunks + 1) * _CHUNK_INDEX_BYTES + _END_BYTES
+
+    @property
+    def note(self) -> str:
+        """What to tell whoever watches."""
+        return str(self.path)
+
     def _write_session(self, session: SessionInfo) -> None:
         facts = {"session": session.session, "unix_ns": str(session.unix_ns), "arrival": session.arrival}
         if session.bundle is not None:
             facts["bundle"] = session.bundle
+        if session.since is not None:
+            facts["since"] = msgspec.json.encode(session.since).decode()
+        if session.ring is not None:
+            facts["ring"] = msgspec.json.encode(session.ring).decode()
         self._writer.add_metadata(SESSION, facts | {f"extra.{k}": v for k, v in session.extra.items()})
         if session.rig is not None:
             self.attach(RIG, session.rig.encode(), "application/yaml")
@@ -112,10 +164,15 @@ class RecordingWriter:
 
     def write(self, message: Message, arrival_ns: int) -> None:
         """Records one message or beat that arrived at ``arrival_ns`` of session time."""
+        self.write_encoded(message, encode(message, self.session.unix_ns), arrival_ns)
+
+    def write_encoded(self, message: Message, data: bytes, arrival_ns: int) -> None:
+        """The same of a message that was encoded already."""
         header = message.header
-        data = encode(message, self.session.unix_ns)
         self._add(self._channel_of(message), data, arrival_ns, header.t_capture_ns, header.seq)
-        self.messages += not header.is_beat
+        if not header.is_beat:
+            self.messages += 1
+            self._counts[header.stream] += 1
 
     def write_json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
         """Records one JSON object on a topic that starts with "/" (``/manifest``, ``/prediction``, ...); times are
@@ -138,7 +195,8 @@ class RecordingWriter:
         self._check_open()
         if self._pending_bytes:
             self._writer.flush()
-            self._pending_bytes, self._pending_since = 0, None
+            self._pending_bytes, self._pending_messages, self._pending_since = 0, 0, None
+            self._chunks += 1
 
     def close(self, complete: bool = True, note: str = "") -> None:
         """Ends the file, with its index. ``complete=False`` says that something is missing and ``note`` what.
@@ -149,7 +207,9 @@ class RecordingWriter:
             return
         try:
             self.flush()
-            self._writer.add_metadata(END, {"complete": "true" if complete else "false", "note": note})
+            counts = msgspec.json.encode(self._counts).decode()
+            facts = {"complete": "true" if complete else "false", "note": note, "messages": counts}
+            self._writer.add_metadata(END, facts)
             self._writer.finish()
             self._output.sync()
         finally:
@@ -170,6 +230,7 @@ class RecordingWriter:
             raise ValueError(f"an arrival time of {log_ns} ns lies before 1970 (the session began at {unix_ns} ns)")
         self._writer.add_message(channel, log_ns + unix_ns, data, max(publish_ns + unix_ns, 0), sequence & 0xFFFFFFFF)
         self._pending_bytes += len(data)
+        self._pending_messages += 1
         if self._pending_since is None:
             self._pending_since = log_ns
         if self._pending_bytes >= self._chunk_bytes or log_ns - self._pending_since >= self._chunk_ns:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.recording import Deleted, deleted_text
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 from pipeline.terminal import number
 
@@ -24,9 +26,15 @@ def closing(summary: Summary) -> RenderableType:
     if not summary.predictions:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
         head = head if summary.expected else "no model, so no predictions"
-        return Group(Text(head), *((messages(summary),) if summary.counters else ()), *dropped(summary))
+        return Group(Text(head), *((messages(summary),) if summary.counters else ()), *last_lines(summary))
     parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
-    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()), *dropped(summary))
+    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()), *last_lines(summary))
+
+
+def last_lines(summary: Summary) -> list[RenderableType]:
+    """What was dropped between nodes, and where the recording is."""
+    recorded = [Text(), Text(f"recorded: {summary.recorded}")] if summary.recorded else []
+    return [*dropped(summary), *recorded]
 
 
 def dropped(summary: Summary) -> list[RenderableType]:
@@ -93,7 +101,11 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
         row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
         row += [str(stream["lost"]), str(stream["gaps"]), *(f"{number(v, 1)} ms" for v in (gap, *delay.values()))]
         table.add_row(name, stream["payload"], *row)
-    latency = info.get("latency_ms")
+    latency, ring = info.get("latency_ms"), info.get("ring")
+    if ring is not None:
+        gone = msgspec.convert(ring["deleted"], Deleted)
+        head.append(f"\nsegment {ring['segment']} of a ring; ")
+        head.append(f"deleted before it began: {deleted_text(gone)}" if gone.segments else "nothing was deleted before")
     return Group(head, Text(), table, *((Text(), latency_table(latency)) if latency else ()))
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from pipeline.errors import ConfigError
 from pipeline.messages import Payload
+from pipeline.recording import RingPart
 from pipeline.strict import listed, nearest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -67,6 +68,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     streams: dict[str, StreamInfo]
     latency_ms: dict[str, Stage] | msgspec.UnsetType = msgspec.UNSET
     """By stage, where the recording holds predictions."""
+    ring: RingPart | msgspec.UnsetType = msgspec.UNSET
+    """Where the recording stands in its ring, if it is a segment of one."""
 
 
 def _info() -> dict[str, Any]:

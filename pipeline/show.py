@@ -98,6 +98,7 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
         found = {name: drops(node.counters) for name, node in status.nodes.items()}
         summary.drops = {name: counts for name, counts in found.items() if counts}
+        summary.recorded = status.nodes["record"].note if "record" in status.nodes else ""
     to_person = sys.stdout.isatty() and not json
     screen = console(sys.stdout if to_person else sys.stderr)
     if to_person:

@@ -59,6 +59,8 @@ class Summary:
         self.counters: dict[str, Counters] = {}
         self.drops: dict[str, dict[str, int]] = {}
         """By node, what did not pass through its bus or its ring as it should: ``camera.overrun``, ``ring.expired``."""
+        self.recorded = ""
+        """Where the recording is, and what a ring has deleted."""
         self._start_ns: int | None = None
         self._end_ns = 0
 

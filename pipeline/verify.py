@@ -145,6 +145,8 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
     held = _Held(reader, {stream.name for stream in spec.streams})
     declared = {stream.name: stream for stream in spec.streams}
     aligner: Aligner | None = None
+    settled = reader.info.since is None
+    """Whether nothing before the file's beginning can be in a window any more: one has been made again without."""
     expected = 1
     for data, log_ns, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -159,8 +161,10 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
         step = aligner.obey(manifest, received)
         if step.manifest.digest == manifest.digest:
             result.windows += 1
+            settled = True
             yield manifest, step
-        elif lost:
+        elif lost or not settled:
+            lost = lost or "what was before the file's beginning"
             result.doubt(f"window {manifest.step}: {lost} is not in the recording")
             yield manifest, None
         else:
@@ -251,6 +255,8 @@ class _Predictions:
         self._next: Prediction | None = None
         self._fuser: Fuser | None = None
         self._broken = False  # a window is missing that the following predictions look back on
+        # Those at the beginning of such a file look back on what it does not hold, until one comes out the same.
+        self._before = reader.info.since is not None
         self._advance()
 
     def _advance(self) -> None:
@@ -274,11 +280,12 @@ class _Predictions:
         made = self._fuser.step(manifest, content, masked)
         if step is None:
             self._broken = True
+        difference = _prediction_difference(recorded, made, self._result.fingerprint == "equal")
+        if self._before and step is not None and difference is None:
+            self._broken = self._before = False
         if self._broken:
             self._result.doubt(f"prediction {manifest.step} looks back on a window that is not verified")
-            return
-        difference = _prediction_difference(recorded, made, self._result.fingerprint == "equal")
-        if difference is None:
+        elif difference is None:
             self._result.predictions += 1
         else:
             self._result.differ(difference)
@@ -291,7 +298,7 @@ class _Predictions:
 
     def _begin(self, recorded: Prediction) -> Fuser:
         fuser = Fuser(self._bundle, self._options, self._reader.info.session, streams=self._streams)
-        self._broken = False
+        self._broken = self._before
         self._result.fingerprint = "equal" if recorded.timing.fingerprint == fuser.fingerprint_id else "other"
         return fuser
 
