@@ -110,7 +110,7 @@ class FrameEncoder(PictureEncoder):
         size = self.settings.size
         place = 2 * torch.arange(SAMPLES * size) + 1
         rows, columns = (place * n // (2 * SAMPLES * size) for n in (x.shape[0], x.shape[1]))
-        some = x[rows][:, columns].to(torch.float32)
+        some = x.index_select(0, rows).index_select(1, columns).to(torch.float32)
         cells = some.reshape(size, SAMPLES, size, SAMPLES, 3).mean((1, 3))
         return cells.permute(2, 0, 1) / 255
 
