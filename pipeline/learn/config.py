@@ -202,7 +202,8 @@ def stream_entry(config: Config, name: str, layout: Layout | None, known: str = 
         channels = len(layout.channels)
     if payload == "signal" and given.rule is None:
         raise config.document.error(
-            at, "a signal needs its `rule`, like {kind: resample, rate_hz: 50, max_gap_ms: 100}, for its rate is its own."
+            at,
+            "a signal needs its `rule`, like {kind: resample, rate_hz: 50, max_gap_ms: 100}, for its rate is its own.",
         )
     return StreamEntry(
         payload=payload,

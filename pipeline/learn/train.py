@@ -1,0 +1,275 @@
+"""From sessions to a trained model: prepare, split, fit the normalisation, pretrain if asked, train.
+
+Reads like the list of its steps; what each of them is stands in its own file. ``export`` makes a bundle of the result.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pipeline.errors import RecordingError
+from pipeline.learn.config import Config, streams_of
+from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
+from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
+from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
+from pipeline.learn.preparing import Recipe, prepare
+from pipeline.learn.sessions import Session
+from pipeline.messages import Layout
+from pipeline.modelfile import BundleStream, to_ns
+from pipeline.scoring import accuracy, confusion, macro_f1
+from pipeline.strict import listed
+
+Array = np.ndarray[Any, Any]
+FITTED_ON = 4096
+"""Steps of each stream from which its normalisation is taken."""
+
+
+class Trained(NamedTuple):
+    """A model and all that it came from. ``curves`` are the rows of all epochs."""
+
+    model: Model
+    config: Config
+    streams: dict[str, BundleStream]
+    labels: tuple[str, ...]
+    layouts: dict[str, Layout]
+    split: Split
+    curves: list[dict[str, Any]]
+    sha256: dict[str, str]
+    begun_from: dict[str, str]
+
+    def dataset(self, sessions: Sequence[Labelled]) -> Dataset:
+        """``sessions`` in chunks as they were trained on."""
+        return _dataset(self.config, sessions, self.labels)
+
+
+class Prepared(NamedTuple):
+    """Sessions, ready to be learnt from."""
+
+    recipe: Recipe
+    layouts: dict[str, Layout]
+    sessions: list[Labelled]
+    labels: tuple[str, ...]
+
+
+def prepare_all(config: Config, sessions: Sequence[Session], cache: Path, watch: Watch | None = None) -> Prepared:
+    """The sessions, prepared and labelled. Raises RecordingError, ConfigError."""
+    watch, file = watch or Silent(), config.file
+    _check_names(sessions)
+    layouts = _layouts(config, sessions)
+    streams = streams_of(config, layouts)
+    settings = {name: entry.encoder for name, entry in file.streams.items()}
+    recipe = Recipe(
+        streams, build_encoders(streams, settings), config.names(), settings, to_ns(file.window.hop_ms),
+        file.window.steps, file.windows, file.missing_streams == "allow",
+    )  # fmt: skip
+    known = None if file.labels is None else (*file.labels, *file.ignore_labels)
+    watch.begin("preparing sessions", len(sessions))
+    found = []
+    for session in sessions:
+        stated = session.labels(known)
+        found.append((prepare(session, recipe, cache), stated))
+        watch.advance()
+    labelled, labels = label_sessions(found, file.labels, file.ignore_labels)
+    return Prepared(recipe, layouts, labelled, labels)
+
+
+def _check_names(sessions: Sequence[Session]) -> None:
+    names = [session.name for session in sessions]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise RecordingError(
+            f"two sessions are named {listed(twice)}; a name stands for one in lineage and splits. Rename one of them"
+            if twice else "there are no sessions to learn from. Name their files under `sessions`"
+        )  # fmt: skip
+
+
+def _layouts(config: Config, sessions: Sequence[Session]) -> dict[str, Layout]:
+    """The first layout of each stream, from as few sessions as have all of them."""
+    found: dict[str, Layout] = {}
+    for session in sessions:
+        found = {**session.layouts(), **found}
+        if set(config.names().values()) <= found.keys():
+            break
+    return found
+
+
+def train(
+    config: Config,
+    sessions: Sequence[Session],
+    *,
+    cache: Path | None = None,
+    work: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> Trained:
+    """The model that ``config`` asks for. ``cache`` keeps prepared steps, ``work`` checkpoints; None keeps nothing.
+    Equal sessions, configuration and machine give equal weights. Raises ConfigError, RecordingError, BundleError."""
+    watch = watch or Silent()
+    chosen = pick_device(device)
+    with deterministic(), tempfile.TemporaryDirectory(prefix="sensorium-learn-") as scratch:
+        torch.manual_seed(config.file.seed)
+        ready = prepare_all(config, sessions, cache or Path(scratch), watch)
+        parts = split(ready.sessions, config.file.split, len(ready.labels))
+        _check_parts(parts, ready.labels)
+        hold_if_small(ready.sessions)
+        if not ready.sessions[0].held and cache is None:
+            raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
+        run = _Run(config, ready, parts, chosen, watch)
+        run.run(Checkpoints(work, run.identity()), resume)
+        return run.trained()
+
+
+def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
+    counts = sum((np.bincount(s.truth[s.truth >= 0], minlength=len(labels)) for s in parts.train), np.zeros(1))
+    absent = [label for label, count in zip(labels, counts.tolist(), strict=True) if not count]
+    if absent:
+        raise RecordingError(
+            f"no session to learn from has the label {listed(absent)}; they are "
+            f"{listed(s.session.name for s in parts.train)}. Record it there, split otherwise, or leave it out by "
+            "`ignore_labels`"
+        )
+
+
+def _dataset(config: Config, sessions: Sequence[Labelled], labels: tuple[str, ...]) -> Dataset:
+    steps = config.file.window.steps
+    longest = max((len(session) for session in sessions), default=1) + steps - 1
+    chunk = config.file.train.chunk_steps or (1 if steps == 1 else 4 * steps)
+    return Dataset(sessions, steps, min(chunk, longest), labels)
+
+
+class _Run:
+    """One training."""
+
+    def __init__(self, config: Config, ready: Prepared, parts: Split, device: torch.device, watch: Watch) -> None:
+        self._config, self._ready, self._parts, self._device, self._watch = config, ready, parts, device, watch
+        file = config.file
+        self._train, self._held_out = (_dataset(config, part, ready.labels) for part in parts[:2])
+        torch.manual_seed(file.seed)
+        encoders = build_encoders(ready.recipe.streams, ready.recipe.settings)
+        self._model = build_model(encoders, file.strategy, file.window.steps, ready.labels, file.fusion)
+        counts = self._train.counts()
+        self._model.fusion.set_prior(counts.tolist())
+        self._weights = _class_weights(counts, file.train.class_weights).to(device)
+        self._curves: list[dict[str, Any]] = []
+        self._begun_from: dict[str, str] = {}
+
+    def identity(self) -> str:
+        """What a checkpoint must be of to be gone on from: configuration, sessions, parts and code."""
+        parts = [[session.session.name for session in part] for part in self._parts[:3]]
+        said = [self._config.file, self._ready.recipe.digest(), str(torch.__version__), torch.get_num_threads(), parts]
+        said += [session.session.sha256 for session in self._ready.sessions]
+        return hashlib.sha256(msgspec.json.encode(said, enc_hook=str, order="deterministic")).hexdigest()
+
+    def run(self, checkpoints: Checkpoints, resume: bool) -> None:
+        fit_normalisation(self._model, self._parts.train)
+        average = copy.deepcopy(self._model)
+        self._model.to(self._device)
+        average.to(self._device)
+        entry = self._config.file.train
+        phase = Phase(
+            "training", self._model, average, epochs=entry.epochs, learning_rate=entry.learning_rate,
+            weight_decay=entry.weight_decay, warm_up=entry.warm_up, ema=entry.ema, clip_norm=entry.clip_norm,
+        )  # fmt: skip
+        state = checkpoints.load() if resume else None
+        if state is not None:
+            phase.restore(state["training"])
+            self._watch.note(f"going on after epoch {phase.done} of {entry.epochs}")
+        phase.run(
+            self._config.file.seed, self._batches, self._loss, lambda: self._judge(phase.mean.module),
+            lambda: checkpoints.save({"training": phase.state()}), self._watch,
+        )  # fmt: skip
+        self._curves += phase.curves
+        self._model = phase.mean.module  # type: ignore[assignment]
+        checkpoints.remove()
+
+    def trained(self) -> Trained:
+        sha256 = {name: digest for s in self._ready.sessions for name, digest in s.session.sha256.items()}
+        return Trained(
+            self._model.cpu().eval(), self._config, self._ready.recipe.streams, self._ready.labels,
+            self._ready.layouts, self._parts, self._curves, sha256, self._begun_from,
+        )  # fmt: skip
+
+    def _batches(self, draws: Draws) -> tuple[int, Iterator[Batch]]:
+        size = self._config.file.train.batch_windows
+        return self._train.number_of_batches(size), self._train.shuffled(size, draws.numpy)
+
+    def _loss(self, batch: Batch, draws: Draws, done: float) -> tuple[Tensor, dict[str, float]]:
+        entry = self._config.file.train
+        tokens, masks, truth = cut_windows(self._model, batch.to(self._device))
+        out = self._model.fusion.train_step(tokens, masks)
+        parts = {"fused": self._cross_entropy(out.logits, truth, None)}
+        if out.stream_logits and entry.stream_loss:
+            own = [self._cross_entropy(z, truth, masks[name].amax(1)) for name, z in out.stream_logits.items()]
+            parts["streams"] = entry.stream_loss * torch.stack(own).mean()
+        parts |= out.extra_losses
+        right = float((out.logits.argmax(1) == truth).float().mean())
+        return torch.stack(list(parts.values())).sum(), {"accuracy": right}
+
+    def _cross_entropy(self, logits: Tensor, truth: Tensor, weight: Tensor | None) -> Tensor:
+        """The mean over windows, each weighted by its class and by ``weight``."""
+        losses = functional.cross_entropy(
+            logits, truth, reduction="none", label_smoothing=self._config.file.train.label_smoothing
+        )
+        weights = self._weights[truth] if weight is None else self._weights[truth] * weight
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+
+    def _judge(self, average: Any) -> dict[str, float]:
+        """What the mean of the weights makes of the sessions that are held out, with all streams."""
+        if not self._held_out.sessions:
+            return {}
+        everything = frozenset(self._ready.recipe.streams)
+        said = say(average, self._held_out, [everything], self._device)
+        return scores(said.logits[everything], said.truth, len(self._ready.labels))
+
+
+def scores(logits: Array, truth: Array, labels: int) -> dict[str, float]:
+    """Accuracy, macro-F1 and log loss, for the curves."""
+    if not len(truth):
+        return {}
+    predicted = logits.argmax(1)
+    lost = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
+    found = {
+        "held_out_accuracy": accuracy(truth, predicted),
+        "held_out_f1": float(macro_f1(confusion(truth, predicted, labels))),
+        "held_out_loss": float(lost),
+    }
+    return {key: round(value, 6) for key, value in found.items()}
+
+
+def _class_weights(counts: Array, kind: str) -> Tensor:
+    """What a window of each label counts; 1 in the mean over windows."""
+    power = {"none": 0.0, "root": 0.5, "balanced": 1.0}[kind]
+    weights = (counts.sum() / np.maximum(counts, 1)) ** power
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
+
+
+def fit_normalisation(model: Model, sessions: Sequence[Labelled], only: Sequence[str] | None = None) -> None:
+    """Gives each encoder (or ``only`` some) prepared steps from all over ``sessions`` for its normalisation."""
+    for name in model.encoders if only is None else only:
+        total = sum(int(session.session.present[name].sum()) for session in sessions)
+        every = max(1, total // FITTED_ON)
+        model.encoder(name).fit(_some(sessions, name, every))
+
+
+def _some(sessions: Sequence[Labelled], name: str, every: int) -> Iterator[Tensor]:
+    """Batches of every ``every``-th step that is present."""
+    for session in sessions:
+        rows = np.flatnonzero(session.session.present[name])[::every]
+        if not len(rows):
+            continue
+        if session.held:
+            yield torch.from_numpy(session.held[name][rows])
+        else:
+            yield torch.from_numpy(np.concatenate([session.read(name, r, r + 1) for r in rows.tolist()]))
