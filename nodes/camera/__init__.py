@@ -1,0 +1,221 @@
+"""A camera: on USB, in the network, or a file that plays in a camera's place.
+
+    sources:
+      camera: {kind: camera, width: 1280, height: 720, rate_hz: 30, encoding: jpeg}   # the first one on USB
+      desk:   {kind: camera, device: C920}                          # by name, by number, or as /dev/video2
+      door:   {kind: camera, device: "rtsp://10.0.0.7/stream1", width: 640}
+      yard:   {kind: camera, device: "http://10.0.0.8/mjpeg", encoding: native}
+      clip:   {kind: camera, file: ../clips/street.mp4}
+
+When a frame was taken is known by, in this order of trust:
+
+======= ========================================================== ============================================
+device  capture time                                               uncertainty, beside half a frame for exposure
+======= ========================================================== ============================================
+file    the moment it was opened, and the file's own stamps        none
+V4L2    the driver's CLOCK_MONOTONIC stamp, never after receipt    none
+RTSP    the sender's wall clock, from RTCP sender reports          ``sender_error_ms``
+RTSP    RTP time mapped by its least delays (until a report comes) ``arrival_error_ms``
+HTTP    the stream's stamps if it has any, else receipt            ``arrival_error_ms``
+======= ========================================================== ============================================
+
+Frames go where readers see them: OpenCV decodes a V4L2 frame straight into the lent memory, FFmpeg decodes and scales
+in one pass and is copied there once. A width or height smaller than the stream's is made while converting, never after.
+
+After a stall old frames arrive in a rush; those older than ``max_age_ms`` are dropped and counted as ``stale``. A
+source that reads too slowly loses the oldest frames, counted as ``superseded``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import cv2
+import msgspec
+import numpy as np
+
+from nodes.camera.ffmpeg import File, Network
+from nodes.camera.shots import MS, NS, PERIOD_NS, Array, Driver, Shot, shown
+from nodes.camera.usb import Usb, found_at, usb_cameras
+from pipeline.errors import SensorError
+from pipeline.messages import FrameLayout, Payload
+from pipeline.source import Reading, Search, Source, SourceContext
+
+_UNKNOWN = (1920, 1080)
+_LEAST_QUALITY = 25
+_EARLY = 0.4
+"""A frame may come by this part of a period before it is due, where `rate_hz` leaves some out."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Camera(Source):
+    """One camera."""
+
+    payload: ClassVar[Payload] = "frame"
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``width`` and ``height``: one alone keeps the proportions; none: as the device gives it. ``encoding``:
+        ``raw`` pixels in ``format``; ``jpeg`` compressed here, with ``quality`` lowered while it would exceed
+        ``limit_mb_per_min``; ``native`` the JPEG files that the device itself makes, untouched. ``pixel_format`` is
+        what a USB camera is asked for, like MJPG or YUYV (MJPG by default where pixels would not fit through USB 2).
+        ``delay_ms``: a constant delay that you have measured; it is taken off all capture times."""
+
+        device: int | str | None = None
+        file: Path | None = None
+        width: Positive | None = None
+        height: Positive | None = None
+        rate_hz: Annotated[float, msgspec.Meta(gt=0)] | None = None
+        format: Literal["bgr8", "rgb8", "gray8"] = "bgr8"
+        encoding: Literal["raw", "jpeg", "native"] = "raw"
+        quality: Annotated[int, msgspec.Meta(ge=_LEAST_QUALITY, le=100)] = 80
+        limit_mb_per_min: Annotated[float, msgspec.Meta(gt=0)] = 100.0
+        pixel_format: Annotated[str, msgspec.Meta(pattern="^[A-Z0-9 ]{4}$")] | None = None
+        rtsp_transport: Literal["tcp", "udp"] = "tcp"
+        max_age_ms: Positive = 1000
+        timeout_ms: Positive = 3000
+        sender_error_ms: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+        arrival_error_ms: Annotated[float, msgspec.Meta(ge=0)] = 100.0
+        delay_ms: Annotated[float, msgspec.Meta(ge=-1000, le=1000)] = 0.0
+
+        def __post_init__(self) -> None:
+            if self.device is not None and self.file is not None:
+                raise ValueError("`device` and `file` stand here together; a camera is one of them. Remove the other.")
+            if self.encoding == "native" and self.format != "bgr8":
+                raise ValueError("`format` is for raw frames; `encoding: native` passes on what the device gives.")
+
+    def __init__(self, settings: Any, context: SourceContext) -> None:
+        super().__init__(settings, context)
+        self._driver: Driver | None = None
+
+    @classmethod
+    def largest_payload(cls, settings: Any) -> int:
+        pixels = (settings.width or _UNKNOWN[0]) * (settings.height or _UNKNOWN[1])
+        return int(pixels * (3 if settings.encoding == "raw" and settings.format != "gray8" else 1))
+
+    @classmethod
+    def discover(cls) -> list[Search]:
+        where = "cameras on USB or on the board (V4L2, /sys/class/video4linux)"
+        cameras = usb_cameras()
+        names = list(cameras.values())
+        return [Search(looked_for=where, found=[found_at(Path(path), name, names) for path, name in cameras.items()])]
+
+    def open(self) -> None:
+        self.close()
+        self._driver = _driver(self.settings, self.context)
+        self._size = self._wanted_size(*self._driver.size)
+        self._quality, self._balance = self.settings.quality, 0.0
+        self._last_ns: int | None = None
+        self._due_ns: int | None = None
+        self._dropped, self._fresh = 0, False
+        self._period_ns = round(NS / self.settings.rate_hz) if self.settings.rate_hz else PERIOD_NS
+        self._seen_ns = self.context.clock.now_ns()
+
+    def read(self) -> Reading | None:
+        driver = self._driver
+        assert driver is not None
+        shot = driver.shot()
+        now = self.context.clock.now_ns()
+        if driver.dropped > self._dropped:
+            self.context.count("superseded", driver.dropped - self._dropped)
+            self._dropped = driver.dropped
+        if shot is None:
+            if now - self._seen_ns > self.settings.timeout_ms * MS and self.settings.file is None:
+                raise SensorError(f"{self._where()} hangs: no frame for {(now - self._seen_ns) / NS:.1f} s.")
+            return None
+        self._seen_ns = now
+        return self._reading(driver, shot) if self._wanted(shot) else None
+
+    def close(self) -> None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close()
+
+    # -- which frames, and how -----------------------------------------------------------------------------------------
+
+    def _wanted(self, shot: Shot) -> bool:
+        """Whether a frame is published: not when stale, not before the last one, not more often than ``rate_hz``."""
+        self._fresh |= shot.new_epoch
+        if shot.late_ns > self.settings.max_age_ms * MS:
+            self.context.count("stale")
+            return False
+        if self._last_ns is not None and shot.t_capture_ns <= self._last_ns:
+            self.context.count("order")  # a better clock has just shown that the frames before came earlier, too
+            return False
+        if self.settings.rate_hz is not None:
+            period = NS / self.settings.rate_hz
+            if self._due_ns is not None and not self._fresh and shot.t_capture_ns < self._due_ns - _EARLY * period:
+                return False
+            behind = self._due_ns is None or abs(shot.t_capture_ns - self._due_ns) > period
+            self._due_ns = round((shot.t_capture_ns if behind or self._due_ns is None else self._due_ns) + period)
+        return True
+
+    def _wanted_size(self, width: int, height: int) -> tuple[int, int]:
+        """The size to publish, from the size that the device gives."""
+        wide, high = self.settings.width, self.settings.height
+        if self.settings.encoding == "native" or (wide is None and high is None):
+            return width, height
+        return (wide or max(1, round(high * width / height)), high or max(1, round(wide * height / width)))
+
+    def _reading(self, driver: Driver, shot: Shot) -> Reading:
+        layout, data = self._payload(driver, shot)
+        if self._last_ns is not None and shot.t_capture_ns - self._last_ns < NS:
+            self._period_ns += (shot.t_capture_ns - self._last_ns - self._period_ns) // 8
+        exposure = 0 if isinstance(driver, File) else self._period_ns // 2
+        fresh, self._fresh, self._last_ns = self._fresh, False, shot.t_capture_ns
+        capture = shot.t_capture_ns - round(self.settings.delay_ms * MS)
+        return Reading(layout=layout, data=data, t_capture_ns=capture, t_end_ns=capture,
+                       t_receipt_ns=shot.t_receipt_ns, t_device_ns=shot.t_device_ns,
+                       uncertainty_ns=shot.uncertainty_ns + exposure, new_epoch=fresh)  # fmt: skip
+
+    def _payload(self, driver: Driver, shot: Shot) -> tuple[FrameLayout, Any]:
+        width, height = self._size
+        if self.settings.encoding == "native":
+            return FrameLayout("jpeg", height, width), driver.jpeg(shot)
+        layout = FrameLayout(self.settings.format, height, width)
+        if self.settings.encoding == "raw":
+            buffer = self.context.loan(layout)
+            driver.fill(shot, layout, _as_image(buffer, layout))
+            return layout, buffer
+        pixels = np.empty(height * width * (1 if layout.format == "gray8" else 3), np.uint8)
+        layout = FrameLayout("gray8" if layout.format == "gray8" else "bgr8", height, width)
+        driver.fill(shot, layout, _as_image(pixels, layout))
+        _, coded = cv2.imencode(".jpg", _as_image(pixels, layout), [cv2.IMWRITE_JPEG_QUALITY, self._quality])
+        self._adapt(len(coded), shot.t_capture_ns)
+        return FrameLayout("jpeg", height, width), coded.reshape(-1)
+
+    def _adapt(self, size: int, t_ns: int) -> None:
+        """Lowers the quality while the last second's frames were over the limit, and raises it again after."""
+        per_s = self.settings.limit_mb_per_min * 1e6 / 60
+        passed_s = (t_ns - self._last_ns) / NS if self._last_ns is not None else 0.0
+        self._balance = min(max(self._balance + per_s * passed_s - size, -per_s), per_s / 4)
+        if self._balance < 0:
+            self._quality = max(_LEAST_QUALITY, self._quality - 2)
+        elif self._quality < self.settings.quality:
+            self._quality += 1
+
+    def _where(self) -> str:
+        return shown(self.settings.file or self.settings.device or 0)
+
+
+def _as_image(buffer: Array, layout: FrameLayout) -> Array:
+    shape = (layout.height, layout.width)
+    return buffer.reshape(shape if layout.format == "gray8" else (*shape, 3))
+
+
+def _driver(settings: Any, context: SourceContext) -> Driver:
+    """The driver for the device of ``settings``, opened. Raises SensorError."""
+    device = settings.file or (0 if settings.device is None else settings.device)
+    if isinstance(device, str) and re.match(r"(rtsps?|https?)://", device):
+        return Network(device, settings, context)
+    path = Path(device) if not isinstance(device, int) else None
+    if path is not None and path.is_file():
+        return File(path, settings, context)
+    if path is not None and (settings.file or path.suffix or ("/" in str(path) and not str(path).startswith("/dev/"))):
+        raise SensorError(f"{shown(device)}: there is no such file.")
+    return Usb(device, settings, context)
+
+
+__all__ = ["Camera", "usb_cameras"]
