@@ -118,7 +118,7 @@ class Carrier(Protocol):
 
 def probe(carrier: Carrier, clock: Clock, first: int, stop: threading.Event) -> tuple[list[RoundTrip], str]:
     """A burst of probes numbered from ``first``, one after the other: the round trips that came back whole, and the
-    life of the hub that answered last. Two that find no answer end it."""
+    life of the hub that answered last. Two in a row that find no answer end it."""
     trips: list[RoundTrip] = []
     life, silent = "", 0
     for number in range(first, first + PROBES):
@@ -132,7 +132,7 @@ def probe(carrier: Carrier, clock: Clock, first: int, stop: threading.Event) -> 
                 break
             continue
         trips.append(RoundTrip(sent, echo.received_ns, echo.sent_ns, clock.now_ns()))
-        life = echo.life
+        life, silent = echo.life, 0
     return trips, life
 
 

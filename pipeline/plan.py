@@ -94,6 +94,9 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
     inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
     for stream, source in inner.items():  # of another host: checked as if they were this one's
         check_source_name(document, stream, (*at, "sources"))
+        with placed(rig_file, (*at, "sources", stream, "kind")):
+            if not issubclass(load_kind(source.kind, import_paths(rig_file)), Source):
+                raise ConfigError(f"a source of kind `{source.kind}` cannot run on another host; name a sensor's kind.")
         _source(rig_file, stream, source, (*at, "sources", stream))
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
