@@ -100,8 +100,8 @@ class Condense(nn.Module):
         for parts, length in self.spans:
             here, some = tokens[:, at : at + parts * length], there[:, at : at + parts * length]
             if length > 1:
-                count = some.unflatten(1, (parts, length)).sum(2)
-                here = here.unflatten(1, (parts, length)).sum(2) / count.clamp(min=1)[..., None]
+                count = torch.unflatten(some, 1, (parts, length)).sum(2)
+                here = torch.unflatten(here, 1, (parts, length)).sum(2) / count.clamp(min=1)[..., None]
                 some = count / length
             means.append(here)
             shares.append(some)
@@ -144,7 +144,8 @@ class Summary(nn.Module):
             x = block(x, known)
         scores = self.query(x) + self.age + (1 - known) * HIDDEN
         weights = scores.softmax(1) * known
-        return (weights.transpose(1, 2) @ x).flatten(1)
+        found: Tensor = (weights.transpose(1, 2) @ x).flatten(1)
+        return found
 
 
 class Head(nn.Sequential):
@@ -173,8 +174,7 @@ class Fusion(nn.Module):
 
     @torch.no_grad()
     def set_prior(self, counts: Tensor | Sequence[float]) -> None:
-        """The prior from how often each label occurs [K]; every label is counted once more, so that none is impossible.
-        """
+        """The prior from how often each label occurs [K]; each is counted once more, so that none is impossible."""
         seen = torch.as_tensor(counts, dtype=torch.float64) + 1
         self.log_prior.copy_((seen / seen.sum()).log())
 
@@ -223,16 +223,17 @@ class Expect(nn.Module):
     def __init__(self, names: Sequence[str], size: int, width: int) -> None:
         super().__init__()
         self.read = nn.ModuleDict({name: nn.Linear(size, width) for name in names})
-        self.write = nn.ModuleDict(
-            {name: nn.Sequential(nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, size)) for name in names}
-        )
+        self.write = nn.ModuleDict({name: _perceptron(width, width, size) for name in names})
 
     def forward(self, summaries: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         read = {name: layer(summaries[name]) * present[name] for name, layer in self.read.items()}
         total, count = torch.stack(list(read.values())).sum(0), torch.stack(list(present.values())).sum(0)
-        return {
-            name: layer((total - read[name]) / (count - present[name]).clamp(min=1)) for name, layer in self.write.items()
-        }
+        others = {name: (total - r) / (count - present[name]).clamp(min=1) for name, r in read.items()}
+        return {name: layer(others[name]) for name, layer in self.write.items()}
+
+
+def _perceptron(inner: int, hidden: int, outer: int) -> nn.Sequential:
+    return nn.Sequential(nn.ReLU(), nn.Linear(inner, hidden), nn.ReLU(), nn.Linear(hidden, outer))
 
 
 class LateFusion(Fusion):
@@ -249,8 +250,8 @@ class LateFusion(Fusion):
             {name: nn.Sequential(nn.Linear(size + 5, 32), nn.ReLU(), nn.Linear(32, 1)) for name in self.tokens}
         )
         for trust in self.trust.values():  # all are trusted to begin with
-            nn.init.zeros_(trust[-1].weight)  # type: ignore[index,arg-type]
-            nn.init.zeros_(trust[-1].bias)  # type: ignore[index,arg-type]
+            nn.init.zeros_(trust[-1].weight)  # type: ignore[index]
+            nn.init.zeros_(trust[-1].bias)  # type: ignore[index]
         self.expect = Expect(list(self.tokens), size, s.width) if s.impute and len(self.tokens) > 1 else None
 
     def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
@@ -259,7 +260,7 @@ class LateFusion(Fusion):
     def _summaries(
         self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """By stream: its summary, normalised [B, queries * width]; whether it has any [B, 1]; the share of its steps."""
+        """By stream its summary, normalised [B, queries * width], if it has any and the share of its steps [B, 1]."""
         summaries, present, share = {}, {}, {}
         for name, (x, shares) in self._parts(tokens, masks).items():
             share[name] = shares.mean(1, keepdim=True)
@@ -283,7 +284,7 @@ class LateFusion(Fusion):
             agreed = (belief[name] * (all_beliefs - belief[name])).sum(1, keepdim=True) / others.clamp(min=1)
             off[name] = torch.zeros_like(agreed)
             if name in expected:
-                off[name] = functional.mse_loss(expected[name], summaries[name].detach(), reduction="none").mean(1, True)
+                off[name] = (expected[name] - summaries[name].detach()).square().mean(1, keepdim=True)
             signs = [share[name], belief[name].amax(1, keepdim=True), agreed, known, off[name].detach() * known]
             weight = trust(torch.cat([summaries[name], *signs], 1)).sigmoid() * 2
             reliability[name] = weight * present[name]
@@ -312,12 +313,13 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        asked = self.ask(self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        asked = torch.unflatten(self.ask(self.norm1(x)), 2, (3, self.heads, -1))
         query, key, value = (asked[:, :, i].transpose(1, 2) for i in range(3))
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + hidden
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
         x = x + self.drop(self.out(mixed))
-        return x + self.drop(self.more(self.norm2(x)))
+        found: Tensor = x + self.drop(self.more(self.norm2(x)))
+        return found
 
 
 class HybridFusion(LateFusion):
@@ -341,9 +343,9 @@ class HybridFusion(LateFusion):
         sets, hidden = [], [torch.zeros_like(some)]
         for i, name in enumerate(self.tokens):
             here = present[name][..., None]
-            set_ = summaries[name].unflatten(1, (-1, self.settings.width)) * out.reliability[name][:, None, None]
+            set_ = torch.unflatten(summaries[name], 1, (-1, self.settings.width)) * out.reliability[name][:, None, None]
             if name in expected:
-                guess = expected[name].unflatten(1, (-1, self.settings.width)) + self.imputed[i]
+                guess = torch.unflatten(expected[name], 1, (-1, self.settings.width)) + self.imputed[i]
                 set_ = here * set_ + (1 - here) * guess
             seen = some if name in expected else present[name]
             sets.append(set_ + self.which[i])

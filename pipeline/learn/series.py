@@ -65,7 +65,8 @@ class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw
 
 
 class SeriesEncoder(StreamEncoder):
-    """[channels + 1, points] to a token; see the module's text. ``points`` is context + samples of a resampled stream."""
+    """[channels + 1, points] to a token; see the module's text. ``points`` is context + samples of a resampled stream,
+    0 of any other."""
 
     def __init__(self, settings: SeriesSettings, channels: int, points: int, token: int) -> None:
         super().__init__()
@@ -178,8 +179,8 @@ class SeriesEncoder(StreamEncoder):
 
 
 class ImuEncoder(SeriesEncoder):
-    """Accelerations in m/s² and angular rates in rad/s. Gravity is taken to be the mean acceleration of what the encoder
-    sees, as good as its context is long."""
+    """Accelerations in m/s² and angular rates in rad/s. Gravity is taken to be the mean acceleration of what the
+    encoder sees, as good as its context is long."""
 
     settings: ImuSettings
 
@@ -212,7 +213,7 @@ class SignalEncoder(SeriesEncoder):
         dims = self.settings.dims
         if not dims:
             return values, valid
-        points = values.unflatten(1, (-1, dims))
+        points = torch.unflatten(values, 1, (-1, dims))
         parts = [points.flatten(1, 2)]
         if (origin := self.settings.origin) is not None:
             centre = points[:, origin : origin + 1]
@@ -232,7 +233,7 @@ class SignalEncoder(SeriesEncoder):
         axis[:, self.settings.axis if dims == 3 else 2] = 1
         angle = torch.deg2rad(uniform((lots, 1), -1, 1, generator, values) * self.settings.turn_deg)
         turn = rotation(axis, angle)[:, None, None, :dims, :dims]
-        return (turn @ values.unflatten(2, (-1, dims))).flatten(2, 3)
+        return (turn @ torch.unflatten(values, 2, (-1, dims))).flatten(2, 3)
 
 
 def length(vectors: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class AudioSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class AudioEncoder(StreamEncoder):
-    """Audio in [-1, 1), channels averaged, to a token. A prepared step is f4 [mels + 1, frames]: log power of each band,
-    and last the share of each frame's samples that was there."""
+    """Audio in [-1, 1), channels averaged, to a token. A prepared step is f4 [mels + 1, frames]: log power of each
+    band, and last the share of each frame's samples that was there."""
 
     sines: Tensor
     bands: Tensor
@@ -108,12 +108,11 @@ class AudioEncoder(StreamEncoder):
         nepers = uniform((lots, 1, 1, 1), -1, 1, generator, bands) * (settings.gain_db * math.log(10) / 10)
         bands = louder(bands, nepers)
         mean = self.normalise.mean.to(bands)
-        for size, shape in ((settings.mels, (-1, 1, 1, settings.mels, 1)), (self.shape[1], (-1, 1, 1, 1, self.shape[1]))):
-            start, extent = (uniform((lots, 1), 0, 1, generator, bands) for _ in range(2))
-            place = torch.arange(size).to(bands)[None]
-            first = start * size
-            hit = ((place >= first) & (place < first + extent * settings.mask * size)).reshape(*shape)[:, 0]
-            bands = torch.where(hit, mean, bands)
+        for axis in (2, 3):  # a run of bands, then one of time
+            size = bands.shape[axis]
+            start, extent = (uniform((lots, 1, 1, 1), 0, size, generator, bands) for _ in range(2))
+            place = torch.arange(size).to(bands).reshape(1, 1, *((-1, 1) if axis == 2 else (1, -1)))
+            bands = torch.where((place >= start) & (place < start + extent * settings.mask), mean, bands)
         return torch.cat([bands, known], 2)
 
     def disturb(self, prepared: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:

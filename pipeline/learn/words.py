@@ -1,5 +1,5 @@
-"""The encoder of text: hashed character n-grams, so that no vocabulary has to travel with a bundle and any language, any
-misspelling and any length of text gives a token (the bag of n-grams of Bojanowski et al., 2017, without its words).
+"""The encoder of text: hashed character n-grams, so that no vocabulary has to travel with a bundle and any language,
+any misspelling and any length of text gives a token (the bag of n-grams of Bojanowski et al., 2017, without its words).
 
 A prepared step is f4 [buckets]: how often the text has n-grams of each bucket, on a log scale and with length 1. The
 first layer's columns are the embeddings, so that its product with the bag is their sum.
@@ -35,14 +35,14 @@ class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class TextEncoder(StreamEncoder):
     """UTF-8 bytes to a token; a text of no bytes has one, too."""
 
+    usual: Tensor
+
     def __init__(self, settings: TextSettings, token: int) -> None:
         super().__init__()
         self.token, self.settings, self.shape = token, settings, (settings.buckets,)
         self.embed = nn.Linear(settings.buckets, settings.width)
         self.head = nn.Sequential(nn.ReLU(), nn.Dropout(settings.dropout), nn.Linear(settings.width, token))
         self.register_buffer("usual", torch.zeros(settings.buckets))
-
-    usual: Tensor
 
     def prepare(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         letters = x.to(torch.int64)
