@@ -177,6 +177,19 @@ class SeriesEncoder(StreamEncoder):
         noise = normal(tuple(values.shape), generator, values) * self.raw.scale
         return torch.cat([(values + spread(strength, values) * noise) * valid, valid], 2)
 
+    def slid(self, prepared: Tensor, present: Tensor, late: Tensor) -> Tensor:
+        """A chunk of one step slides within it, by parts of ``late`` tenths, its ends repeated."""
+        if prepared.shape[1] > 1:
+            return super().slid(prepared, present, late)
+        place = torch.arange(self.points, device=prepared.device)[None]
+        other = (place - (late[:, None] * (self.points / 10)).round().long()).clamp(0, self.points - 1)
+        return prepared.gather(3, other[:, None, None].expand_as(prepared))
+
+    def blank(self, prepared: Tensor) -> Tensor:
+        """Every channel stands still at its mean of the training."""
+        values, valid = prepared[:, :, :-1], prepared[:, :, -1:]
+        return torch.cat([self.raw.mean.expand_as(values[:, 0])[:, None].expand_as(values) * valid, valid], 2)
+
 
 class ImuEncoder(SeriesEncoder):
     """Accelerations in m/s² and angular rates in rad/s. Gravity is taken to be the mean acceleration of what the

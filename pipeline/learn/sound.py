@@ -122,6 +122,10 @@ class AudioEncoder(StreamEncoder):
         noise = level + normal(tuple(bands.shape), generator, bands)
         return torch.cat([torch.logaddexp(bands, noise), known], 2)
 
+    def blank(self, prepared: Tensor) -> Tensor:
+        """Silence: 0 in every band."""
+        return torch.cat([torch.zeros_like(prepared[:, :, :-1]), prepared[:, :, -1:]], 2)
+
 
 def louder(bands: Tensor, nepers: Tensor) -> Tensor:
     """Bands with their power changed by ``nepers``, and the floor where it was."""

@@ -44,6 +44,20 @@ class StreamEncoder(nn.Module):
         as the signal, 0 changes nothing."""
         raise NotImplementedError
 
+    def slid(self, prepared: Tensor, present: Tensor, late: Tensor) -> Tensor:
+        """The steps [B, L, ...] as they come from a clock that is wrong by ``late`` [B] steps: each step's content is
+        that of another one. What would lie outside of the chunk, or is not ``present`` [B, L], stays as it is."""
+        lots, length = prepared.shape[:2]
+        place = torch.arange(length, device=prepared.device)[None]
+        other = (place - late.round().long()[:, None]).clamp(0, length - 1)
+        index = torch.where(present.gather(1, other) > 0, other, place)
+        wide = index.reshape(lots, length, *(1,) * (prepared.dim() - 2)).expand_as(prepared)
+        return prepared.gather(1, wide)
+
+    def blank(self, prepared: Tensor) -> Tensor:
+        """The steps [B, L, ...] of a sensor that is alive and measures nothing (a covered lens, an open input)."""
+        return torch.zeros_like(prepared)
+
     def flat(self, prepared: Tensor) -> Tensor:
         """[..., *shape] as [N, *shape]."""
         return prepared.reshape(-1, *self.shape)
