@@ -87,6 +87,17 @@ class Imu(Source):
                    found=[_kernels(folder) for folder in sorted((sys / "bus/iio/devices").glob("iio:device*"))]),
         ]  # fmt: skip
 
+    @classmethod
+    def absence(cls, settings: Any) -> str:
+        path = Path(settings.port or f"/dev/i2c-{settings.i2c}")
+        if settings.iio is None:
+            return "" if path.exists() else f"the IMU's {path} is not here."
+        try:
+            _Iio._find(settings.iio)
+        except SensorError as error:
+            return str(error)
+        return ""
+
     def open(self) -> None:
         self.close()
         settings = self.settings

@@ -94,6 +94,13 @@ class Lidar(Source):
                  for path, about, refused in serial_ports(sys, dev)]  # fmt: skip
         return [Search(looked_for=where, found=found)]
 
+    @classmethod
+    def absence(cls, settings: Any) -> str:
+        """Whether packets come over the network is not asked; who asks would take the port."""
+        gone = [str(path) for path in (settings.port, settings.metadata, settings.calibration)
+                if path is not None and not Path(path).exists()]  # fmt: skip
+        return f"the LiDAR's {' and '.join(gone)} {'are' if len(gone) > 1 else 'is'} not here." if gone else ""
+
     @property
     def protocol(self) -> Any:
         """What makes sweeps of the open device's bytes (``pipeline.protocols``), with its counters."""

@@ -74,6 +74,31 @@ def _found(index: int, device: Any, names: list[str]) -> Found:
     return Found(name=f"{index}  {name}", detail=detail, settings={"device": name if names.count(name) == 1 else index})
 
 
+def _find(driver: Any, wanted: int | str | None) -> int:
+    """The index of the device that is asked for. Raises SensorError."""
+    inputs = {i: d["name"] for i, d in enumerate(driver.query_devices()) if d["max_input_channels"] > 0}
+    here = ", ".join(f"{i}: {name}" for i, name in inputs.items())
+    if not inputs:
+        raise SensorError("there is no sound input here at all. Is it plugged in, and its sound server running?")
+    if wanted is None:
+        default = driver.default.device[0]
+        if default in inputs:
+            return int(default)
+        raise SensorError(f"there is no default sound input; here are {here}.")
+    if isinstance(wanted, int):
+        if wanted in inputs:
+            return wanted
+        raise SensorError(f"sound device {wanted} is no input or is not here; here are {here}.")
+    exact = [i for i, name in inputs.items() if name == wanted]
+    found = exact or [i for i, name in inputs.items() if wanted.lower() in name.lower()]
+    if len(found) == 1 or exact:
+        return found[0]
+    if not found:
+        raise SensorError(f"no sound input has `{wanted}` in its name; here are {here}.")
+    many = ", ".join(inputs[i] for i in found)
+    raise SensorError(f"`{wanted}` is in the names of several sound inputs: {many}. Give more of the name.")
+
+
 class Microphone(Source):
     """One sound input, 16-bit PCM."""
 
@@ -106,6 +131,14 @@ class Microphone(Source):
         inputs = {i: device for i, device in enumerate(devices) if device["max_input_channels"] > 0}
         names = [device["name"] for device in inputs.values()]
         return [Search(looked_for=where, found=[_found(i, device, names) for i, device in inputs.items()])]
+
+    @classmethod
+    def absence(cls, settings: Any) -> str:
+        try:
+            _find(_driver(), settings.device)
+        except SensorError as error:
+            return str(error)
+        return ""
 
     def open(self) -> None:
         self.close()
@@ -152,7 +185,7 @@ class Microphone(Source):
         blocks, finished = self._blocks, self._finished
         driver._terminate()
         driver._initialize()
-        index = self._find(driver)
+        index = _find(driver, self.settings.device)
         info = driver.query_devices(index)
         rate, channels = self._format(driver, index, info)
         self._rate, self._channels = rate, channels
@@ -165,29 +198,6 @@ class Microphone(Source):
             self._stream = stream
         else:
             stream.close(ignore_errors=True)
-
-    def _find(self, driver: Any) -> int:
-        """The index of the device that is asked for. Raises SensorError."""
-        wanted = self.settings.device
-        inputs = {i: d["name"] for i, d in enumerate(driver.query_devices()) if d["max_input_channels"] > 0}
-        here = ", ".join(f"{i}: {name}" for i, name in inputs.items()) or "no sound input at all"
-        if wanted is None:
-            default = driver.default.device[0]
-            if default in inputs:
-                return int(default)
-            raise SensorError(f"there is no default sound input; here are {here}.")
-        if isinstance(wanted, int):
-            if wanted in inputs:
-                return wanted
-            raise SensorError(f"sound device {wanted} is no input or is not here; here are {here}.")
-        exact = [i for i, name in inputs.items() if name == wanted]
-        found = exact or [i for i, name in inputs.items() if wanted.lower() in name.lower()]
-        if len(found) == 1 or exact:
-            return found[0]
-        if not found:
-            raise SensorError(f"no sound input has `{wanted}` in its name; here are {here}.")
-        many = ", ".join(inputs[i] for i in found)
-        raise SensorError(f"`{wanted}` is in the names of several sound inputs: {many}. Give more of the name.")
 
     def _format(self, driver: Any, index: int, info: Any) -> tuple[int, int]:
         """The rate and the channels to open it with: those asked for, or else as few changes as it takes."""

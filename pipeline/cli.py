@@ -160,7 +160,8 @@ def subscribe(
 def check(rig: RigArgument = None, json: Json = False, allow_code: AllowCode = False) -> None:
     """Check a rig without starting it.
 
-    Settings, model, streams, installed packages: everything but the devices themselves.
+    Settings, model, streams, installed packages; and whether the devices that it names are here, which is a note and no
+    error, because absent devices are waited for. Nothing is opened.
 
     \b
     Example:

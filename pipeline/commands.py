@@ -310,19 +310,25 @@ def info(recording: Path, *, json: bool) -> None:
 def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     """``sensorium check``."""
     from pipeline.config import load_rig
+    from pipeline.devices import absences
     from pipeline.launch import check_rig_file
-    from pipeline.plan import make_plan
+    from pipeline.node import decode_settings
+    from pipeline.plan import import_paths, make_plan
+    from pipeline.source import load_kind
 
     rig_file = load_rig(find_rig(rig))
     warnings = check_rig_file(rig_file, allow_code)
     plan = make_plan(rig_file, allow_code)
+    classes = {source.name: load_kind(source.kind, import_paths(rig_file)) for source in plan.sources}
+    absent = absences({s.name: (classes[s.name], decode_settings(classes[s.name], s.settings)) for s in plan.sources})
     if json:
-        _print_json({"rig": rig_file.rig.name, "streams": plan.streams, "mapping": plan.mapping, "warnings": warnings})
+        found = {"rig": rig_file.rig.name, "streams": plan.streams, "mapping": plan.mapping}
+        _print_json(found | {"warnings": warnings, "absent": absent})
         return
     from pipeline.reports import plan_table
     from pipeline.terminal import console
 
-    console(sys.stdout).print(plan_table(plan, warnings))
+    console(sys.stdout).print(plan_table(plan, warnings, absent))
 
 
 def devices(*, json: bool) -> None:

@@ -77,6 +77,32 @@ def _started(kind: str, target: str) -> tuple[threading.Thread, list[Search]]:
     return thread, result
 
 
+def absences(sources: Mapping[str, tuple[type[Any], Any]], limit_s: float = LIMIT_S) -> list[str]:
+    """What is not here of the devices that a rig's sources name, in sentences. ``sources``: by name their class and its
+    settings. A driver that hangs is one of them."""
+    runs = {name: _asked(*source) for name, source in sources.items() if hasattr(source[0], "absence")}
+    said = []
+    for name, (thread, answers) in runs.items():
+        thread.join(limit_s)
+        answer = f"its driver does not answer within {limit_s:g} s." if thread.is_alive() else "".join(answers)
+        said += [f"{name} will be waited for: {answer}"] if answer else []
+    return said
+
+
+def _asked(source_class: type[Any], settings: Any) -> tuple[threading.Thread, list[str]]:
+    answers: list[str] = []
+
+    def run() -> None:
+        try:
+            answers.append(source_class.absence(settings))
+        except Exception as error:  # a driver may fail in any way; the others are looked for all the same
+            answers.append(" ".join(f"its driver fails: {type(error).__name__}: {error}".split()))
+
+    thread = threading.Thread(target=run, name=f"ask-{source_class.__name__}", daemon=True)
+    thread.start()
+    return thread, answers
+
+
 def _place(kind: str, search: Search, taken: set[str]) -> Place:
     devices = tuple(_device(kind, found, taken) for found in search.found)
     return Place(kind=kind, looked_for=search.looked_for, trouble=search.trouble, devices=devices)

@@ -109,8 +109,8 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     return Group(head, Text(), table, *((Text(), latency_table(latency)) if latency else ()))
 
 
-def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
-    """What ``sensorium check`` says to a person: sources and what the model takes of them."""
+def plan_table(plan: Plan, warnings: list[str], absent: list[str]) -> RenderableType:
+    """What ``sensorium check`` says to a person: sources, what the model takes of them, and which are not here."""
     rig, bundle = plan.rig_file.rig, plan.bundle
     table = numbers("stream", ())
     for heading in ("payload", "source", "kind", "in the model as"):
@@ -126,6 +126,7 @@ def plan_table(plan: Plan, warnings: list[str]) -> RenderableType:
         head += f"; always masked: {', '.join(left_out)}" if left_out else ""
     said = [Text(f"warning: {warning}", style="yellow") for warning in warnings]
     said = said or [Text("all is well", style="green")]
+    said += [Text(f"note: {note}", style="cyan") for note in absent]
     return Group(Text(head), Text(), table, Text(), *said)
 
 

@@ -144,6 +144,12 @@ class Source:
         A source that has no place to look leaves this out."""
         return []
 
+    @classmethod
+    def absence(cls, settings: Any) -> str:
+        """For `sensorium check`: that the device named by ``settings`` is not here, in a sentence; "" where it is, and
+        where it would have to be disturbed to tell. It only looks, as ``discover``; absent devices are waited for."""
+        return ""
+
     def open(self) -> None:
         """Imports the driver and opens the device. Raises SensorError; called again after a failure."""
 

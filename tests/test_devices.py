@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodes import camera, lsl
+from nodes import lsl
+from nodes.camera import Camera, usb
 from nodes.imu import Imu
 from nodes.lidar import Lidar
 from nodes.lsl import Lsl
 from nodes.microphone import Microphone
 from pipeline.config import load_rig
-from pipeline.devices import flow, look, refusal, serial_ports
+from pipeline.devices import absences, flow, look, refusal, serial_ports
 from pipeline.launch import check_rig_file
 from pipeline.protocols import v4l2
 from pipeline.reports import devices_text
@@ -219,8 +221,8 @@ def test_a_cameras_modes_are_those_that_the_kernel_lists() -> None:
         v4l2.Mode("MJPG", 1280, 720, 60.0),
         v4l2.Mode("YUYV", 640, 480, 60.0),
     ]
-    assert camera._usual(found) == {"width": 1280, "height": 720, "rate_hz": 30.0}
-    assert camera._listed(found).splitlines()[0] == "MJPG: 1920x1080 at 60 Hz, 1280x720 at 60 Hz"
+    assert usb._usual(found) == {"width": 1280, "height": 720, "rate_hz": 30.0}
+    assert usb._listed(found).splitlines()[0] == "MJPG: 1920x1080 at 60 Hz, 1280x720 at 60 Hz"
 
 
 def test_a_list_of_modes_that_never_ends_is_left() -> None:
@@ -246,3 +248,56 @@ def test_the_command_says_what_is_here_or_where_it_looked(tmp_path: Path) -> Non
         (tmp_path / "rig.yaml").write_text("name: all\nsources:\n" + "".join(f"  {line}\n" for line in lines))
         checked = subprocess.run([SENSORIUM, "check", "rig.yaml"], capture_output=True, text=True, cwd=tmp_path)
         assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(("kind", "given", "said"), [
+    (Camera, {"device": "No Such Camera"}, "has `No Such Camera` in its name"), (Camera, {"device": 98}, "is not here"),
+    (Camera, {"device": "clips/none.mp4"}, "no such file"), (Camera, {"file": __file__}, ""),
+    (Camera, {"device": "rtsp://127.0.0.1:9/"}, ""), (Imu, {"port": "/dev/ttyNone"}, "/dev/ttyNone is not here"),
+    (Imu, {"i2c": 97}, "/dev/i2c-97 is not here"), (Imu, {"iio": "none"}, "no IIO device `none`"),
+    (Imu, {"port": "/dev/null"}, ""), (Lidar, {"sensor": "velodyne"}, ""),
+    (Lidar, {"sensor": "ouster", "metadata": "none.json"}, "none.json is not here"),
+    (Lidar, {"sensor": "rplidar", "port": "/dev/ttyNone"}, "/dev/ttyNone is not here"),
+    (Microphone, {"device": "No Such Input"}, "No Such Input|PortAudio|no sound input"),
+])  # fmt: skip
+def test_an_absent_device_is_a_note(kind: type[Source], given: dict[str, object], said: str) -> None:
+    settings = Document("{}", "settings").decode(kind.Settings, value=given)
+    notes = absences({"it": (kind, settings)})
+    assert len(notes) == bool(said)
+    assert all(re.search(f"it will be waited for: .*({said})", note) for note in notes), notes
+
+
+def test_a_driver_that_hangs_or_fails_at_a_look_is_a_note() -> None:
+    gate = threading.Event()
+
+    class Hangs(Source):
+        @classmethod
+        def absence(cls, settings: object) -> str:
+            gate.wait()
+            return ""
+
+    class Fails(Source):
+        @classmethod
+        def absence(cls, settings: object) -> str:
+            raise OSError("no bus")
+
+    try:
+        assert absences({"a": (Hangs, None), "b": (Fails, None)}, limit_s=0.1) == [
+            "a will be waited for: its driver does not answer within 0.1 s.",
+            "b will be waited for: its driver fails: OSError: no bus",
+        ]
+    finally:
+        gate.set()
+
+
+def test_check_names_absent_devices_and_is_content(tmp_path: Path) -> None:
+    (tmp_path / "rig.yaml").write_text(
+        "name: away\nsources: {imu: {kind: imu, port: /dev/ttyNone}, camera: {kind: synthetic, payload: frame}}\n"
+        "record: {path: out.mcap}\n"
+    )
+    shown = subprocess.run([SENSORIUM, "check", "rig.yaml"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "note: imu will be waited for: the IMU's /dev/ttyNone is not here." in " ".join(shown.stdout.split())
+    told = subprocess.run(
+        [SENSORIUM, "check", "rig.yaml", "--json"], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert json.loads(told.stdout)["absent"] == ["imu will be waited for: the IMU's /dev/ttyNone is not here."]

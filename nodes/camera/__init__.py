@@ -38,11 +38,12 @@ import numpy as np
 
 from nodes.camera.ffmpeg import File, Network
 from nodes.camera.shots import MS, NS, PERIOD_NS, Array, Driver, Shot, shown
-from nodes.camera.usb import Usb, found_at, usb_cameras
+from nodes.camera.usb import Usb, found_at, usb_absence, usb_cameras
 from pipeline.errors import SensorError
 from pipeline.messages import FrameLayout, Payload
 from pipeline.source import Reading, Search, Source, SourceContext
 
+_URL = re.compile(r"(rtsps?|https?)://")
 _UNKNOWN = (1920, 1080)
 _LEAST_QUALITY = 25
 _EARLY = 0.4
@@ -101,6 +102,15 @@ class Camera(Source):
         cameras = usb_cameras()
         names = list(cameras.values())
         return [Search(looked_for=where, found=[found_at(Path(path), name, names) for path, name in cameras.items()])]
+
+    @classmethod
+    def absence(cls, settings: Any) -> str:
+        device = _device(settings)
+        if isinstance(device, str) and _URL.match(device):
+            return ""  # to tell, it would have to be asked
+        if (path := _file(device, settings)) is not None:
+            return "" if path.is_file() else _no_file(device)
+        return usb_absence(device)
 
     def open(self) -> None:
         self.close()
@@ -207,15 +217,31 @@ def _as_image(buffer: Array, layout: FrameLayout) -> Array:
 
 def _driver(settings: Any, context: SourceContext) -> Driver:
     """The driver for the device of ``settings``, opened. Raises SensorError."""
-    device = settings.file or (0 if settings.device is None else settings.device)
-    if isinstance(device, str) and re.match(r"(rtsps?|https?)://", device):
+    device = _device(settings)
+    if isinstance(device, str) and _URL.match(device):
         return Network(device, settings, context)
-    path = Path(device) if not isinstance(device, int) else None
-    if path is not None and path.is_file():
-        return File(path, settings, context)
-    if path is not None and (settings.file or path.suffix or ("/" in str(path) and not str(path).startswith("/dev/"))):
-        raise SensorError(f"{shown(device)}: there is no such file.")
-    return Usb(device, settings, context)
+    if (path := _file(device, settings)) is None:
+        return Usb(device, settings, context)
+    if not path.is_file():
+        raise SensorError(_no_file(device))
+    return File(path, settings, context)
+
+
+def _device(settings: Any) -> Any:
+    return settings.file or (0 if settings.device is None else settings.device)
+
+
+def _file(device: Any, settings: Any) -> Path | None:
+    """The path of the file that a device is; None if it is a camera on this machine."""
+    if isinstance(device, int):
+        return None
+    path = Path(device)
+    elsewhere = "/" in str(path) and not str(path).startswith("/dev/")
+    return path if path.is_file() or settings.file or path.suffix or elsewhere else None
+
+
+def _no_file(device: Any) -> str:
+    return f"{shown(device)}: there is no such file."
 
 
 __all__ = ["Camera", "usb_cameras"]

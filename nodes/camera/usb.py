@@ -173,6 +173,17 @@ class Usb:
         return result
 
 
+def usb_absence(device: int | str) -> str:
+    """Why a camera given by number, path or part of a name cannot be opened, if that can be seen."""
+    if sys.platform != "linux":
+        return ""
+    try:
+        find_usb(device)
+    except SensorError as error:
+        return str(error)
+    return ""
+
+
 def find_usb(device: int | str) -> str:
     """The path of a V4L2 device given by number, path or part of a name. Raises SensorError."""
     cameras = usb_cameras()
