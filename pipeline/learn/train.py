@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.learn.config import Config, streams_of
 from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
@@ -45,8 +46,14 @@ class Trained(NamedTuple):
     layouts: dict[str, Layout]
     split: Split
     curves: list[dict[str, Any]]
-    sha256: dict[str, str]
+    sources: Sequence[Session]
+    spec: AlignSpec
     begun_from: dict[str, str]
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Of all that it was made from, by file."""
+        return {name: digest for session in self.sources for name, digest in session.sha256.items()}
 
     def dataset(self, sessions: Sequence[Labelled]) -> Dataset:
         """``sessions`` in chunks as they were trained on."""
@@ -128,7 +135,7 @@ def train(
             raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
         run = _Run(config, ready, parts, chosen, watch)
         run.run(Checkpoints(work, run.identity()), resume)
-        return run.trained()
+        return run.trained(sessions)
 
 
 def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
@@ -194,11 +201,11 @@ class _Run:
         self._model = phase.mean.module  # type: ignore[assignment]
         checkpoints.remove()
 
-    def trained(self) -> Trained:
-        sha256 = {name: digest for s in self._ready.sessions for name, digest in s.session.sha256.items()}
+    def trained(self, sources: Sequence[Session]) -> Trained:
+        recipe = self._ready.recipe
         return Trained(
-            self._model.cpu().eval(), self._config, self._ready.recipe.streams, self._ready.labels,
-            self._ready.layouts, self._parts, self._curves, sha256, self._begun_from,
+            self._model.cpu().eval(), self._config, recipe.streams, self._ready.labels, self._ready.layouts,
+            self._parts, self._curves, sources, recipe.spec(), self._begun_from,
         )  # fmt: skip
 
     def _batches(self, draws: Draws) -> tuple[int, Iterator[Batch]]:

@@ -1,0 +1,230 @@
+"""A trained model as a bundle: graphs checked against torch, calibration, card, lineage; proven on a session through the
+live path before anybody can load it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+import yaml
+
+from pipeline.bundle import Bundle, load_bundle
+from pipeline.errors import BundleError, RecordingError
+from pipeline.inference import FuseOptions, Fuser
+from pipeline.learn.card import Score, card, score
+from pipeline.learn.config import stream_entry
+from pipeline.learn.dataset import Labelled
+from pipeline.learn.graphs import TOLERANCE, check_encoder, check_fusion, encoder_graph, fusion_graph
+from pipeline.learn.loop import Silent, Watch, deterministic
+from pipeline.learn.model import Said, say, subsets_of, windows
+from pipeline.learn.train import Trained
+from pipeline.modelfile import MODEL_FILE, Calibration, Lineage, ModelFile
+from pipeline.scoring import fit_calibration
+
+Array = np.ndarray[Any, Any]
+SAMPLES = 16
+"""Real steps of each stream on which the graphs are compared."""
+PROVEN = 50
+"""Steps of a session that are run through the live path."""
+FUSION, WEIGHTS, CURVES, CONFIG, CARD = "fusion.onnx", "weights.npz", "training.json", "train.yaml", "README.md"
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """A bundle that was written, and how good it is on the sessions tested on."""
+
+    bundle: Bundle
+    scores: list[Score]
+
+
+def export(trained: Trained, out: Path, watch: Watch | None = None) -> Exported:
+    """Writes the bundle ``out``, which must not exist. Nothing is left there if anything does not hold: BundleError
+    where torch and ONNX Runtime, or the live path and the trained model, do not agree."""
+    watch = watch or Silent()
+    if out.exists():
+        raise BundleError(f"{out} exists already, and is not overwritten; name another place, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        with deterministic():
+            scores = _write(trained, part, watch)
+        part.chmod(0o755)
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Exported(load_bundle(out), scores)
+
+
+def _write(trained: Trained, folder: Path, watch: Watch) -> list[Score]:
+    watch.begin("writing the bundle", len(trained.streams) + 4)
+    torch.manual_seed(trained.config.file.seed)
+    agreement: dict[str, float] = {}
+    for name, stream in trained.streams.items():
+        samples = _samples(trained, name)
+        data = encoder_graph(trained.model.encoder(name), stream, samples[0])
+        agreement[name] = check_encoder(data, trained.model.encoder(name), samples, f"encoder.{name}.onnx")
+        (folder / f"encoder.{name}.onnx").write_bytes(data)
+        watch.advance()
+    data = fusion_graph(trained.model.fusion)
+    agreement["fusion"] = check_fusion(data, trained.model.fusion, _windows(trained), FUSION)
+    (folder / FUSION).write_bytes(data)
+    watch.advance()
+    calibration = _calibrate(trained, say_all(trained, trained.split.held_out))
+    watch.advance()
+    tested = say_all(trained, trained.split.test)
+    scores = [] if tested is None else score(tested, calibration, trained.labels)
+    watch.advance()
+    _write_rest(trained, folder)
+    _write_model(trained, folder, calibration)
+    proven = prove(trained, load_bundle(folder))
+    text = card(trained, calibration, scores, tested, agreement, proven)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    watch.advance()
+    return scores
+
+
+def _samples(trained: Trained, name: str) -> list[dict[str, Array]]:
+    """Raw inputs of real steps, from as many sessions as there are."""
+    sessions = [s.session for s in (*trained.split.held_out, *trained.split.train) if s.session.samples[name]]
+    if not sessions:
+        raise RecordingError(f"the stream `{name}` has content in no session, so nothing could be learnt from it")
+    found = [session.samples[name][0] for session in sessions] + [session.samples[name][-1] for session in sessions]
+    return found[:SAMPLES]
+
+
+@torch.no_grad()
+def _windows(trained: Trained) -> dict[str, Array]:
+    """Inputs of the fusion graph: real windows, then the same with streams and steps masked at random."""
+    data = trained.dataset(trained.split.held_out or trained.split.train)
+    batch, _ = next(data.batches(64))
+    tokens = trained.model.tokens(batch.prepared, batch.present)
+    draws = torch.Generator().manual_seed(0)
+    given = {}
+    for name, token in tokens.items():
+        cut, mask = windows(token, data.steps)[:64], windows(batch.present[name], data.steps)[:64]
+        some = (torch.rand(mask.shape, generator=draws) < 0.6).float() * (
+            torch.rand(len(mask), 1, generator=draws) < 0.7
+        )
+        masks = torch.cat([mask, mask * some])
+        given[name] = (torch.cat([cut, cut]) * masks[..., None]).numpy()
+        given[f"mask.{name}"] = masks.numpy()
+    return given
+
+
+def say_all(trained: Trained, sessions: Sequence[Labelled]) -> Said | None:
+    """What the model says of these sessions' labelled windows for every subset of its streams; None if there are
+    none."""
+    said = say(trained.model, trained.dataset(sessions), subsets_of(trained.streams), torch.device("cpu"))
+    return said if len(said.truth) else None
+
+
+def _calibrate(trained: Trained, said: Said | None) -> Calibration:
+    if said is None:
+        return Calibration()
+    entry = trained.config.file.calibration
+    logits = {}
+    for subset, found in said.logits.items():
+        whole = np.all([said.there[name] for name in subset], axis=0)
+        logits[subset] = np.where(whole[:, None], found, np.nan)
+    try:
+        return fit_calibration(logits, said.truth, trained.labels, coverage=entry.coverage, wrong=entry.wrong)
+    except ValueError as error:
+        raise RecordingError(f"the sessions held out cannot calibrate the model: {error}; hold out others") from None
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _write_rest(trained: Trained, folder: Path) -> None:
+    """Weights (plain arrays, no pickle), curves, and the training file as it was read."""
+    state = {key: value.numpy() for key, value in trained.model.state_dict().items()}
+    np.savez(folder / WEIGHTS, **state)
+    (folder / CURVES).write_bytes(msgspec.json.format(msgspec.json.encode(trained.curves), indent=1) + b"\n")
+    (folder / CONFIG).write_text(trained.config.document.text, encoding="utf-8")
+
+
+def _write_model(trained: Trained, folder: Path, calibration: Calibration) -> None:
+    file = trained.config.file
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+    streams = {name: stream_entry(trained.config, name, trained.layouts.get(trained.config.names()[name]))
+               for name in trained.streams}  # fmt: skip
+    model = ModelFile(
+        name=file.name, window=file.window, streams=streams, labels=trained.labels, fusion=FUSION,
+        strategy=file.strategy, calibration=calibration,
+        lineage=Lineage(files=files, recordings=dict(sorted(trained.sha256.items())), card=CARD),
+    )  # fmt: skip
+    head = f"# Made by `sensorium train`; {CARD} says of what, and how good it is.\n"
+    text = yaml.safe_dump(_plain(model), sort_keys=False, allow_unicode=True, width=120)
+    (folder / MODEL_FILE).write_text(head + text, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """A struct as plain values, without what is as by default."""
+    if isinstance(value, msgspec.Struct):
+        config = value.__struct_config__
+        tag = {config.tag_field: config.tag} if config.tag_field else {}
+        fields = {f.name: getattr(value, f.name) for f in msgspec.structs.fields(value)}
+        defaults = {f.name: f.default for f in msgspec.structs.fields(value)}
+        return tag | {key: _plain(item) for key, item in fields.items() if item != defaults[key] and item != {}}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# -- proof ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def prove(trained: Trained, bundle: Bundle) -> str:
+    """Runs the first steps of a session through the live path and compares its tokens with those that the trained model
+    makes of what was prepared: the same windows, masked alike. BundleError if they are not; says what was compared."""
+    labelled = (trained.split.held_out or trained.split.train)[0]
+    session = next(s for s in trained.sources if s.name == labelled.session.name)
+    data = trained.dataset([labelled])
+    batches = [batch for batch, _ in data.batches(1 << 20)]
+    model = copy.deepcopy(trained.model).eval()
+    expected, masks = _rows(model, batches, data.steps)
+    fuser = Fuser(bundle, FuseOptions(contributions=False), streams=trained.config.names())
+    rows = {int(step): row for row, step in enumerate(labelled.session.step.tolist()) if step >= 0}
+    worst, count = 0.0, 0
+    recipe_spec = trained.spec
+    for count, given in enumerate(session.steps(recipe_spec, trained.config.file.windows), 1):
+        fuser.step(given.manifest, given.content, given.masked)
+        row = rows[given.manifest.step]
+        if given.manifest.digest != labelled.session.digests[row]:
+            raise BundleError(f"{session.name}: step {given.manifest.step} is not the one that was learnt from")
+        for name, (tokens, mask) in fuser.window().items():
+            first = max(0, row + 1 - data.steps)
+            own = slice(data.steps - (row + 1 - first), None)
+            if not np.array_equal(mask[own] > 0, masks[name][first : row + 1] > 0) or mask[: own.start].any():
+                raise BundleError(f"{session.name}: the window at step {given.manifest.step} masks `{name}` otherwise")
+            distance = float(np.abs(tokens[own] - expected[name][first : row + 1]).max(initial=0.0))
+            worst = max(worst, distance / max(1.0, float(np.abs(tokens).max(initial=0.0))))
+        if count == PROVEN:
+            break
+    if worst > TOLERANCE:
+        raise BundleError(
+            f"{session.name}: the live path makes tokens that are {worst:.2g} off those of the trained model, where "
+            f"{TOLERANCE:g} is allowed. No bundle is written; please report the training file"
+        )
+    return f"The first {count} windows of {session.name} through the live path are the windows that were learnt from."
+
+
+def _rows(model: Any, batches: Sequence[Any], steps: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Tokens and masks of a session's steps, one row a step, from its chunks."""
+    tokens: dict[str, list[Array]] = {}
+    masks: dict[str, list[Array]] = {}
+    for batch in batches:
+        for name, found in model.tokens(batch.prepared, batch.present).items():
+            tokens.setdefault(name, []).append(found[:, steps - 1 :].flatten(0, 1).numpy())
+            masks.setdefault(name, []).append(batch.present[name][:, steps - 1 :].flatten().numpy())
+    return ({name: np.concatenate(rows) for name, rows in tokens.items()},
+            {name: np.concatenate(rows) for name, rows in masks.items()})  # fmt: skip
