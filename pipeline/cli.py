@@ -50,6 +50,13 @@ class Speed(StrEnum):
     max = "max"
 
 
+class Ranges(StrEnum):
+    """The worlds that simulated sessions are drawn from."""
+
+    train = "train"
+    held_out = "held-out"
+
+
 @app.command()
 def run(
     rig: RigArgument = None,
@@ -275,6 +282,34 @@ def import_(
     from pipeline import commands
 
     commands.import_file(file, out, labels)
+
+
+@app.command()
+def simulate(
+    world: Annotated[str, typer.Argument(metavar="WORLD", help="what to simulate: rover")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write; a folder with --count")],
+    seed: Annotated[int, typer.Option(min=0, help="which world; of several sessions the first's")] = 0,
+    duration: Annotated[float, typer.Option("--duration", metavar="S", min=1.0, help="length of a session")] = 20.0,
+    ranges: Annotated[Ranges, typer.Option(help="which worlds to draw from")] = Ranges.train,
+    count: Annotated[int | None, typer.Option(metavar="N", min=1, help="so many sessions, of consecutive seeds")] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="with --count: so many at a time")] = 1,
+    json: Json = False,
+) -> None:
+    """Record sessions of a simulated rig, with the truth.
+
+    A rover in a physical simulation, seen by camera, microphone, IMU and LiDAR. Needs the extra `sim`. Files that are
+    in the folder already are left as they are.
+
+    \b
+    Example:
+      sensorium simulate rover -o session.mcap --seed 7
+      sensorium simulate rover -o sessions --count 50 --duration 60 --jobs 2
+    """
+    from pipeline import commands
+
+    commands.simulate(
+        world, out, seed=seed, duration_s=duration, ranges=ranges.value, count=count, jobs=jobs, json=json
+    )
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -434,6 +434,52 @@ def join(
         say=lambda text: print(text, file=sys.stderr, flush=True),
         stop=stop, once=once, allow_code=allow_code, paths=(str(Path.cwd()),),
     )  # fmt: skip
+
+
+def simulate(
+    world: str,
+    out: Path,
+    *,
+    seed: int,
+    duration_s: float,
+    ranges: Literal["train", "held-out"],
+    count: int | None,
+    jobs: int,
+    json: bool,
+) -> None:
+    """``sensorium simulate``."""
+    from rich.progress import Progress
+
+    from pipeline.sim import generate
+    from pipeline.terminal import console
+
+    if world != "rover":
+        raise ConfigError(f"there is no world `{world}` to simulate; there is `rover`.")
+    with Progress(console=console(sys.stderr), transient=True) as bar:
+        if count is None:
+            task = bar.add_task(f"simulating {out.name}", total=duration_s)
+            written = [
+                generate.record_session(
+                    new_file(out), seed, ranges, duration_s, progress=lambda s: bar.update(task, completed=s)
+                )
+            ]
+        else:
+            if out.is_file():
+                raise ConfigError(f"{out} is a file; several sessions go into a folder: -o FOLDER.")
+            seeds = range(seed, seed + count)
+            left = [s for s in seeds if not generate.session_file(out, s, ranges).exists()]
+            task = bar.add_task(f"simulating {len(left)} sessions", total=len(left))
+            written = []
+            for session in generate.record_sessions(out, seeds, ranges, duration_s, jobs):
+                written.append(session)
+                bar.advance(task)
+    if json:
+        _print_json(written[0] if count is None else written)
+        return
+    megabytes = sum(session.bytes for session in written) / 1e6
+    print(f"{out}: {len(written)} session{'s' * (count is not None)} of {duration_s:g} s, {megabytes:.1f} MB; "
+          f"see {'one' if count is not None else 'it'} with: sensorium info {written[0].file if written else out}",
+          file=sys.stderr)  # fmt: skip
 
 
 def node(kind: str, spec: Path) -> None:

@@ -41,6 +41,7 @@ KINDS: dict[str, str] = {
     "lsl": "nodes.lsl:Lsl",
     "synthetic": "nodes.synthetic:Synthetic",
     "replay": "nodes.replay:Replay",
+    "simulated": "nodes.simulated:Simulated",
     "remote": "nodes.remote:Remote",
 }
 """Everything that a rig may name as ``kind`` without a module. The only list of it."""

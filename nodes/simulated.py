@@ -1,0 +1,155 @@
+"""A simulated rover in the place of the capture nodes: four sensors of one physical world, live, with the truth.
+
+    sources:
+      rover: {kind: simulated, seed: 7}
+
+What the sensors say is that of ``sensorium simulate rover --seed 7``, from the session's begin on; ``pipeline.sim``
+says what happens there. The world runs ``LEAD_NS`` ahead of the session's clock, so that what is true is known to all
+before anything of it has arrived. Needs the extra ``sim``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+
+from pipeline.life import Life, Report, SourceReport
+from pipeline.messages import Header, Message, Payload
+from pipeline.node import decode_settings, wait_for_readers
+from pipeline.recording import Label
+from pipeline.sim.camera import prepare
+from pipeline.sim.cues import SENSORS
+from pipeline.sim.script import Spell
+from pipeline.transport import Publisher, ZmqBus
+
+if TYPE_CHECKING:
+    from pipeline.sim.session import Simulation
+
+LABEL = "label"
+LEAD_NS = 400_000_000
+PATIENCE_NS = 50_000_000
+BEHIND_NS = 500_000_000
+"""A world that is so far behind is said to be."""
+STREAMS: dict[str, Payload] = {"camera": "frame", "microphone": "audio", "imu": "imu", "lidar": "sweep"}
+Interval = tuple[float, float]
+
+
+class Simulated:
+    """Publishes the streams of a simulated rover."""
+
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        """``ranges``: which worlds ``seed`` draws from. ``streams``: which of the sensors (null: all four).
+        ``outages_s``: spans in which a sensor is out of order, by stream, in seconds since the world began."""
+
+        seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+        ranges: Literal["train", "held-out"] = "held-out"
+        streams: tuple[str, ...] | None = None
+        outages_s: dict[str, tuple[Interval, ...]] = {}
+
+        def __post_init__(self) -> None:
+            for name in (*(self.streams or ()), *self.outages_s):
+                if name not in STREAMS:
+                    raise ValueError(f"`{name}` is no sensor of the rover; it has {', '.join(STREAMS)}")
+            if any(start >= end for spans in self.outages_s.values() for start, end in spans):
+                raise ValueError("`outages_s`: each span must end after it begins, like {microphone: [[9, 11.5]]}")
+
+    @classmethod
+    def streams_of(cls, settings: Simulated.Settings) -> dict[str, Payload]:
+        """The streams that a node with these settings publishes. Raises ConfigError where MuJoCo is missing."""
+        prepare()
+        return {name: payload for name, payload in STREAMS.items() if name in (settings.streams or STREAMS)}
+
+    @classmethod
+    def slots_of(cls, settings: Simulated.Settings) -> dict[str, int]:
+        """None of the payloads is large enough for shared memory."""
+        return dict.fromkeys(cls.streams_of(settings), 0)
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.clock = life, life.clock
+        self.settings: Simulated.Settings = decode_settings(Simulated, life.spec.settings)
+        self.streams = set(life.spec.streams)
+        self.reports = {stream: SourceReport() for stream in sorted(self.streams)}
+        self.last: dict[str, Header] = {}
+        self._waiting: list[tuple[int, int, Message]] = []
+        self._count = 0
+        self._note = ""
+
+    def run(self) -> None:
+        """Until stopped. Raises ConfigError where MuJoCo or a renderer is missing."""
+        prepare()
+        from pipeline.sim.session import Simulation
+
+        spec = self.life.spec
+        with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
+            publisher = bus.publisher(spec.node, sorted(self.streams), None, stop=self.life.stop)
+            wait_for_readers(publisher, self.life)
+            self.life.wait_to_begin(Report(state="loaded"))
+            settings = self.settings
+            outages = [
+                Spell("outage", sensor, *span)
+                for sensor in SENSORS
+                for span in settings.outages_s.get(sensor, ())
+            ]  # fmt: skip
+            start_ns = self.clock.now_ns() + LEAD_NS
+            with contextlib.closing(
+                Simulation(settings.seed, settings.ranges, start_ns=start_ns, outages=outages)
+            ) as simulation:
+                self.play(publisher, simulation)
+
+    def play(self, publisher: Publisher, simulation: Simulation) -> None:
+        """Lets the world run beside the clock and publishes what arrives, until stopped."""
+        while not self.life.stop.is_set():
+            now = self.clock.now_ns()
+            if simulation.now_ns < now + LEAD_NS:
+                for arrival, what in simulation.tick():
+                    self._take(publisher, arrival, what)
+                behind = now - simulation.now_ns
+                self._note = f"this machine simulates too slowly: {behind / 1e9:.1f} s behind" * (behind > BEHIND_NS)
+            else:
+                due = self._waiting[0][0] if self._waiting else now + PATIENCE_NS
+                self.clock.wait_until(min(due, now + PATIENCE_NS, simulation.now_ns - LEAD_NS + 1), self.life.stop)
+            self._publish_due(publisher)
+        if self.life.ordered:
+            self._end(publisher)
+
+    def _take(self, publisher: Publisher, arrival: int, what: Message | Label) -> None:
+        if isinstance(what, Label):
+            publisher.publish_json(LABEL, msgspec.json.encode(what))
+        elif what.header.stream in self.streams:
+            self._count += 1
+            heapq.heappush(self._waiting, (arrival, self._count, what))
+
+    def _publish_due(self, publisher: Publisher) -> None:
+        while self._waiting and self._waiting[0][0] <= self.clock.now_ns():
+            message = heapq.heappop(self._waiting)[2]
+            header = self.last[message.header.stream] = message.header
+            if header.is_beat:
+                publisher.beat(header)
+                continue
+            report = self.reports[header.stream]
+            if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know
+                report.epoch = header.epoch
+                self._report(force=True)
+            publisher.publish(message)
+            report.newest_ns = header.t_end_ns
+            report.published += 1
+        self._report()
+
+    def _end(self, publisher: Publisher) -> None:
+        """A beat on every stream, which states the number of the message that will not come."""
+        ended: dict[str, tuple[int, int]] = {}
+        for stream, header in self.last.items():
+            seq = header.seq if header.is_beat else header.seq + 1
+            ended[stream] = (header.epoch, seq)
+            beat: dict[str, Any] = {"layout": None, "seq": seq, "t_capture_ns": header.bound_ns}
+            beat |= {"t_end_ns": header.bound_ns, "t_receipt_ns": self.clock.now_ns(), "t_device_ns": None}
+            publisher.beat(msgspec.structs.replace(header, **beat))
+        self.life.report(Report(state="ended", sources=self.reports, ended=ended))
+
+    def _report(self, force: bool = False) -> None:
+        if force or self.life.due:
+            self.life.report(Report(state="ready", note=self._note, sources=self.reports))

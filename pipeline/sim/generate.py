@@ -1,0 +1,117 @@
+"""Writing simulated sessions: one, or many in several processes.
+
+A recording holds the four sensors, ``pose``, the labels as whole intervals without a gap, and what was drawn from the
+ranges as the attachment ``world.json``. The same seed, ranges and duration give the same bytes on one machine. On
+another, pictures may differ where its OpenGL rounds otherwise, and all streams in their last digits where its
+processor or its versions of MuJoCo and numpy do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import msgspec
+
+from pipeline.recording import Label, RecordingWriter, SessionInfo
+from pipeline.sim.camera import prepare
+from pipeline.sim.ranges import Name
+from pipeline.sim.script import Spell
+
+UNIX_NS = 1_767_225_600_000_000_000
+"""Simulated sessions begin at 2026-01-01T00:00:00Z, so that the same seed gives the same bytes."""
+NS = 1_000_000_000
+
+
+class Written(msgspec.Struct, frozen=True):
+    """What was written. ``label_s`` is how long each label was true."""
+
+    file: str
+    seed: int
+    ranges: str
+    duration_s: float
+    bytes: int
+    label_s: dict[str, float]
+
+
+def record_session(
+    path: Path,
+    seed: int,
+    ranges: Name = "train",
+    duration_s: float = 20.0,
+    *,
+    outages: Iterable[Spell] = (),
+    overwrite: bool = False,
+    progress: Callable[[float], None] = lambda s: None,
+) -> Written:
+    """Simulates a session and records it. ConfigError if MuJoCo or a renderer is missing, or the file exists."""
+    prepare()
+    from pipeline.sim.session import Simulation
+
+    simulation = Simulation(seed, ranges, outages=outages)
+    info = SessionInfo(
+        session=f"rover-{ranges}-{seed}",
+        unix_ns=UNIX_NS,
+        extra={"simulation": "rover", "seed": str(seed), "ranges": ranges},
+    )
+    labels: list[Label] = []
+    try:
+        with RecordingWriter(path, info, overwrite=overwrite) as writer:
+            for arrival, what in simulation.until(round(duration_s * NS)):
+                if isinstance(what, Label):
+                    if (whole := _joined(labels, what)) is not None:
+                        writer.write_label(whole, arrival)
+                    progress(arrival / NS)
+                else:
+                    writer.write(what, arrival)
+            if (whole := _joined(labels, simulation.rest())) is not None:
+                writer.write_label(whole, simulation.now_ns)
+            writer.write_label(labels[-1], simulation.now_ns)
+            writer.attach("world.json", msgspec.json.encode(simulation.world.values), "application/json")
+    finally:
+        simulation.close()
+    length = dict.fromkeys(sorted({label.label for label in labels}), 0.0)
+    for label in labels:
+        length[label.label] += (label.end_ns - label.start_ns) / NS
+    rounded = {name: round(s, 2) for name, s in length.items()}
+    return Written(str(path), seed, ranges, duration_s, path.stat().st_size, rounded)
+
+
+def session_file(folder: Path, seed: int, ranges: Name) -> Path:
+    """Where ``record_sessions`` puts a seed's session."""
+    return folder / f"rover-{ranges}-{seed:05d}.mcap"
+
+
+def record_sessions(
+    folder: Path, seeds: Iterable[int], ranges: Name = "train", duration_s: float = 20.0, jobs: int = 1
+) -> Iterator[Written]:
+    """Records a session of each seed into ``folder``, several at a time, and yields each as it is done. A session is
+    there whole or not at all; what is there already is left, so that a run that was ended can go on. ConfigError."""
+    prepare()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [seed for seed in seeds if not session_file(folder, seed, ranges).exists()]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        coming = [pool.submit(_record_whole, folder, seed, ranges, duration_s) for seed in wanted]
+        try:
+            for done in as_completed(coming):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _record_whole(folder: Path, seed: int, ranges: Name, duration_s: float) -> Written:
+    final = session_file(folder, seed, ranges)
+    written = record_session(final.with_suffix(".mcap.tmp"), seed, ranges, duration_s, overwrite=True)
+    Path(written.file).replace(final)
+    return msgspec.structs.replace(written, file=str(final))
+
+
+def _joined(labels: list[Label], piece: Label) -> Label | None:
+    """Adds a piece to the last label if it says the same; else begins a new one, and returns the last: it is whole."""
+    if labels and labels[-1].label == piece.label:
+        labels[-1] = Label(labels[-1].start_ns, piece.end_ns, piece.label)
+        return None
+    labels.append(piece)
+    return labels[-2] if len(labels) > 1 else None

@@ -1,0 +1,343 @@
+"""Plays the script's acts in the world, and says what is true and what can be heard of them.
+
+An act of several cues and a decoy of one run the same code: ``seen_by`` alone decides which props stand, which sounds
+sound, which mount slips. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
+with a label's first moment already holds evidence of it:
+
+rough_ground   a wheel met a stone in the last 0.5 s
+approach       the actor is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
+impact         for 0.8 s from the onset of the ball's force on the rover
+alarm          while it sounds
+tilt           the chassis leans by more than half of what its suspension is told to
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from pipeline.sim.cues import Label, Sensor
+from pipeline.sim.ranges import Drawn
+from pipeline.sim.rover import STEPS, TICK_S, Rover
+from pipeline.sim.script import Act
+from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S
+
+DELAY_S = 0.15
+"""A label begins and ends so long after its cue."""
+STONE_S, IMPACT_S, RAMP_S = 0.5, 0.8, 0.4
+AHEAD_M, FIELD_RAD = 6.3, np.deg2rad(40)
+GRAVITY = 9.81
+GRAIN_N, THUD_N = 60.0, 900.0
+"""The rise of a contact's force that sounds with strength 1."""
+RATTLE_HZ, RATTLE = 170.0, (-3.0, 1.5)
+SHAKE = (50.0, 50.0, 80.0, 75.0, 75.0, 12.0)
+TUG_S, TUG_N = 0.025, 1300.0
+"""Decoys are as strong as what they resemble, as measured over many sessions: how often a loose cover rattles and the
+logarithm's mean and deviation of how strongly; forces (N) and torques (N m) of a fan out of balance, before smoothing;
+how long and how hard a tether is pulled."""
+
+
+class Sounds:
+    """What is to be heard in one tick: strokes (kind, s from now on the simulation's clock, strength), and levels."""
+
+    def __init__(self) -> None:
+        self.strokes: list[tuple[str, float, float]] = []
+        self.siren = 0.0
+        self.engine = 0.0
+
+
+class Play:
+    """One act on the stage."""
+
+    def __init__(self, act: Act, stage: Stage) -> None:
+        self.act, self.rover, self.world, self.sounds = act, stage.rover, stage.world, stage.sounds
+        self.stage = stage
+        self.rng = np.random.Generator(np.random.PCG64([act.seed, 5]))
+        self.begin()
+
+    def by(self, sensor: Sensor) -> bool:
+        """Whether the act has a cue for ``sensor``."""
+        return sensor in self.act.seen_by
+
+    @property
+    def group(self) -> int:
+        """Who sees the act's props."""
+        return {(True, True): BOTH, (True, False): CAMERA_ONLY, (False, True): LIDAR_ONLY}.get(
+            (self.by("camera"), self.by("lidar")), NEITHER
+        )
+
+    def begin(self) -> None:
+        """Sets up the props."""
+
+    def tick(self, now_s: float) -> bool:
+        """Moves the props; whether the cue is there, as physics has it."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Clears the stage."""
+
+
+class Rough(Play):
+    """Gravel: stones under the wheels, a carpet that the camera sees, another that the LiDAR does."""
+
+    def begin(self) -> None:
+        self.rover.speed_limits = (0.55, 0.9)
+        start = float(self.rover.position[0]) + 0.6
+        self.beds = int(self.rng.integers(3, STONE_BEDS + 1))
+        carpet = self.beds * BED_M + 0.8
+        if self.by("camera"):
+            self.rover.lay_carpet("gravel_seen", start, carpet)
+        if self.by("lidar"):
+            self.rover.lay_carpet("gravel_ranged", start, carpet)
+        self.stones = self.act.real
+        if self.stones:
+            self.rover.lay_stones(start, self.beds)
+        # Decoys last as long as the wheels would be on the stones.
+        self.on_s = self.act.start_s + 0.4
+        self.off_s = min(self.on_s + (self.beds * BED_M + 0.5) / 0.75, self.act.end_s)
+        self.last_s = -1.0
+        self.shake = np.zeros(6)
+
+    def tick(self, now_s: float) -> bool:
+        if self.stones:
+            for contact in self.rover.contacts:
+                if contact.stone:
+                    self.sounds.strokes.append(("grain", contact.t_s, contact.force_n / GRAIN_N))
+                    self.last_s = contact.t_s
+            return now_s - self.last_s < STONE_S and self.last_s > 0
+        if self.on_s < now_s < self.off_s:
+            if self.by("microphone"):
+                for strength in self.rng.lognormal(*RATTLE, self.rng.poisson(RATTLE_HZ * TICK_S)):
+                    self.sounds.strokes.append(("grain", now_s - self.rng.uniform(0, TICK_S), strength))
+            if self.by("imu"):
+                self._shake()
+        return False
+
+    def _shake(self) -> None:
+        """A force without a contact, of the strength and the spectrum of stones under the wheels."""
+        for i in range(STEPS):
+            self.shake += (self.rng.normal(0.0, 1.0, 6) - self.shake) * 0.25
+            self.rover.push[i] += self.shake * SHAKE
+
+    def end(self) -> None:
+        self.rover.park("gravel_seen", "gravel_ranged", *(f"bed_{i}" for i in range(STONE_BEDS)))
+        self.rover.speed_limits = (0.0, 1.0)
+
+
+class Approach(Play):
+    """Somebody comes along the way and passes."""
+
+    def begin(self) -> None:
+        self.car = bool(self.rng.random() < 0.4)
+        self.speed = float(self.rng.uniform(1.5, 2.2) if self.car else self.rng.uniform(1.1, 1.7))
+        lateral = self.rng.uniform(1.7, 2.0) if self.car else self.rng.uniform(1.1, 1.6)
+        side = self.rng.choice([-1, 1])
+        self.at = self.rover.position + np.array([8.3, side * lateral, 0.0])
+        self.at[2] = 0.0
+        self.names = ("car",) if self.car else ("person", "leg_l", "leg_r")
+        for name in self.names:
+            self.rover.show(name, self.group)
+        self.scale = self.world.person_m / 1.75
+        self.phase = self.walked = 0.0
+
+    def tick(self, now_s: float) -> bool:
+        self.at[0] -= self.speed * TICK_S
+        self.walked += self.speed * TICK_S
+        away = self.at - self.rover.position
+        distance, ahead = float(np.hypot(away[0], away[1])), away[0] > 0.3
+        if self.group != NEITHER:
+            self._move()
+        if self.by("microphone"):
+            self._sound(now_s, distance)
+        angle = abs(np.arctan2(away[1], away[0]) - self.rover.heading_rad)
+        return self.act.real and bool(ahead and distance < AHEAD_M and angle < FIELD_RAD)
+
+    def _move(self) -> None:
+        if self.car:
+            self.rover.put("car", self.at)
+            return
+        self.rover.put("person", self.at)
+        swing = 0.45 * np.sin(2 * np.pi * self.walked / 1.4)
+        for name, side, angle in (("leg_l", 0.1, swing), ("leg_r", -0.1, -swing)):
+            hip = self.at + np.array([0.0, side, 0.88 * self.scale])
+            self.rover.put(name, hip, (np.cos(angle / 2), 0.0, np.sin(angle / 2), 0.0))
+
+    def _sound(self, now_s: float, distance: float) -> None:
+        loudness = 1.0 / max(distance, 1.0)
+        if self.car:
+            self.sounds.engine = max(self.sounds.engine, loudness)
+        elif self.walked // 0.7 > self.phase:
+            self.phase = self.walked // 0.7
+            self.sounds.strokes.append(("step", now_s + distance / 343.0, loudness))
+
+    def end(self) -> None:
+        self.rover.park(*self.names)
+
+
+class Impact(Play):
+    """A ball is thrown at the rover."""
+
+    def begin(self) -> None:
+        flight = float(self.rng.uniform(0.8, 1.0))
+        self.hit_s = self.act.start_s + flight
+        self.done = False
+        self.touched_s: float | None = None
+        self.direction = self.rng.uniform(-2.2, 2.2)
+        self.strength = float(self.rng.uniform(0.7, 1.3))
+        if self.by("camera") or self.by("lidar"):
+            self._throw(flight)
+
+    def _throw(self, flight: float) -> None:
+        self.rover.show("ball", BOTH)
+        rover, heading = self.rover, self.rover.heading_rad
+        target = rover.position + rover.velocity * flight
+        angle = heading + self.direction
+        coming = np.array([np.cos(angle), np.sin(angle), 0.0])
+        if not self.act.real:  # a ball that misses passes beside or in front
+            target = target + np.array([-coming[1], coming[0], 0.0]) * self.rng.choice([-1, 1]) * 0.95
+        distance = self.rng.uniform(2.6, 3.6)
+        start = target + coming * distance
+        start[2] = target[2] = 0.32
+        velocity = (target - start) / flight
+        velocity[2] = 0.5 * GRAVITY * flight
+        rover.throw_ball(start, velocity)
+
+    def tick(self, now_s: float) -> bool:
+        for contact in self.rover.contacts:
+            if not contact.stone and self.by("microphone"):
+                self.touched_s = self.touched_s or contact.t_s
+                self.sounds.strokes.append(("thud", contact.t_s, contact.force_n / THUD_N))
+        if not self.act.real and not self.done and now_s >= self.hit_s:
+            self._pretend(now_s)
+        return self.touched_s is not None and now_s < self.touched_s + IMPACT_S
+
+    def _pretend(self, now_s: float) -> None:
+        """What a hit would have done to one sensor."""
+        self.done = True
+        if self.by("microphone"):
+            self.sounds.strokes.append(("thud", now_s, 0.7 * self.strength))
+        if self.by("imu"):
+            force = np.append(-np.cos([self.direction, self.direction - np.pi / 2]), self.rng.uniform(-0.5, 0.5))
+            self.stage.tug = (now_s, self.strength, np.append(force, self.rng.uniform(-0.07, 0.07, 3)))
+        if self.by("camera"):
+            self.stage.knock = (now_s, self.strength * self.rng.choice([-1, 1]))
+
+    def end(self) -> None:
+        self.rover.park_ball()
+
+
+class Alarm(Play):
+    """A siren, a flashing light, and a chain of reflectors that comes down across the way."""
+
+    def begin(self) -> None:
+        self.rover.speed_limits = (0.0, 0.8)
+        self.at = self.rover.position + np.array([1.8 + 0.8 * (self.act.end_s - self.act.start_s), 0.0, 0.0])
+        self.at[2] = 0.6
+        self.off_s = self.act.end_s - RAMP_S
+        if self.by("lidar"):
+            self.rover.show("chain", LIDAR_ONLY)
+
+    def tick(self, now_s: float) -> bool:
+        since, left = now_s - self.act.start_s, self.off_s - now_s
+        on = left > 0
+        if self.by("lidar"):
+            down = np.clip(min(since, left + RAMP_S) / 0.3, 0.0, 1.0)
+            angle = (1.0 - down) * np.pi / 2
+            pivot = self.at + np.array([0.0, -1.7, 0.0])
+            self.rover.put("chain", pivot, (np.cos(angle / 2), np.sin(angle / 2), 0.0, 0.0))
+        if self.by("camera"):
+            self.stage.flash(on and (since * self.world.flash_hz) % 1.0 < 0.5)
+        if self.by("microphone") and on:
+            self.sounds.siren = 1.0
+        return self.act.real and on
+
+    def end(self) -> None:
+        self.rover.park("chain")
+        self.stage.flash(False)
+        self.rover.speed_limits = (0.0, 1.0)
+
+
+class Tilt(Play):
+    """The suspension of one side gives way; or the mount of a sensor does."""
+
+    def begin(self) -> None:
+        self.angle = np.deg2rad(self.world.list_deg) * float(self.rng.uniform(0.9, 1.1) * self.rng.choice([-1, 1]))
+
+    def tick(self, now_s: float) -> bool:
+        since, left = now_s - self.act.start_s, self.act.end_s - now_s
+        angle = self.angle * float(np.clip(min(since, left) / RAMP_S, 0.0, 1.0))
+        if self.act.real:
+            self.rover.lean_rad = angle
+            return abs(self.rover.roll_rad) > abs(self.angle) / 2
+        self.stage.slip[self.act.seen_by[0]] = angle
+        return False
+
+    def end(self) -> None:
+        if self.act.real:
+            self.rover.lean_rad = 0.0
+        else:
+            self.stage.slip[self.act.seen_by[0]] = 0.0
+
+
+PLAYS: dict[Label, type[Play]] = {
+    "rough_ground": Rough,
+    "approach": Approach,
+    "impact": Impact,
+    "alarm": Alarm,
+    "tilt": Tilt,
+}
+
+
+class Stage:
+    """All acts that are on. ``tick`` once a tick, after physics."""
+
+    def __init__(self, rover: Rover, world: Drawn) -> None:
+        self.rover, self.world = rover, world
+        self.sounds = Sounds()
+        self.slip: dict[str, float] = {"camera": 0.0, "imu": 0.0, "lidar": 0.0}
+        """By how much each mount has turned, to the right, in rad."""
+        self.knock: tuple[float, float] = (-10.0, 0.0)
+        """When something shook the camera's mast, and how hard."""
+        self.tug: tuple[float, float, Any] = (-10.0, 0.0, np.zeros(6))
+        """When the tether was pulled, how hard, and in which direction."""
+        self._plays: list[Play] = []
+        self._cues: deque[Label] = deque(["clear"] * round(DELAY_S / TICK_S))
+        self._beacon = int(rover.model.light("beacon").id)
+        rover.park_ball()
+
+    def begin(self, act: Act) -> None:
+        self._plays.append(PLAYS[act.label](act, self))
+
+    def flash(self, on: bool) -> None:
+        """The light that an alarm has, or the glint that resembles it."""
+        self.rover.model.light_active[self._beacon] = on
+        self.rover.model.light_diffuse[self._beacon] = np.array([1.0, 0.35, 0.2]) * self.world.flash
+
+    def tick(self) -> Label:
+        """Moves all acts on by a tick; what is true now."""
+        now = self.rover.now_s
+        self.sounds.strokes.clear()
+        self.sounds.siren = self.sounds.engine = 0.0
+        cue: Label = "clear"
+        for play in list(self._plays):
+            if now >= play.act.end_s:
+                play.end()
+                self._plays.remove(play)
+            elif play.tick(now):
+                cue = play.act.label
+        self._pull(now)
+        self.rover.watch = any(isinstance(p, Impact) or (isinstance(p, Rough) and p.stones) for p in self._plays)
+        self._cues.append(cue)
+        return self._cues.popleft()
+
+    def _pull(self, now_s: float) -> None:
+        """The tug's force: half a sine of 25 ms, with as much momentum as a ball has."""
+        since, strength, direction = self.tug
+        for i in range(STEPS):
+            t = now_s + i * TIMESTEP_S - since
+            if 0 <= t < TUG_S:
+                self.rover.push[i] += strength * TUG_N * np.sin(np.pi * t / TUG_S) * direction
+
+
