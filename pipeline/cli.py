@@ -269,19 +269,31 @@ def calibrate(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system: a file or a folder")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")],
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="what is true when: CSV or JSON")] = None,
+    streams: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="take only these, NEW=NAME to rename: imu=/imu/data,/camera/image_raw"),
+    ] = None,
+    metadata: Annotated[Path | None, typer.Option(metavar="FILE", help="an Ouster's metadata, for its capture")] = None,
+    times: Annotated[Path | None, typer.Option(metavar="FILE", help="the CSV with the times of pictures")] = None,
+    json: Json = False,
 ) -> None:
     """Turn a foreign recording into one of ours.
 
     \b
-    Example:
+    An audio-video file, a GoPro's with its motion sensors; a bag of ROS 1 or 2, an MCAP file; a network capture
+    (pcap, pcapng) of a Velodyne or an Ouster; a folder of pictures with a CSV of their times.
+
+    \b
+    Examples:
       sensorium import holiday.mp4 -o holiday.mcap
+      sensorium import drive.bag -o drive.mcap --streams imu=/imu/data,lidar=/velodyne_points
     """
     from pipeline import commands
 
-    commands.import_file(file, out, labels)
+    commands.import_file(file, out, labels, streams, metadata, times, json=json)
 
 
 @app.command()

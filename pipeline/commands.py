@@ -385,20 +385,38 @@ def calibrate(
         print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
 
 
-def import_file(file: Path, out: Path, labels: Path | None) -> None:
+def import_file(
+    file: Path, out: Path, labels: Path | None, streams: str | None, metadata: Path | None, times: Path | None,
+    *, json: bool,
+) -> None:  # fmt: skip
     """``sensorium import``."""
+    from collections import Counter
+
     from pipeline import importing
     from pipeline.terminal import console
 
     screen = console(sys.stderr)
+    counts: Counter[str] = Counter()
+    wanted = tuple(entry.strip() for entry in (streams or "").split(",") if entry.strip())
     with screen.status(f"reading {file.name}") as status:
-        importing.import_file(
+        info = importing.import_file(
             file,
             new_file(out),
+            importing.ImportOptions(streams=wanted, metadata=metadata, times=times),
             labels=labels,
             progress=lambda t_ns: status.update(f"reading {file.name}: {t_ns / 1e9:.0f} s taken over"),
+            counts=counts,
         )
-    screen.print(f"{out}: done; see it with: sensorium info {out}")
+    left_out = info.extra.get("left_out", "")
+    if json:
+        _print_json({"recording": str(out), "streams": dict(sorted(counts.items())), "complete": info.complete,
+                     "note": info.note, "left_out": left_out})  # fmt: skip
+        return
+    for stream, count in sorted(counts.items()):
+        print(f"{stream}  {count} messages")
+    for text in filter(None, [left_out and f"left out: {left_out}", info.note]):
+        _say(text)
+    screen.print(f"{out}: done; see it with: sensorium info {out}", soft_wrap=True)
 
 
 def make_keys(name: str, out: Path) -> None:

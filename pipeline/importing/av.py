@@ -33,6 +33,8 @@ class AudioVideo:
     name = "audio-video file"
 
     def accepts(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
         try:
             with av.open(str(path)) as container:
                 return bool(container.streams.video or container.streams.audio)
@@ -202,10 +204,10 @@ def _half_frame_ns(container: Any) -> int:
     return int(10**9 / (video.average_rate or video.guessed_rate or Fraction(25)) / 2)
 
 
-def _creation_ns(container: Any) -> int:
-    """When the file says it was made, to a second and by the device's own calendar; 0 if it does not."""
+def _creation_ns(container: Any) -> int | None:
+    """When the file says it was made, to a second and by the device's own calendar; None if it does not."""
     try:
         made = datetime.datetime.fromisoformat(container.metadata["creation_time"])
-        return max(0, int(made.timestamp()) * 10**9)
+        return max(0, int(made.timestamp()) * 10**9) or None
     except (KeyError, ValueError, OverflowError):
-        return 0
+        return None

@@ -2,14 +2,17 @@
 
 An importer opens a foreign file as named tracks. A track yields pieces in order of time, stamped on the file's own
 clock; here they get their session time (0 is the earliest capture of all tracks), sequence numbers and bounds. Tracks
-are merged lazily, so memory does not grow with the file.
+are merged lazily, so memory does not grow with the file. A file in which the streams lie mixed (a bag) gives them so.
+
+What is not taken over is said: ``left_out`` names what nobody here can take over, which is no loss of the session's;
+``dropped`` counts what a stream lost on the way, and a session that lost something is not complete.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +36,13 @@ class ImportOptions(msgspec.Struct, frozen=True, kw_only=True):
     microphone: str = "microphone"
     imu: str = "imu"
     """The streams' names."""
+    streams: tuple[str, ...] = ()
+    """Which streams to take, by their names here or in the file, each with ``NEW=`` before it if it is to be called
+    otherwise; all of them if empty."""
+    metadata: Path | None = None
+    """What a LiDAR's capture cannot be read without: an Ouster's metadata; by default the JSON file beside it."""
+    times: Path | None = None
+    """The CSV with the times of a folder's pictures; by default the one in the folder."""
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -42,22 +52,40 @@ class Piece(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     data: Any
     t_ns: int
     end_ns: int
-    t_device_ns: int
+    t_device_ns: int | None
     uncertainty_ns: int = 0
+    arrival_ns: int | None = None
+    """When a recorder received it, on the file's clock; the end of the capture where the file knows none."""
+    new_epoch: bool = False
+    """The device's clock jumped or restarted before it."""
+
+
+def arrival_of(piece: Piece) -> int:
+    """When the piece arrived, or what stands in for it."""
+    return piece.end_ns if piece.arrival_ns is None else piece.arrival_ns
 
 
 @dataclass
 class Opened:
     """An opened file: its tracks by stream name, and what is known about it."""
 
-    tracks: dict[str, Iterator[Piece]]
-    unix_ns: int = 0
-    """Unix time of the file clock's 0, or 0 where unknown."""
+    tracks: dict[str, Iterator[Piece]] = field(default_factory=dict)
+    """Streams that can be read each by itself."""
+    mixed: Iterator[tuple[str, Piece]] | None = None
+    """Instead of ``tracks``: all streams at once, in order of arrival."""
+    origin_ns: int = 0
+    """With ``mixed``: its earliest capture."""
+    arrives: bool = False
+    """Whether the file knows when its pieces arrived."""
+    unix_ns: int | None = None
+    """Unix time of the file clock's 0; None where unknown."""
     zero_ns: int = 0
     """What a player shows as 0:00, on the file's clock; labels refer to it."""
     facts: dict[str, str] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
-    """What could not be taken over, by reason; filled while the tracks run."""
+    """What was lost on the way, by what it is; filled while the tracks run."""
+    left_out: list[str] = field(default_factory=list)
+    """What is not taken over at all and why, one sentence each, without a full stop."""
     close: Callable[[], None] = lambda: None
 
 
@@ -75,56 +103,71 @@ class Importer(Protocol):
 
 @dataclass
 class Session:
-    """Tracks on the session clock. ``origin_ns``: where the session's 0 lies on the file's clock."""
+    """Pieces on the session clock. ``origin_ns``: where the session's 0 lies on the file's clock."""
 
     opened: Opened
     origin_ns: int
-    _tracks: dict[str, Iterator[Piece]]
+    _pieces: Iterator[tuple[str, Piece]]
 
     @classmethod
     def of(cls, opened: Opened, path: Path) -> Session:
         """Looks at the first piece of each track to find the earliest capture. RecordingError if there is none."""
+        if opened.mixed is not None:
+            return cls(opened, opened.origin_ns, opened.mixed)
         firsts: dict[str, Piece] = {}
         for stream, track in opened.tracks.items():
             first = next(track, None)
             if first is not None:
                 firsts[stream] = first
         if not firsts:
-            raise RecordingError(f"{path} holds no picture, sound or motion that can be imported")
-        tracks = {stream: _with_first(first, opened.tracks[stream]) for stream, first in firsts.items()}
-        return cls(opened, min(first.t_ns for first in firsts.values()), tracks)
+            raise RecordingError(f"{path} holds no picture, sound or motion that can be imported{_why(opened)}")
+        tracks = (_named(stream, first, opened.tracks[stream]) for stream, first in firsts.items())
+        merged = heapq.merge(*tracks, key=lambda entry: arrival_of(entry[1]))
+        return cls(opened, min(first.t_ns for first in firsts.values()), merged)
 
     def messages(self) -> Iterator[Message]:
-        """All messages in order of the end of their capture, which stands in for their arrival."""
-        return heapq.merge(
-            *(self._number(stream, track) for stream, track in self._tracks.items()),
-            key=lambda message: message.header.t_end_ns,
-        )
-
-    def _number(self, stream: str, track: Iterator[Piece]) -> Iterator[Message]:
-        seq, free_ns = 0, 0
-        for piece in track:
+        """All messages in order of arrival. Their receipt is the arrival."""
+        streams: defaultdict[str, _Numbers] = defaultdict(_Numbers)
+        for stream, piece in self._pieces:
+            numbers = streams[stream]
             start, end = piece.t_ns - self.origin_ns, piece.end_ns - self.origin_ns
-            if start < free_ns:
+            if start < numbers.free_ns:
                 self.opened.dropped[f"{stream} out of order"] += 1
                 continue
-            free_ns = end if isinstance(piece.layout, AudioLayout) else end + 1
+            if piece.new_epoch and numbers.seq:
+                numbers.epoch, numbers.seq = numbers.epoch + 1, 0
+            numbers.free_ns = end if isinstance(piece.layout, AudioLayout) else end + 1
             header = Header(
                 stream=stream,
-                seq=seq,
-                epoch=0,
+                seq=numbers.seq,
+                epoch=numbers.epoch,
                 t_capture_ns=start,
                 t_end_ns=end,
-                bound_ns=free_ns,
-                t_receipt_ns=end,
+                bound_ns=numbers.free_ns,
+                t_receipt_ns=arrival_of(piece) - self.origin_ns,
                 t_device_ns=piece.t_device_ns,
                 uncertainty_ns=piece.uncertainty_ns,
                 layout=piece.layout,
             )
-            seq += 1
+            numbers.seq += 1
             yield Message(header, piece.data)
 
 
-def _with_first(first: Piece, rest: Iterator[Piece]) -> Iterator[Piece]:
-    yield first
-    yield from rest
+@dataclass
+class _Numbers:
+    """Where a stream is: its epoch, the next number in it, and the end of what it has taken."""
+
+    epoch: int = 0
+    seq: int = 0
+    free_ns: int = 0
+
+
+def _why(opened: Opened) -> str:
+    reasons = opened.left_out + [f"{count} {what}" for what, count in sorted(opened.dropped.items())]
+    return f": {'; '.join(reasons)}" if reasons else ""
+
+
+def _named(stream: str, first: Piece, rest: Iterable[Piece]) -> Iterator[tuple[str, Piece]]:
+    yield stream, first
+    for piece in rest:
+        yield stream, piece

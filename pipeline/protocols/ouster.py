@@ -7,6 +7,7 @@ calibrated reflectivity.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Ouster:
 
     def __init__(self, metadata: Path) -> None:
         try:
-            import ouster.sdk.core as core
+            core: Any = importlib.import_module("ouster.sdk.core")
         except ImportError as error:
             raise SensorError(
                 f"an Ouster needs its vendor's SDK, which cannot be imported: {error}. Install the extra `ouster`: "
@@ -45,6 +46,27 @@ class Ouster:
         self.frame: Any = None
         self.partial = self.malformed = self.packets = 0
         self._new_epoch = False
+
+    @property
+    def packet_bytes(self) -> int:
+        """The size of a packet of points."""
+        return int(self._format.lidar_packet_size)
+
+    @property
+    def imu_bytes(self) -> int:
+        """The size of a packet of the sensor's IMU; 0 where packets hold several samples, which are not read here."""
+        return int(self._format.imu_packet_size) if self._format.imu_measurements_per_packet <= 1 else 0
+
+    @property
+    def product(self) -> str:
+        return str(self._info.prod_line)
+
+    def imu(self, packet: bytes) -> tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """The sensor's stamp in ns, acceleration [3] in g and angular rate [3] in deg/s of a packet of its IMU."""
+        form, raw = self._format, np.frombuffer(packet, np.uint8)
+        accel = [form.imu_la_x(raw), form.imu_la_y(raw), form.imu_la_z(raw)]
+        gyro = [form.imu_av_x(raw), form.imu_av_y(raw), form.imu_av_z(raw)]
+        return int(form.imu_gyro_ts(raw)), np.array(accel), np.array(gyro)
 
     def feed(self, packet: bytes, receipt_ns: int) -> Sweep | None:
         """Takes a packet and when it was received (session time). Returns the sweep that it completes, if any."""

@@ -1,0 +1,189 @@
+"""What lies in a bag: topics, and messages in order of their arrival, from the three kinds of files that hold them.
+
+- ROS 1: ``X.bag``;
+- ROS 2: the folder of ``ros2 bag record`` with its ``metadata.yaml``, or one ``.db3`` of it;
+- MCAP: one ``.mcap``, of ROS 1 or 2, or with Foxglove's schemas in protobuf.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import zstandard
+from mcap.exceptions import McapError
+from mcap.reader import SeekingReader
+
+from pipeline.errors import ConfigError, RecordingError
+from pipeline.importing.foxglove_messages import foxglove_decoder
+from pipeline.importing.images import Unusable
+from pipeline.importing.ros_types import Decode, Definition, decoder, full_name, rosbags
+
+_DAMAGE = (OSError, EOFError, struct.error, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError,
+           OverflowError, MemoryError)  # fmt: skip
+
+
+class Topic(msgspec.Struct):
+    """One topic: type by its full name, number of messages; ``why`` it cannot be decoded, or nothing."""
+
+    name: str
+    type: str
+    count: int
+    why: str = ""
+
+
+class Raw(NamedTuple):
+    """One message as it lies in the file; ``arrival_ns`` in Unix time."""
+
+    topic: str
+    arrival_ns: int
+    data: bytes
+    decode: Decode
+
+
+class Bag(ABC):
+    """An open bag."""
+
+    topics: dict[str, Topic]
+
+    @abstractmethod
+    def messages(self, topics: Collection[str]) -> Iterator[Raw]:
+        """The messages of ``topics`` in order of arrival. RecordingError where the file is damaged."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the file."""
+
+    def _add(self, name: str, type_: str, count: int, why: str) -> None:
+        """Notes a topic; several publishers may share one."""
+        topic = self.topics.setdefault(name, Topic(name, type_, 0))
+        topic.count += count
+        if topic.type != type_:
+            why = f"messages of two types ({topic.type} and {type_}) lie on it"
+        topic.why = topic.why or why
+
+
+class RosbagsBag(Bag):
+    """A bag that rosbags reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ros1 = path.suffix == ".bag"
+        module = rosbags("rosbag1" if self._ros1 else "rosbag2")
+        self._damage = (module.ReaderError, *_DAMAGE, *_database_errors())
+        try:
+            self._reader = module.Reader(path)
+            self._reader.open()
+        except self._damage as error:
+            raise _unreadable(path, error) from None
+        self.topics = {}
+        self._decoders: dict[Any, Decode] = {}
+        for connection in self._reader.connections:
+            why = ""
+            try:
+                self._decoders[connection.id] = self._decoder(connection)
+            except Unusable as error:
+                why = str(error)
+            self._add(connection.topic, connection.msgtype, connection.msgcount, why)
+
+    def _decoder(self, connection: Any) -> Decode:
+        kind: Definition = {"MSG": "msg", "IDL": "idl"}.get(connection.msgdef.format.name, "none")  # type: ignore[assignment]
+        return decoder(connection.msgtype, kind, connection.msgdef.data, self._ros1)
+
+    def messages(self, topics: Collection[str]) -> Iterator[Raw]:
+        wanted = [c for c in self._reader.connections if c.topic in topics and c.id in self._decoders]
+        if not wanted:
+            return
+        try:
+            for connection, arrival_ns, data in self._reader.messages(connections=wanted):
+                yield Raw(connection.topic, arrival_ns, data, self._decoders[connection.id])
+        except self._damage as error:
+            raise _unreadable(self._path, error) from None
+
+    def close(self) -> None:
+        with suppress(Exception):  # a reader that failed has closed itself
+            self._reader.close()
+
+
+class McapBag(Bag):
+    """An MCAP file that is no recording of ours."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        try:
+            self._reader = SeekingReader(self._file)
+            summary = self._reader.get_summary()
+            statistics = summary and summary.statistics
+            if not summary or not statistics or (statistics.message_count and not summary.chunk_indexes):
+                raise RecordingError(f"{path} has no index. Make one with: mcap recover {path.name} -o whole.mcap")
+            if any(index.name == "sensorium" for index in summary.metadata_indexes):
+                raise ConfigError(f"{path} is a recording of Sensorium already, and need not be imported.")
+        except (McapError, *_DAMAGE) as error:
+            self._file.close()
+            if isinstance(error, RecordingError | ConfigError):
+                raise
+            raise _unreadable(path, error) from None
+        except BaseException:
+            self._file.close()
+            raise
+        self.topics = {}
+        self._decoders: dict[int, Decode] = {}
+        for number, channel in sorted(summary.channels.items()):
+            schema, why = summary.schemas.get(channel.schema_id), ""
+            name = full_name(schema.name) if schema else "no schema"
+            try:
+                self._decoders[number] = _mcap_decoder(channel.message_encoding, schema)
+            except Unusable as error:
+                why = str(error)
+            self._add(channel.topic, name, statistics.channel_message_counts.get(number, 0), why)
+
+    def messages(self, topics: Collection[str]) -> Iterator[Raw]:
+        if not topics:
+            return
+        try:
+            for _, channel, message in self._reader.iter_messages(topics=list(topics)):
+                if channel.id in self._decoders:
+                    yield Raw(channel.topic, message.log_time, message.data, self._decoders[channel.id])
+        except (McapError, zstandard.ZstdError, *_DAMAGE) as error:
+            raise _unreadable(self._path, error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _mcap_decoder(encoding: str, schema: Any) -> Decode:
+    if schema is None:
+        raise Unusable("the file does not say how they are laid out")
+    kinds: dict[tuple[str, str], Definition] = {
+        ("ros1", "ros1msg"): "msg", ("cdr", "ros2msg"): "msg", ("cdr", "ros2idl"): "idl", ("cdr", ""): "none"
+    }  # fmt: skip
+    kind = kinds.get((encoding, schema.encoding))
+    if kind is not None:
+        return decoder(full_name(schema.name), kind, schema.data.decode(errors="replace"), encoding == "ros1")
+    if (encoding, schema.encoding) == ("protobuf", "protobuf"):
+        return foxglove_decoder(schema.name, schema.data)
+    raise Unusable(f"encoded as {encoding or 'nothing'} with a schema in {schema.encoding or 'nothing'}")
+
+
+def _database_errors() -> tuple[type[BaseException], ...]:
+    try:
+        import apsw
+    except ImportError:
+        return ()
+    return (apsw.Error,)
+
+
+def _unreadable(path: Path, error: BaseException) -> RecordingError:
+    cures = {".bag": f"rosbag reindex {path.name}", ".mcap": f"mcap recover {path.name} -o whole.mcap"}
+    cure = cures.get(path.suffix, f"ros2 bag reindex {path.name}")
+    said = " ".join(str(part) for part in error.args) or type(error).__name__
+    return RecordingError(
+        f"{path} cannot be read: {said.rstrip('.')}. A recorder that was killed leaves such a file; what is whole in "
+        f"it comes back with: {cure}"
+    )
