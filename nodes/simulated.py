@@ -83,22 +83,17 @@ class Simulated:
         prepare()
         from pipeline.sim.session import Simulation
 
-        spec = self.life.spec
-        with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
+        spec, settings = self.life.spec, self.settings
+        outages = [Spell("outage", name, *span) for name in SENSORS for span in settings.outages_s.get(name, ())]
+        with contextlib.ExitStack() as stack:
+            simulation = Simulation(settings.seed, settings.ranges, outages=outages)
+            stack.callback(simulation.close)
+            bus = stack.enter_context(contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)))
             publisher = bus.publisher(spec.node, sorted(self.streams), None, stop=self.life.stop)
             wait_for_readers(publisher, self.life)
             self.life.wait_to_begin(Report(state="loaded"))
-            settings = self.settings
-            outages = [
-                Spell("outage", sensor, *span)
-                for sensor in SENSORS
-                for span in settings.outages_s.get(sensor, ())
-            ]  # fmt: skip
-            start_ns = self.clock.now_ns() + LEAD_NS
-            with contextlib.closing(
-                Simulation(settings.seed, settings.ranges, start_ns=start_ns, outages=outages)
-            ) as simulation:
-                self.play(publisher, simulation)
+            simulation.begin(self.clock.now_ns() + LEAD_NS)
+            self.play(publisher, simulation)
 
     def play(self, publisher: Publisher, simulation: Simulation) -> None:
         """Lets the world run beside the clock and publishes what arrives, until stopped."""

@@ -47,7 +47,7 @@ def record_session(
     progress: Callable[[float], None] = lambda s: None,
 ) -> Written:
     """Simulates a session and records it. ConfigError if MuJoCo or a renderer is missing, or the file exists."""
-    prepare()
+    prepare()  # before anything imports MuJoCo
     from pipeline.sim.session import Simulation
 
     simulation = Simulation(seed, ranges, outages=outages)

@@ -11,7 +11,6 @@ import heapq
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from pipeline.messages import (
@@ -31,7 +30,7 @@ from pipeline.sim.camera import HEIGHT, WIDTH, Camera
 from pipeline.sim.cues import SENSORS
 from pipeline.sim.lidar import Lidar
 from pipeline.sim.ranges import RANGES, Drawn, Name, draw
-from pipeline.sim.rover import STEPS, TICK_S, Array, Rover
+from pipeline.sim.rover import TICK_S, Array, Rover
 from pipeline.sim.script import Script, Spell
 from pipeline.sim.sound import BLOCK, RATE_HZ, Sound
 from pipeline.sim.stage import Stage
@@ -61,10 +60,10 @@ Item = tuple[int, Message | Label]
 class Outlet:
     """One stream's way to the host: its clock, its delay, and whether it is out of order."""
 
-    def __init__(self, stream: str, world: Drawn, ranges: Name, seed: int, start_ns: int) -> None:
+    def __init__(self, stream: str, world: Drawn, ranges: Name, seed: int) -> None:
         self._rng = np.random.Generator(np.random.PCG64([seed, 9, list(STREAMS).index(stream)]))
         self.stamper = Stamper(stream, STREAMS[stream])
-        self.stamper.open(start_ns)
+        self.stamper.open(0)
         spread = RANGES[ranges]
         sensor = stream in SENSORS
         self._delay_ns = round(self._rng.uniform(*spread.delay_ms) * 1e6) if sensor else 0
@@ -103,18 +102,13 @@ class Outlet:
 class Simulation:
     """A seed's world. ``tick`` gives what arrives in the next 10 ms, ``until`` all up to a time, in order of arrival.
 
-    ``outages`` are more of them than the script has; ``script`` False leaves the stage empty but for them. ConfigError
-    if MuJoCo or a renderer is missing. Close it.
+    ``outages`` come on top of the script's; with ``script`` False nothing happens but what ``stage`` is told. The
+    world's time 0 is the session's, unless ``begin`` says otherwise before the first tick. ConfigError if no
+    renderer can be had. Call ``camera.prepare`` before this module is imported, and ``close`` at the end.
     """
 
     def __init__(
-        self,
-        seed: int,
-        ranges: Name = "train",
-        *,
-        start_ns: int = 0,
-        outages: Iterable[Spell] = (),
-        script: bool = True,
+        self, seed: int, ranges: Name = "train", *, outages: Iterable[Spell] = (), script: bool = True
     ) -> None:
         self.world = draw(ranges, seed)
         self.rover = Rover(model_xml(self.world, seed), seed)
@@ -128,8 +122,8 @@ class Simulation:
         self._noise = np.array([self.world.accel_noise] * 3 + [self.world.gyro_noise] * 3)
         self._script = Script(seed) if script else None
         self._spells = list(outages)
-        self._start_ns = start_ns
-        self._outlets = {stream: Outlet(stream, self.world, ranges, seed, start_ns) for stream in STREAMS}
+        self._start_ns = 0
+        self._outlets = {stream: Outlet(stream, self.world, ranges, seed) for stream in STREAMS}
         self._imu: list[Array] = []
         self._poses: list[tuple[float, ...]] = []
         self._force_n = 0.0
@@ -137,6 +131,12 @@ class Simulation:
         self._coming: list[tuple[int, int, Message | Label]] = []
         self._count = 0
         self._label_since = 0
+
+    def begin(self, start_ns: int) -> None:
+        """Lays the world's time 0 at ``start_ns`` of session time."""
+        self._start_ns = start_ns
+        for outlet in self._outlets.values():
+            outlet.stamper.open(start_ns)
 
     @property
     def now_ns(self) -> int:
@@ -245,8 +245,8 @@ class Simulation:
         self._push(self._outlets[stream].send(layout, data, now - ago_ns, end, self._start_ns))
 
     def _turn_imu(self) -> None:
-        slip = self.stage.slip["imu"]
-        mujoco.mju_axisAngle2Quat(self.rover.model.site_quat[0], np.array([1.0, 0.0, 0.0]), slip)
+        half = self.stage.slip["imu"] / 2
+        self.rover.model.site_quat[0] = (np.cos(half), np.sin(half), 0.0, 0.0)
 
     # -- conditions and truth ----------------------------------------------------------------------------------------
 

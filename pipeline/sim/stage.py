@@ -339,5 +339,3 @@ class Stage:
             t = now_s + i * TIMESTEP_S - since
             if 0 <= t < TUG_S:
                 self.rover.push[i] += strength * TUG_N * np.sin(np.pi * t / TUG_S) * direction
-
-

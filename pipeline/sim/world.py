@@ -125,9 +125,10 @@ def _rover(world: Drawn) -> str:
 def _props(world: Drawn, rng: np.random.Generator) -> str:
     scale = world.person_m / 1.75
     coat, trousers, paint = (_rgb(_colour(rng, world.hue)) for _ in range(3))
-    parts = [_actor("person", f"""
+    body = f"""
       <geom type="capsule" size="{0.2 * scale:.3f} {0.24 * scale:.3f}" pos="0 0 {1.12 * scale:.3f}" rgba="{coat} 1"/>
-      <geom type="sphere" size="{0.12 * scale:.3f}" pos="0 0 {1.63 * scale:.3f}" rgba="0.75 0.55 0.42 1"/>""")]  # fmt: skip
+      <geom type="sphere" size="{0.12 * scale:.3f}" pos="0 0 {1.63 * scale:.3f}" rgba="0.75 0.55 0.42 1"/>"""
+    parts = [_actor("person", body)]
     leg = f'<geom type="capsule" size="{0.09 * scale:.3f} {0.32 * scale:.3f}" pos="0 0 {-0.42 * scale:.3f}" '
     parts += [_actor(name, f'{leg} rgba="{trousers} 1"/>') for name in ("leg_l", "leg_r")]
     parts.append(_actor("car", f"""
