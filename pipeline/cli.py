@@ -267,6 +267,38 @@ def calibrate(
     commands.calibrate(recording, streams, reference, within_ms=within, write=write, json=json)
 
 
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(metavar="TRAIN.yaml", help="which sessions, window, streams, and how")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="the folder to write")],
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="of all that is drawn; else the file's")] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", min=1, help="else the file's")] = None,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or what torch calls it")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a training of this was interrupted")] = False,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", metavar="BUNDLE", help="begin with the weights of a trained bundle")
+    ] = None,
+    freeze: Annotated[bool, typer.Option("--freeze", help="keep the encoders of --init-from as they are")] = False,
+    json: Json = False,
+) -> None:
+    """Train a model on labelled sessions.
+
+    Makes a bundle that runs live, from windows that went through the same aligner: split by session, calibrated on
+    sessions that were held out, scored for every subset of its streams on others, with a card. Needs the extra
+    packages of `pip install 'sensorium[learn]'`.
+
+    \b
+    Example:
+      sensorium train train.yaml -o models/mine
+      sensorium train train.yaml -o models/mine --resume
+    """
+    from pipeline import commands
+
+    commands.train(
+        file, out, seed=seed, epochs=epochs, device=device, resume=resume, init_from=init_from, freeze=freeze, json=json
+    )
+
+
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system: a file or a folder")],

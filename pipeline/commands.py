@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, closing, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
-from pipeline.strict import nearest
+from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
     from pipeline.align import AlignSpec
@@ -383,6 +384,47 @@ def calibrate(
     if rig is not None:
         written = apply(rig, solution, recorded)
         print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
+
+
+def train(
+    file: Path,
+    out: Path,
+    *,
+    seed: int | None,
+    epochs: int | None,
+    device: str,
+    resume: bool,
+    init_from: Path | None,
+    freeze: bool,
+    json: bool,
+) -> None:
+    """``sensorium train``."""
+    from pipeline.curves import Bars, curves, score_table
+    from pipeline.terminal import console
+
+    absent = [name for name in ("torch", "onnx", "onnxscript") if find_spec(name) is None]
+    if absent:
+        raise ConfigError(f"training needs {listed(absent)}, not installed here. Type: pip install 'sensorium[learn]'")
+    from pipeline import learn
+
+    out = new_file(out)
+    config = learn.read_config(file)
+    if init_from is not None or freeze:
+        config = learn.beginning_from(config, init_from, freeze)
+    config = learn.with_overrides(config, seed=seed, epochs=epochs)
+    tell = _print_line if json else None
+    with Bars(console(sys.stderr), tell) as bars:
+        trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars)
+    if json:
+        _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
+        return
+    screen = console(sys.stdout)
+    screen.print(curves(trained.curves), "", score_table(made.scores))
+    screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
+
+
+def _print_line(value: Any) -> None:
+    print(msgspec.json.encode(value).decode(), flush=True)
 
 
 def import_file(

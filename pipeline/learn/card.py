@@ -98,8 +98,8 @@ def _what(trained: Trained) -> str:
     file = trained.config.file
     streams = ", ".join(f"`{name}` ({stream.payload})" for name, stream in trained.streams.items())
     return (
-        f"Tells {', '.join(f'`{label}`' for label in trained.labels)} apart, from windows of {file.window.steps} steps of "
-        f"{file.window.hop_ms:g} ms of {streams}. Fusion strategy: {file.strategy}. Made by `sensorium train`; "
+        f"Tells {', '.join(f'`{label}`' for label in trained.labels)} apart, from windows of {file.window.steps} steps "
+        f"of {file.window.hop_ms:g} ms of {streams}. Fusion strategy: {file.strategy}. Made by `sensorium train`; "
         "`train.yaml` is what it was told, `training.json` the curves, `weights.npz` the weights to begin another "
         "training from."
     )
@@ -147,16 +147,16 @@ def _training(trained: Trained) -> str:
     file = trained.config.file
     sizes = sum(p.numel() for p in trained.model.parameters())
     text = (
-        f"{file.train.epochs} epochs, seed {file.seed}, {sizes} weights. The weights of the last epoch's mean were taken; "
-        "none were chosen by how they did."
+        f"{file.train.epochs} epochs, seed {file.seed}, {sizes} weights. The weights of the last epoch's mean were "
+        "taken; none were chosen by how they did."
     )
     if trained.begun_from:
         text += " Begun from " + ", ".join(f"{what} ({how})" for what, how in trained.begun_from.items()) + "."
     last = [row for row in trained.curves if "held_out_accuracy" in row][-1:]
     for row in last:
         text += (
-            f" At the end the loss was {row['loss']:.3f}, and of the windows held out {row['held_out_accuracy']:.1%} were "
-            f"right (macro-F1 {row['held_out_f1']:.3f}, log loss {row['held_out_loss']:.3f})."
+            f" At the end the loss was {row['loss']:.3f}, and of the windows held out {row['held_out_accuracy']:.1%} "
+            f"were right (macro-F1 {row['held_out_f1']:.3f}, log loss {row['held_out_loss']:.3f})."
         )
     return text
 
@@ -164,7 +164,7 @@ def _training(trained: Trained) -> str:
 def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
     if not scores:
         return "No session was kept to test on, so nothing is known of how good it is on others."
-    rows = ["On the sessions tested on, with all of the others' streams masked:", "",
+    rows = ["On the sessions tested on, with all other streams masked:", "",
             "| streams | accuracy % | macro-F1 | log loss | calibration error % | in set % | set size | answered % | "
             "of these right % |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for s in scores:
@@ -181,8 +181,8 @@ def _by_label(trained: Trained, said: Said) -> str:
     everything = frozenset(trained.streams)
     counts = confusion(said.truth, said.logits[everything].argmax(1), len(trained.labels))
     f1 = f1_by_class(counts)
-    rows = ["With all streams, by truth (rows) and answer (columns), in windows:", "",
-            "| | " + " | ".join(trained.labels) + " | F1 |", "| --- |" + " ---: |" * (len(trained.labels) + 1)]  # fmt: skip
+    rows = ["With all streams, by truth (rows) and answer (columns), in windows:", ""]
+    rows += ["| | " + " | ".join(trained.labels) + " | F1 |", "| --- |" + " ---: |" * (len(trained.labels) + 1)]
     for label, row, one in zip(trained.labels, counts, f1, strict=True):
         value = "–" if np.isnan(one) else f"{one:.3f}"
         rows.append(f"| {label} | " + " | ".join(str(int(n)) for n in row[:-1]) + f" | {value} |")
@@ -194,10 +194,10 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
         return "No session was held out, so its confidence is not calibrated and its sets hold one label."
     entry = trained.config.file.calibration
     return (
-        f"From the sessions held out, for each of {len(calibration.subsets)} sets of streams by itself: temperature (all "
-        f"together {calibration.temperature:g}), prediction sets that hold the truth in {entry.coverage:.0%} of the "
-        f"windows, and abstention such that of no label more than {entry.wrong:.0%} of the windows get a confident wrong "
-        "answer."
+        f"From the sessions held out, for each of {len(calibration.subsets)} sets of streams by itself: temperature "
+        f"(all together {calibration.temperature:g}), prediction sets that hold the truth in {entry.coverage:.0%} of "
+        f"the windows, and abstention such that of no label more than {entry.wrong:.0%} of the windows get a "
+        "confident wrong answer."
     )
 
 

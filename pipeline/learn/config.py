@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pipeline.errors import ConfigError
+from pipeline.learn.encoders import SETTINGS
+from pipeline.learn.fusion import FusionSettings
+from pipeline.learn.robust import RobustSettings
 from pipeline.messages import Layout, Payload, SignalLayout, payload_of
 from pipeline.modelfile import (
     AllEntry,
@@ -125,10 +128,10 @@ class TrainFile(_Strict, frozen=True):
     ignore_labels: tuple[str, ...] = ()
     window: WindowEntry = WindowEntry(hop_ms=100.0, steps=10)
     strategy: Strategy = "hybrid"
-    fusion: dict[str, Any] = {}
+    fusion: FusionSettings = FusionSettings()
     split: SplitEntry = SplitEntry()
     train: TrainEntry = TrainEntry()
-    robust: dict[str, Any] = {}
+    robust: RobustSettings = RobustSettings()
     pretrain: PretrainEntry | None = None
     calibration: CalibrateEntry = CalibrateEntry()
     init: InitEntry | None = None
@@ -183,6 +186,7 @@ def streams_of(config: Config, layouts: Mapping[str, Layout]) -> dict[str, Bundl
     found = {}
     for name, recorded in config.names().items():
         entry = stream_entry(config, name, layouts.get(recorded), listed(sorted(layouts)))
+        config.document.decode(SETTINGS[entry.payload], ("streams", name, "encoder"), config.file.streams[name].encoder)
         found[name] = stream_of(config.document, name, entry, config.file.window)
     return found
 
@@ -241,3 +245,12 @@ def with_overrides(config: Config, **changes: Any) -> Config:
         if key not in TrainFile.__struct_fields__:
             raise ConfigError(f"`{key}` is no key of a training file.")
     return Config(msgspec.structs.replace(file, **kept), config.document)
+
+
+def beginning_from(config: Config, bundle: Path | None, freeze: bool) -> Config:
+    """``config`` with another bundle to begin from, or with its encoders frozen. ConfigError if there is none."""
+    given = config.file.init
+    if bundle is None and given is None:
+        raise ConfigError("--freeze keeps the encoders of another bundle as they are; name one with --init-from.")
+    path = bundle.resolve() if bundle is not None else given.bundle if given is not None else Path()
+    return with_overrides(config, init=InitEntry(bundle=path, freeze=freeze or (given is not None and given.freeze)))

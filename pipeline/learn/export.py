@@ -1,5 +1,5 @@
-"""A trained model as a bundle: graphs checked against torch, calibration, card, lineage; proven on a session through the
-live path before anybody can load it."""
+"""A trained model as a bundle: graphs checked against torch, calibration, card, lineage; proven on a session through
+the live path before anybody can load it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ import yaml
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.errors import BundleError, RecordingError
 from pipeline.inference import FuseOptions, Fuser
+from pipeline.learn.begin import WEIGHTS
 from pipeline.learn.card import Score, card, score
-from pipeline.learn.config import stream_entry
+from pipeline.learn.config import Config, stream_entry
 from pipeline.learn.dataset import Labelled
 from pipeline.learn.graphs import TOLERANCE, check_encoder, check_fusion, encoder_graph, fusion_graph
 from pipeline.learn.loop import Silent, Watch, deterministic
 from pipeline.learn.model import Said, say, subsets_of, windows
-from pipeline.learn.train import Trained
+from pipeline.learn.sessions import Recorded
+from pipeline.learn.train import Trained, train
 from pipeline.modelfile import MODEL_FILE, Calibration, Lineage, ModelFile
 from pipeline.scoring import fit_calibration
 
@@ -35,7 +37,7 @@ SAMPLES = 16
 """Real steps of each stream on which the graphs are compared."""
 PROVEN = 50
 """Steps of a session that are run through the live path."""
-FUSION, WEIGHTS, CURVES, CONFIG, CARD = "fusion.onnx", "weights.npz", "training.json", "train.yaml", "README.md"
+FUSION, CURVES, CONFIG, CARD = "fusion.onnx", "training.json", "train.yaml", "README.md"
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -43,6 +45,26 @@ class Exported(msgspec.Struct, frozen=True):
 
     bundle: Bundle
     scores: list[Score]
+
+
+def train_bundle(
+    config: Config, out: Path, *, device: str = "auto", resume: bool = False, watch: Watch | None = None
+) -> tuple[Trained, Exported]:
+    """Trains what ``config`` says on the recordings that it names, and writes the bundle ``out``. Prepared steps are
+    kept in its ``cache`` (default: a folder ``.prepared`` beside the training file), the state of an unfinished
+    training beside ``out``. Raises ConfigError, RecordingError, BundleError."""
+    file = config.file
+    paths = config.sessions(file.sessions, "sessions")
+    more = config.sessions(file.pretrain.sessions, "pretrain") if file.pretrain is not None else []
+    cache = file.cache or config.document.path.resolve().parent / ".prepared"
+    work = out.with_name(f"{out.name}.unfinished")
+    trained = train(
+        config, [Recorded(path) for path in paths], cache=cache, work=work, device=device, resume=resume, watch=watch,
+        unlabelled=[Recorded(path) for path in more],
+    )  # fmt: skip
+    made = export(trained, out, watch)
+    shutil.rmtree(work, ignore_errors=True)
+    return trained, made
 
 
 def export(trained: Trained, out: Path, watch: Watch | None = None) -> Exported:

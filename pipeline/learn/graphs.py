@@ -43,7 +43,7 @@ def fusion_graph(fusion: Fusion, rows: int = 3) -> bytes:
     """fusion.onnx, for any number of windows at once."""
     graph = WindowGraph(fusion)
     given = []
-    for name, token in fusion.tokens.items():
+    for token in fusion.tokens.values():
         given += [torch.randn(rows, fusion.steps, token), torch.ones(rows, fusion.steps)]
     batch = _dim("batch")
     return _export(graph, tuple(given), graph.inputs, "logits", (tuple({0: batch} for _ in given),))

@@ -159,31 +159,34 @@ class Phase:
         self,
         seed: int,
         batches: Callable[[Draws], tuple[int, Iterator[Any]]],
-        loss: Callable[[Any, Draws, float], tuple[Tensor, dict[str, float]]],
+        loss: Callable[[Any, Draws], tuple[Tensor, dict[str, float]]],
         judge: Callable[[], dict[str, float]],
         after: Callable[[], None],
         watch: Watch,
+        modulate: Callable[[Draws], None] = lambda draws: None,
     ) -> None:
-        """Runs what is left of the phase; ``after`` is called after every epoch."""
+        """Runs what is left of the phase; ``modulate`` is called between gradients and changes, ``after`` after every
+        epoch."""
         watch.begin(self.name, self.epochs * 100)
         watch.advance(self.done * 100)
         while self.done < self.epochs:
             draws = Draws(seed, self.name, self.done)
-            row = {"phase": self.name, "epoch": self.done + 1, **self._epoch(draws, batches, loss, watch), **judge()}
+            row = {"phase": self.name, "epoch": self.done + 1, **self._epoch(draws, batches, loss, watch, modulate)}
+            row |= judge()
             self.done += 1
             self.curves.append(row)
             watch.epoch(row)
             after()
 
-    def _epoch(self, draws: Draws, batches: Any, loss: Any, watch: Watch) -> dict[str, float]:
+    def _epoch(self, draws: Draws, batches: Any, loss: Any, watch: Watch, modulate: Any) -> dict[str, float]:
         self._module.train()
         total, lots = batches(draws)
         sums: dict[str, float] = {}
         told = count = 0
         for count, batch in enumerate(lots, 1):
             share = min(count - 1, total - 1) / total
-            found, row = loss(batch, draws, (self.done + share) / self.epochs)
-            self._change(found, (self.done + share) / self.epochs)
+            found, row = loss(batch, draws)
+            self._change(found, (self.done + share) / self.epochs, lambda: modulate(draws))
             for key, value in {"loss": float(found.detach()), **row}.items():
                 sums[key] = sums.get(key, 0.0) + value
             now = min(100, count * 100 // total)
@@ -192,18 +195,15 @@ class Phase:
         watch.advance(100 - told)
         return {key: round(value / max(count, 1), 6) for key, value in sums.items()}
 
-    def _change(self, loss: Tensor, done: float) -> None:
+    def _change(self, loss: Tensor, done: float, modulate: Callable[[], None]) -> None:
         for group in self._optimiser.param_groups:
             group["lr"] = self._rate * one_cycle(done, self._warm_up)
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        self.before_step()
+        modulate()
         torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip)
         self._optimiser.step()
         self.mean.update()
-
-    def before_step(self) -> None:
-        """Called between the gradients and the change; a place for what modulates gradients."""
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the phase depends on."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.align import Resample
 from pipeline.learn.dataset import Batch, Dataset
 from pipeline.learn.encoders import StreamEncoder, build_encoder, encode_steps
-from pipeline.learn.fusion import build_fusion
+from pipeline.learn.fusion import FusionSettings, build_fusion
 from pipeline.modelfile import BundleStream
 
 Array = np.ndarray[Any, Any]
@@ -29,6 +30,20 @@ class Model(nn.Module):
         self.encoders = nn.ModuleDict(dict(encoders))
         self.fusion: Any = fusion
         self.steps = steps
+        self.frozen: tuple[str, ...] = ()
+        """Encoders that learn nothing."""
+
+    def freeze(self, names: Sequence[str]) -> None:
+        """From now on these encoders stay as they are."""
+        self.frozen = tuple(names)
+        for name in names:
+            self.encoders[name].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Model:
+        super().train(mode)
+        for name in self.frozen:  # nor may their normalisation by batch move
+            self.encoders[name].eval()
+        return self
 
     def encoder(self, name: str) -> StreamEncoder:
         found: Any = self.encoders[name]
@@ -62,11 +77,11 @@ def build_encoders(
 
 
 def build_model(
-    encoders: Mapping[str, StreamEncoder], strategy: str, steps: int, labels: Sequence[str], settings: Mapping[str, Any]
+    encoders: Mapping[str, StreamEncoder], strategy: str, steps: int, labels: int, settings: FusionSettings
 ) -> Model:
     """The model on these encoders. Raises ConfigError."""
     tokens = {name: encoder.token for name, encoder in encoders.items()}
-    return Model(encoders, build_fusion(strategy, tokens, steps, len(labels), settings), steps)
+    return Model(encoders, build_fusion(strategy, tokens, steps, labels, msgspec.structs.asdict(settings)), steps)
 
 
 class Said(NamedTuple):

@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
-from pipeline.learn.config import Config, streams_of
+from pipeline.learn.begin import begin_from
+from pipeline.learn.config import Config, PretrainEntry, streams_of
 from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
 from pipeline.learn.preparing import Recipe, prepare
+from pipeline.learn.pretrain import Contrast
+from pipeline.learn.robust import Balance, distilled, distort, views
 from pipeline.learn.sessions import Session
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
@@ -67,9 +70,17 @@ class Prepared(NamedTuple):
     layouts: dict[str, Layout]
     sessions: list[Labelled]
     labels: tuple[str, ...]
+    unlabelled: list[Labelled]
+    """For pretraining alone."""
 
 
-def prepare_all(config: Config, sessions: Sequence[Session], cache: Path, watch: Watch | None = None) -> Prepared:
+def prepare_all(
+    config: Config,
+    sessions: Sequence[Session],
+    cache: Path,
+    watch: Watch | None = None,
+    unlabelled: Sequence[Session] = (),
+) -> Prepared:
     """The sessions, prepared and labelled. Raises RecordingError, ConfigError."""
     watch, file = watch or Silent(), config.file
     _check_names(sessions)
@@ -81,14 +92,19 @@ def prepare_all(config: Config, sessions: Sequence[Session], cache: Path, watch:
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
-    watch.begin("preparing sessions", len(sessions))
+    watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     found = []
     for session in sessions:
         stated = session.labels(known)
         found.append((prepare(session, recipe, cache), stated))
         watch.advance()
     labelled, labels = label_sessions(found, file.labels, file.ignore_labels)
-    return Prepared(recipe, layouts, labelled, labels)
+    more = []
+    for session in unlabelled:
+        made = prepare(session, recipe, cache)
+        more.append(Labelled(made, np.full(len(made), -1, np.int64)))
+        watch.advance()
+    return Prepared(recipe, layouts, labelled, labels, more)
 
 
 def _check_names(sessions: Sequence[Session]) -> None:
@@ -120,17 +136,19 @@ def train(
     device: str = "auto",
     resume: bool = False,
     watch: Watch | None = None,
+    unlabelled: Sequence[Session] = (),
 ) -> Trained:
-    """The model that ``config`` asks for. ``cache`` keeps prepared steps, ``work`` checkpoints; None keeps nothing.
-    Equal sessions, configuration and machine give equal weights. Raises ConfigError, RecordingError, BundleError."""
+    """The model that ``config`` asks for; ``unlabelled`` sessions are for its pretraining. ``cache`` keeps prepared
+    steps, ``work`` checkpoints; None keeps nothing. Equal sessions, configuration and machine give equal weights.
+    Raises ConfigError, RecordingError, BundleError."""
     watch = watch or Silent()
     chosen = pick_device(device)
     with deterministic(), tempfile.TemporaryDirectory(prefix="sensorium-learn-") as scratch:
         torch.manual_seed(config.file.seed)
-        ready = prepare_all(config, sessions, cache or Path(scratch), watch)
+        ready = prepare_all(config, sessions, cache or Path(scratch), watch, unlabelled)
         parts = split(ready.sessions, config.file.split, len(ready.labels))
         _check_parts(parts, ready.labels)
-        hold_if_small(ready.sessions)
+        hold_if_small([*ready.sessions, *ready.unlabelled])
         if not ready.sessions[0].held and cache is None:
             raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
         run = _Run(config, ready, parts, chosen, watch)
@@ -165,41 +183,83 @@ class _Run:
         self._train, self._held_out = (_dataset(config, part, ready.labels) for part in parts[:2])
         torch.manual_seed(file.seed)
         encoders = build_encoders(ready.recipe.streams, ready.recipe.settings)
-        self._model = build_model(encoders, file.strategy, file.window.steps, ready.labels, file.fusion)
+        self._model = build_model(encoders, file.strategy, file.window.steps, len(ready.labels), file.fusion)
         counts = self._train.counts()
         self._model.fusion.set_prior(counts.tolist())
         self._weights = _class_weights(counts, file.train.class_weights).to(device)
+        self._balance = Balance(file.robust.balance, file.robust.balance_noise)
         self._curves: list[dict[str, Any]] = []
-        self._begun_from: dict[str, str] = {}
+        self._begun_from = {} if file.init is None else begin_from(self._model, file.init, ready.labels)
 
     def identity(self) -> str:
         """What a checkpoint must be of to be gone on from: configuration, sessions, parts and code."""
         parts = [[session.session.name for session in part] for part in self._parts[:3]]
         said = [self._config.file, self._ready.recipe.digest(), str(torch.__version__), torch.get_num_threads(), parts]
-        said += [session.session.sha256 for session in self._ready.sessions]
+        said += [session.session.sha256 for session in (*self._ready.sessions, *self._ready.unlabelled)]
+        said += [self._begun_from, [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]]
         return hashlib.sha256(msgspec.json.encode(said, enc_hook=str, order="deterministic")).hexdigest()
 
     def run(self, checkpoints: Checkpoints, resume: bool) -> None:
-        fit_normalisation(self._model, self._parts.train)
-        average = copy.deepcopy(self._model)
+        begun = {name.removeprefix("encoder of ") for name in self._begun_from}
+        fit_normalisation(self._model, self._parts.train, [n for n in self._model.encoders if n not in begun])
         self._model.to(self._device)
-        average.to(self._device)
+        state = (checkpoints.load() if resume else None) or {}
+        if self._config.file.pretrain is not None and "training" not in state:
+            self._pretrain(self._config.file.pretrain, checkpoints, state.get("pretraining"))
+        self._curves = state.get("curves", self._curves)
         entry = self._config.file.train
-        phase = Phase(
-            "training", self._model, average, epochs=entry.epochs, learning_rate=entry.learning_rate,
-            weight_decay=entry.weight_decay, warm_up=entry.warm_up, ema=entry.ema, clip_norm=entry.clip_norm,
-        )  # fmt: skip
-        state = checkpoints.load() if resume else None
-        if state is not None:
-            phase.restore(state["training"])
-            self._watch.note(f"going on after epoch {phase.done} of {entry.epochs}")
+        phase = self._phase("training", self._model, entry.epochs, entry.learning_rate, entry.weight_decay)
+        self._go_on(phase, state.get("training"))
+        earlier = list(self._curves)
         phase.run(
             self._config.file.seed, self._batches, self._loss, lambda: self._judge(phase.mean.module),
-            lambda: checkpoints.save({"training": phase.state()}), self._watch,
+            lambda: checkpoints.save({"training": phase.state(), "curves": earlier}), self._watch, self._modulate,
         )  # fmt: skip
-        self._curves += phase.curves
-        self._model = phase.mean.module  # type: ignore[assignment]
+        self._curves = earlier + phase.curves
+        self._model.load_state_dict(phase.mean.module.state_dict())
         checkpoints.remove()
+
+    def _phase(self, name: str, module: nn.Module, epochs: int, learning_rate: float, weight_decay: float) -> Phase:
+        entry = self._config.file.train
+        return Phase(
+            name, module, copy.deepcopy(module), epochs=epochs, learning_rate=learning_rate, weight_decay=weight_decay,
+            warm_up=entry.warm_up, ema=entry.ema, clip_norm=entry.clip_norm,
+        )  # fmt: skip
+
+    def _go_on(self, phase: Phase, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            phase.restore(state)
+            self._watch.note(f"going on after epoch {phase.done} of {phase.epochs} of {phase.name}")
+
+    # -- without labels ------------------------------------------------------------------------------------------------
+
+    def _pretrain(self, entry: PretrainEntry, checkpoints: Checkpoints, state: dict[str, Any] | None) -> None:
+        """Learns encoders from which moments go together; the projections are thrown away."""
+        sessions = self._ready.unlabelled or self._parts.train
+        data = Dataset(sessions, 1, self._train.chunk, self._ready.labels)
+        size = self._config.file.train.batch_windows
+        tokens = {name: self._model.encoder(name).token for name in self._model.encoders}
+        contrast = Contrast(tokens, temperature=entry.temperature).to(self._device)
+        both = nn.ModuleDict({"model": self._model, "contrast": contrast})
+        phase = self._phase("pretraining", both, entry.epochs, entry.learning_rate, entry.weight_decay)
+        self._go_on(phase, state)
+
+        def loss(batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, float]]:
+            batch = batch.to(self._device)
+            tokens = self._model.tokens(self._distorted(batch, draws), batch.present)
+            out = contrast(tokens, batch.present, draws.torch)
+            return out.loss, {"found": out.found}
+
+        def batches(draws: Draws) -> tuple[int, Iterator[Batch]]:
+            return data.number_of_batches(size), data.shuffled(size, draws.numpy, unlabelled=True)
+
+        seed, save = self._config.file.seed, lambda: checkpoints.save({"pretraining": phase.state()})
+        phase.run(seed, batches, loss, dict, save, self._watch)
+        self._curves = phase.curves
+        learnt: Any = phase.mean.module
+        self._model.load_state_dict(learnt["model"].state_dict())
+
+    # -- with labels ---------------------------------------------------------------------------------------------------
 
     def trained(self, sources: Sequence[Session]) -> Trained:
         recipe = self._ready.recipe
@@ -212,17 +272,33 @@ class _Run:
         size = self._config.file.train.batch_windows
         return self._train.number_of_batches(size), self._train.shuffled(size, draws.numpy)
 
-    def _loss(self, batch: Batch, draws: Draws, done: float) -> tuple[Tensor, dict[str, float]]:
-        entry = self._config.file.train
-        tokens, masks, truth = cut_windows(self._model, batch.to(self._device))
+    def _distorted(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        encoders = {name: self._model.encoder(name) for name in batch.prepared}
+        return distort(encoders, batch.prepared, batch.present, self._config.file.robust, draws.torch)
+
+    def _loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, float]]:
+        """Every window is seen twice: as it was, and with something left out."""
+        entry, robust = self._config.file.train, self._config.file.robust
+        batch = batch.to(self._device)
+        given = batch._replace(prepared=self._distorted(batch, draws))
+        tokens, masks, truth = cut_windows(self._model, given)
+        tokens, masks = views(tokens, masks, robust, draws.torch)
         out = self._model.fusion.train_step(tokens, masks)
-        parts = {"fused": self._cross_entropy(out.logits, truth, None)}
+        right = float((out.logits[: len(truth)].argmax(1) == truth).float().mean())
+        truth = torch.cat([truth, truth])
+        parts = [self._cross_entropy(out.logits, truth, None)]
         if out.stream_logits and entry.stream_loss:
             own = [self._cross_entropy(z, truth, masks[name].amax(1)) for name, z in out.stream_logits.items()]
-            parts["streams"] = entry.stream_loss * torch.stack(own).mean()
-        parts |= out.extra_losses
-        right = float((out.logits.argmax(1) == truth).float().mean())
-        return torch.stack(list(parts.values())).sum(), {"accuracy": right}
+            parts.append(entry.stream_loss * torch.stack(own).mean())
+        if robust.distil:
+            parts.append(robust.distil * distilled(out.logits, masks))
+        if robust.balance:
+            self._balance.watch(out.stream_logits, masks, truth)
+        return torch.stack([*parts, *out.extra_losses.values()]).sum(), {"accuracy": right}
+
+    def _modulate(self, draws: Draws) -> None:
+        if self._config.file.robust.balance:
+            self._balance.apply({name: self._model.encoder(name) for name in self._model.encoders}, draws.torch)
 
     def _cross_entropy(self, logits: Tensor, truth: Tensor, weight: Tensor | None) -> Tensor:
         """The mean over windows, each weighted by its class and by ``weight``."""
