@@ -49,6 +49,20 @@ class Answers:
         inside = in_set(scores[None], self.at(member))[0]
         return [self._labels[i] for i in np.argsort(-scores, kind="stable") if inside[i]]
 
+    def judged(self, p: Array, members: Array) -> tuple[Array, Array, Array]:
+        """Of many windows what is said of one by the methods above: labels [windows], whether the model abstains
+        [windows], and the prediction sets [windows, labels], from probabilities [windows, labels] and the streams that
+        each window has [windows, streams]. A window of no stream has no label: -1, and the model abstains."""
+        label, confidence, codes = p.argmax(axis=1), p.max(axis=1), members @ self._bits
+        abstains, inside = np.ones(len(p), bool), np.zeros(p.shape, bool)
+        for code in np.unique(codes).tolist():
+            rows, stated = codes == code, self._own.get(code, self._general)
+            limits = np.array([stated.answer_above.get(name, -1.0) for name in self._labels])
+            abstains[rows] = (confidence[rows] < stated.abstain_below) | (confidence[rows] <= limits[label[rows]])
+            inside[rows] = in_set(p[rows], stated)
+        nothing = (codes == 0) | ~np.isfinite(confidence)
+        return np.where(nothing, -1, label), abstains | nothing, inside
+
     def _temperatures(self, members: Array) -> Any:
         if not self._own:
             return self._general.temperature

@@ -21,6 +21,7 @@ kind          what happens to a stream's messages                       what the
 ``freeze``    nothing from ``start_s`` to ``end_s``, then all at once   silent or late
 ``restart``   the node dies at ``at_s`` and is away for ``away_s``      dead, then a new epoch
 ``future``    a share is stamped ``ahead_ms`` into the future           rejected, beyond what the rig allows
+``noise``     payloads are disturbed (``pipeline.disturb``)             nothing: it looks at no payload
 ============= ========================================================= ============================================
 """
 
@@ -34,6 +35,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from pipeline.disturb import Disturber
 from pipeline.messages import Header, Message
 from pipeline.strict import Document, listed, nearest
 
@@ -227,7 +229,17 @@ class Future(_Fault, frozen=True, tag="future"):
         return apply
 
 
-Fault = Loss | Delay | Jitter | Reorder | Duplicate | Offset | Drift | Jump | Freeze | Restart | Future
+class Noise(_Fault, frozen=True, tag="noise"):
+    """Payloads are wrong, which nobody notices: noise that is ``level`` times as strong as the stream has varied."""
+
+    level: NotNegative
+
+    def stage(self, stream: str, random: Random) -> Callable[[Message, int], list[Item]]:
+        disturbed = Disturber(self.level, random)
+        return lambda message, at: [(disturbed(message) if self.active(at) else message, at)]
+
+
+Fault = Loss | Delay | Jitter | Reorder | Duplicate | Offset | Drift | Jump | Freeze | Restart | Future | Noise
 
 
 class FaultFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

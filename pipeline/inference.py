@@ -84,7 +84,7 @@ class Fuser:
             for name, stream in bundle.streams.items()
         }  # fmt: skip
         self._order = list(self._lanes)
-        self._answers = Answers(bundle.calibration, bundle.labels, self._order)
+        self.answers = Answers(bundle.calibration, bundle.labels, self._order)
         self._span_ns = bundle.window.steps * bundle.window.hop_ns
         self._fusion = make_fusion(bundle, self.options.threads, self.options.providers)
         self.provider = provider_in_use(self._fusion.session, self.options.providers)
@@ -105,6 +105,11 @@ class Fuser:
         """Why a stream's newest content was unusable, in words, by the bundle's names; empty if all is well."""
         return {name: lane.note for name, lane in self._lanes.items() if lane.note}
 
+    @property
+    def present(self) -> Array:
+        """Which streams have anything in the window, boolean [streams], in the bundle's order."""
+        return np.array([lane.present for lane in self._lanes.values()])
+
     def window(self) -> dict[str, tuple[Array, Array]]:
         """Each stream's part of the window by the bundle's names, copied: tokens f4 [steps, token] and mask f4 [steps],
         oldest step first. What a fusion model is trained on."""
@@ -119,13 +124,13 @@ class Fuser:
         if self._outcome is None:
             raise ValueError("there is no window before the first step")
         asked = exact_plan(len(self._order)).coalitions if members is None else members
-        asked = asked & np.array([lane.present for lane in self._lanes.values()])
+        asked = asked & self.present
         known = {row.tobytes(): i for i, row in enumerate(self._outcome.members)}
         wanted = [known.get(row.tobytes(), -1) for row in asked]
         if -1 not in wanted:
             found: Array = self._outcome.rows[wanted]
             return found
-        return self._answers.probabilities(self._fusion.logits(self._lanes, asked), asked)
+        return self.answers.probabilities(self._fusion.logits(self._lanes, asked), asked)
 
     def fingerprint(self) -> dict[str, str]:
         """What the floats of the predictions depend on beside bundle and messages."""
@@ -185,7 +190,7 @@ class Fuser:
         plan = self._plan(present)
         members = np.zeros((len(plan.coalitions), len(self._order)), bool)
         members[:, [self._order.index(name) for name in present]] = plan.coalitions
-        scores = self._answers.probabilities(self._fusion.logits(self._lanes, members), members)
+        scores = self.answers.probabilities(self._fusion.logits(self._lanes, members), members)
         label = int(np.argmax(scores[-1])) if np.isfinite(scores[-1]).all() else -1
         if not self.options.contributions or not np.isfinite(scores).all():
             return _Outcome(scores[-1], label, None, members, scores)
@@ -210,8 +215,8 @@ class Fuser:
             label=bundle.labels[outcome.label] if anything else None,
             confidence=confidence,
             scores=scores,
-            set=self._answers.prediction_set(outcome.members[-1], outcome.scores) if outcome.label >= 0 else [],
-            abstained=confidence is None or self._answers.abstains(outcome.members[-1], outcome.label, confidence),
+            set=self.answers.prediction_set(outcome.members[-1], outcome.scores) if outcome.label >= 0 else [],
+            abstained=confidence is None or self.answers.abstains(outcome.members[-1], outcome.label, confidence),
             streams={self._lanes[name].rig or name: self._report(name, manifest, outcome, faults[name])
                      for name in self._order},
             sync_uncertainty_ms=_sync_uncertainty_ms(manifest, [lane.rig for lane in self._lanes.values()]),
