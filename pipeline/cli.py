@@ -357,12 +357,42 @@ def simulate(
 
 
 @app.command()
+def evaluate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a model")],
+    recordings: Annotated[list[Path], typer.Argument(metavar="RECORDING...", help="MCAP files, or folders of them")],
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with plots to this file")] = None,
+    json: Json = False,
+    robustness: Annotated[bool, typer.Option("--robustness", help="also make each stream worse, step by step")] = False,
+    by: Annotated[str | None, typer.Option(metavar="ATTRIBUTE", help="also by who, where, which day")] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="processes that share the work")] = 1,
+    allow_code: AllowCode = False,
+) -> None:
+    """Say how good a model is on recordings whose truth is known.
+
+    With every set of its streams: accuracy, calibration, prediction sets, how often it abstains, and which labels the
+    streams that are left cannot tell apart. Intervals are over sessions. Labels are those in a recording, or in
+    X.labels.csv (start_s,end_s,label) beside X.mcap. With --robustness what loss, noise and wrong times on each stream
+    do to it, if nobody notices.
+
+    \b
+    Example:
+      sensorium evaluate models/demo recordings/demo.mcap
+      sensorium evaluate models/demo recordings/ --robustness --html report.html
+    """
+    from pipeline import commands
+
+    commands.evaluate(
+        bundle, recordings, html=html, json=json, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code
+    )
+
+
+@app.command()
 def schema(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="prediction, config, bundle or info")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="prediction, config, bundle, info or evaluation")],
 ) -> None:
     """Print the JSON Schema of a text format.
 
-    prediction and info are what programs get, config and bundle what people write.
+    prediction, info and evaluation are what programs get, config and bundle what people write.
 
     \b
     Example:

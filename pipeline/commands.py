@@ -283,6 +283,45 @@ def _running(live: dict[str, Any]) -> str:
     return f"Running now: {said}." if live else "No session runs on this machine now."
 
 
+def evaluate(
+    bundle: Path,
+    recordings: list[Path],
+    *,
+    html: Path | None,
+    json: bool,
+    robustness: bool,
+    by: str | None,
+    jobs: int,
+    allow_code: bool,
+) -> None:
+    """``sensorium evaluate``."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pipeline import evaluate as evaluating
+    from pipeline.terminal import console
+
+    out = new_file(html) if html is not None else None
+    columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+        task = bar.add_task("checking what was named", total=None)
+        found = evaluating.evaluate(
+            bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
+            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+        )  # fmt: skip
+    if out is not None:
+        from pipeline.evaluate_html import page
+
+        out.write_text(page(found), encoding="utf-8")
+    if json:
+        _print_json(found)
+    else:
+        from pipeline.evaluate_text import evaluation_text
+
+        console(sys.stdout).print(evaluation_text(found))
+    if out is not None:
+        print(f"{html}: written", file=sys.stderr)
+
+
 def print_schema(name: str) -> None:
     """``sensorium schema``."""
     from pipeline.schemas import schema

@@ -1,7 +1,7 @@
 """JSON Schemas of everything that Sensorium writes or reads as text, made from the structs that do it.
 
-So a schema cannot say other than the code does: ``prediction`` and ``info`` are what programs get, ``config`` and
-``bundle`` what people write.
+So a schema cannot say other than the code does: ``prediction``, ``info`` and ``evaluation`` are what programs
+get, ``config`` and ``bundle`` what people write.
 """
 
 from __future__ import annotations
@@ -94,11 +94,18 @@ def _bundle() -> dict[str, Any]:
     return msgspec.json.schema(ModelFile)
 
 
+def _evaluation() -> dict[str, Any]:
+    from pipeline.evaluation import Evaluation
+
+    return msgspec.json.schema(Evaluation)
+
+
 SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "prediction": _prediction,
     "config": _config,
     "bundle": _bundle,
     "info": _info,
+    "evaluation": _evaluation,
 }
 """What ``sensorium schema NAME`` can print. The modules are imported only when asked for."""
 
