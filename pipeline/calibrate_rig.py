@@ -6,26 +6,43 @@ stream whose interval holds 0 is right as far as anybody can tell, and is left a
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from pipeline.calibrate import Correction, Offset, Solution
 from pipeline.config import check_rig
 from pipeline.errors import ConfigError, RecordingError
+from pipeline.recalibrate import moved_ns
 from pipeline.recording import RecordingReader
 from pipeline.rig_edit import load_exactly, with_offset, write
 from pipeline.strict import Document
 
 
 def recorded_offsets(reader: RecordingReader) -> dict[str, float]:
-    """``offset_ms`` of the sources of the rig that made the recording; 0 for what came from elsewhere."""
+    """The offset that each stream's times have in them already: ``offset_ms`` of the sources of the rig that made the
+    recording (0 for what came from elsewhere), and what it was recalibrated by since."""
     entries: dict[str, Any] = {}
     if reader.info.rig is not None:
         try:
             entries = dict(check_rig(Document(reader.info.rig, reader.path)).rig.sources)
         except ConfigError as error:
             raise RecordingError(f"{reader.path} was made by a rig of another version: {error}") from None
-    return {name: entries[name].offset_ms if name in entries else 0.0 for name in reader.streams}
+    for entry in list(entries.values()):  # sources of other hosts lie within their host's
+        if entry.kind == "remote":
+            with contextlib.suppress(msgspec.ValidationError, KeyError):
+                entries |= msgspec.convert(entry.settings["sources"], dict[str, _Offset])
+    moved = moved_ns(reader)
+    return {
+        name: (entries[name].offset_ms if name in entries else 0.0) + moved.get(name, 0) / 1e6
+        for name in reader.streams
+    }
+
+
+class _Offset(msgspec.Struct, frozen=True):
+    offset_ms: float = 0.0
 
 
 def rig_values(solution: Solution, recorded: dict[str, float]) -> dict[str, tuple[float, float]]:

@@ -268,6 +268,34 @@ def calibrate(
 
 
 @app.command()
+def recalibrate(
+    recording: Recording,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="NEW", help="the MCAP file to write")],
+    offsets: Annotated[
+        list[str] | None,
+        typer.Option("--offset", metavar="STREAM=MS[,MS]", help="add this to a stream's times, and so unsure is it"),
+    ] = None,
+    find: Annotated[bool, typer.Option("--find", help="the offsets that `calibrate` finds in this recording")] = False,
+    refit: Annotated[
+        list[str] | None, typer.Option(metavar="STREAM", help="fit its clock again over the whole session; `all`")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Give an old recording better times; the original stays.
+
+    From the raw stamps in its headers: a constant offset that is known by now, or a device's clock fitted again over
+    the whole session. Windows and predictions came from the old times and are left out; `replay` makes them again.
+
+    \b
+    Example:
+      sensorium recalibrate session.mcap -o better.mcap --offset imu=-80 --refit camera
+    """
+    from pipeline import commands
+
+    commands.recalibrate(recording, out, offsets or [], find=find, refit=refit or [], json=json)
+
+
+@app.command()
 def train(
     file: Annotated[Path, typer.Argument(metavar="TRAIN.yaml", help="which sessions, window, streams, and how")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="BUNDLE", help="the folder to write")],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError, SensoriumError
+from pipeline.errors import ConfigError, RecordingError, SensoriumError
 from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import listed, nearest
 
@@ -423,6 +423,42 @@ def calibrate(
     if rig is not None:
         written = apply(rig, solution, recorded)
         print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
+
+
+def recalibrate(
+    recording: Path, out: Path, offsets: list[str], *, find: bool, refit: list[str], json: bool
+) -> None:
+    """``sensorium recalibrate``."""
+    from pipeline.recalibrate import Shift, asked_shifts
+    from pipeline.recalibrate import recalibrate as recalibrating
+    from pipeline.recording import RecordingReader
+    from pipeline.reports import recalibration_text
+    from pipeline.terminal import console
+
+    screen = console(sys.stderr)
+    with RecordingReader(existing(recording)) as reader, screen.status("reading") as status:
+        found: dict[str, Shift] = {}
+        if find:
+            from pipeline import calibrate as calibrating
+
+            solution = calibrating.solve(calibrating.calibrate(reader))
+            if not solution.corrections:
+                raise RecordingError(f"{recording}: {solution.contradiction or 'no offset could be decided'}.")
+            found = {
+                name: Shift(offset_ns=one.offset_ns, uncertainty_ns=one.uncertainty_ns)
+                for name, one in solution.corrections.items()
+                if abs(one.offset_ns) > one.uncertainty_ns
+            }
+        shifts = asked_shifts(reader, offsets, refit, found)
+        if not shifts:
+            raise ConfigError("say what to correct: --offset STREAM=MS, --find, --refit STREAM, or several of them.")
+        made = recalibrating(
+            reader, new_file(out), shifts, lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s")
+        )
+    if json:
+        _print_json(made)
+    else:
+        console(sys.stdout).print(recalibration_text(made))
 
 
 def train(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what is reported on is not loaded to report on something el
     from pipeline.calibrate import Offset
     from pipeline.devices import Place
     from pipeline.plan import Plan
+    from pipeline.recalibrate import Recalibration
     from pipeline.verify import Verification
 
 
@@ -182,6 +183,28 @@ def calibration_text(
         return Group(table, Text(), Text("nothing to set in a rig"))
     said = [Text(f"  {name}: {{…, {text}}}") for name, text in lines.items()]
     return Group(table, Text(), Text(f"for the rig, if the times of {reference} are right:\nsources:"), *said)
+
+
+def recalibration_text(made: Recalibration) -> RenderableType:
+    """What ``recalibrate`` says to a person: what moved by how much, and what is not in the new recording."""
+    table = numbers("stream, ms", ("offset", "moved p50", "least", "most", "uncertainty before", "after"))
+    table.add_column("")
+    for name, change in made.streams.items():
+        moved, doubt = change.shift_ms, change.uncertainty_ms
+        cells = [change.offset_ms, moved["p50"], moved["min"], moved["max"]]
+        words = change.left and f"not refitted: {change.left}"
+        table.add_row(
+            name, *(f"{ms:+.2f}" for ms in cells), number(doubt["before"], 2), number(doubt["after"], 2),
+            words or ("refitted" if change.refitted else ""),
+        )  # fmt: skip
+    lines = [Text(), Text(f"{made.out}: done; {made.recording} is as it was")]
+    if made.dropped:
+        what = " and ".join(f"{count} {DROPPED[topic]}" for topic, count in made.dropped.items())
+        lines.append(Text(f"left out, for they came from the old times: {what}; `sensorium replay` makes them again"))
+    return Group(table, *lines)
+
+
+DROPPED = {"manifest": "windows", "prediction": "predictions", "gap": "gaps between windows"}
 
 
 def numbers(first: str, rest: Iterable[str]) -> Table:

@@ -25,8 +25,8 @@ from pipeline.schemas import schema
 from tests.conftest import ROOT
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
-COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "import",
-            "schema", "node")  # fmt: skip
+COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "recalibrate",
+            "import", "schema", "keys", "node")  # fmt: skip
 PATIENCE_S = 60
 
 RIG = f"""
