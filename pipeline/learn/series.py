@@ -8,6 +8,8 @@ statistics of each channel go into the token.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -15,6 +17,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ConfigError
 from pipeline.learn.blocks import TINY, Moments, Normalise, ResidualNet, pooled, statistics
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
@@ -29,21 +32,29 @@ class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     which the samples of a step are stretched where the stream is not resampled. ``differences`` adds first differences,
     ``statistics`` plain statistics of each channel.
 
+    ``stride`` is the network's first (0: so that it looks at about 128 points).
+
     Augmentation in training: ``warp`` (share of the length that may be cut off at either end, the rest being
-    stretched), ``scale`` (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise relative to the standard
-    deviation)."""
+    stretched), ``bend`` (how unevenly time may pass in between: 0.5 is up to about half as fast again), ``scale``
+    (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise relative to the standard deviation), ``hide``
+    (greatest share of a step that stands still at its mean), ``thin`` (greatest share of samples that are lost and
+    bridged by straight lines, in one step of four)."""
 
     widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
     kernel: Count = 5
     dropout: Share = 0.1
     halve: bool = True
+    stride: Annotated[int, msgspec.Meta(ge=0)] = 0
     points: Annotated[int, msgspec.Meta(ge=2)] = 32
     differences: bool = True
     statistics: bool = True
     warp: Annotated[float, msgspec.Meta(ge=0, le=0.4)] = 0.0
+    bend: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     scale: Share = 0.0
     turn_deg: Range = 0.0
     jitter: Range = 0.0
+    hide: Share = 0.0
+    thin: Share = 0.0
 
 
 class ImuSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,12 +67,15 @@ class ImuSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_on
 class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``dims``: channels a point, for channels that are the coordinates of points (3 for a skeleton). Then ``origin``
     is the point that the others are relative to, ``pairs`` are points whose distance is a channel, and ``axis`` the
-    coordinate about which ``turn_deg`` rotates."""
+    coordinate about which ``turn_deg`` rotates. With ``parents``, the point that each hangs on (-1: on none), each
+    link's length varies in training by ``limbs`` (relative standard deviation), as it does from person to person."""
 
     dims: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     origin: Annotated[int, msgspec.Meta(ge=0)] | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
+    parents: tuple[int, ...] = ()
+    limbs: Range = 0.0
 
 
 class SeriesEncoder(StreamEncoder):
@@ -80,7 +94,7 @@ class SeriesEncoder(StreamEncoder):
         self.normalise = Normalise(known * (2 if settings.differences else 1), 1)
         self.raw = Normalise(channels, 1)
         features = self.normalise.mean.shape[1]
-        stride = max(1, self.points // 128)
+        stride = settings.stride or max(1, self.points // 128)
         self.net = ResidualNet(
             1, features + 1, settings.widths, settings.kernel, settings.dropout, stride=stride, halve=settings.halve
         )
@@ -143,12 +157,16 @@ class SeriesEncoder(StreamEncoder):
     def augment(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
         settings, lots = self.settings, len(prepared)
         values, valid = prepared[:, :, :-1], prepared[:, :, -1:]
-        if settings.warp:
+        if settings.warp or settings.bend:
             values, valid = self._warped(values, valid, generator)
+        if settings.thin:
+            values = self._thinned(values, generator)
         if settings.turn_deg:
             values = self._turned(values, generator)
         if settings.scale:
-            values = values * uniform((lots, 1, 1, 1), 1 - settings.scale, 1 + settings.scale, generator, values)
+            values = values * self._scales(lots, generator, values)
+        if settings.hide:
+            values = self._hidden(values, generator)
         if settings.jitter:
             noise = normal(tuple(values.shape), generator, values) * self.raw.scale
             values = values + settings.jitter * noise
@@ -159,7 +177,10 @@ class SeriesEncoder(StreamEncoder):
         lots, warp, last = len(values), self.settings.warp, self.points - 1
         first = uniform((lots, 1), 0, warp, generator, values) * last
         end = last - uniform((lots, 1), 0, warp, generator, values) * last
-        at = first + (end - first) * torch.linspace(0, 1, self.points).to(values)
+        share = torch.linspace(0, 1, self.points).to(values)
+        sway = uniform((lots, 2), -1, 1, generator, values) * self.settings.bend / (2 * math.pi)
+        bent = share + sway[:, :1] * (math.pi * share).sin() + sway[:, 1:] * (2 * math.pi * share).sin()
+        at = first + (end - first) * bent.clamp(0, 1)
         left = at.floor().long().clamp(max=last - 1)
         part = (at - left)[:, None, None]
         both = torch.cat([values, valid], 2)
@@ -167,6 +188,32 @@ class SeriesEncoder(StreamEncoder):
         before, after = both.gather(3, index), both.gather(3, index + 1)
         there = before[:, :, -1:] * after[:, :, -1:]
         return ((1 - part) * before + part * after)[:, :, :-1] * there, there
+
+    def _thinned(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Samples lost without a trace, and straight lines in their place."""
+        lots, points = len(values), self.points
+        share = uniform((lots, 1), -3 * self.settings.thin, self.settings.thin, generator, values)
+        kept = uniform((lots, points), 0, 1, generator, values) >= share
+        kept[:, 0] = kept[:, -1] = True
+        place = torch.arange(points).to(values.device).expand(lots, points)
+        left = torch.where(kept, place, 0).cummax(1).values
+        right = torch.where(kept, place, points - 1).flip(1).cummin(1).values.flip(1)
+        part = ((place - left) / (right - left).clamp(min=1))[:, None, None]
+        before, after = (values.gather(3, i[:, None, None].expand_as(values)) for i in (left, right))
+        return (1 - part) * before + part * after
+
+    def _hidden(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """A stretch of each step at the step's mean."""
+        lots = len(values)
+        length = uniform((lots, 1), 0, self.settings.hide, generator, values)
+        start = uniform((lots, 1), 0, 1, generator, values) * (1 - length)
+        share = torch.linspace(0, 1, self.points).to(values)
+        hit = ((share >= start) & (share < start + length))[:, None, None]
+        return torch.where(hit, values.mean(3, keepdim=True), values)
+
+    def _scales(self, lots: int, generator: torch.Generator, like: Tensor) -> Tensor:
+        """Factors for the channels of each chunk."""
+        return uniform((lots, 1, 1, 1), 1 - self.settings.scale, 1 + self.settings.scale, generator, like)
 
     def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """The values in a turned frame of reference; a plain signal has none."""
@@ -209,6 +256,11 @@ class ImuEncoder(SeriesEncoder):
             parts += [along, turning, length(across), length(tilting), length(accel), length(gyro)]
         return torch.cat(parts, 1), valid
 
+    def _scales(self, lots: int, generator: torch.Generator, like: Tensor) -> Tensor:
+        """The two sensors are apart."""
+        both = uniform((lots, 1, 2, 1), 1 - self.settings.scale, 1 + self.settings.scale, generator, like)
+        return both.repeat_interleave(3, 2)
+
     def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         lots = len(values)
         axis = nn.functional.normalize(normal((lots, 3), generator, values), dim=1)
@@ -221,6 +273,10 @@ class SignalEncoder(SeriesEncoder):
     """Any channels; those of points may be made relative to one of them, turned, and measured against each other."""
 
     settings: SignalSettings
+
+    def __init__(self, settings: SignalSettings, channels: int, points: int, token: int) -> None:
+        _check_points(settings, channels)
+        super().__init__(settings, channels, points, token)
 
     def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         dims = self.settings.dims
@@ -242,11 +298,43 @@ class SignalEncoder(SeriesEncoder):
         dims, lots = self.settings.dims, len(values)
         if dims < 2:
             return values
+        if self.settings.parents and self.settings.limbs:
+            values = self._grown(values, generator)
         axis = torch.zeros(lots, 3).to(values)
         axis[:, self.settings.axis if dims == 3 else 2] = 1
         angle = torch.deg2rad(uniform((lots, 1), -1, 1, generator, values) * self.settings.turn_deg)
         turn = rotation(axis, angle)[:, None, None, :dims, :dims]
         return (turn @ torch.unflatten(values, 2, (-1, dims))).flatten(2, 3)
+
+    def _grown(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Another person's: every link longer or shorter by a share."""
+        parents, dims = self.settings.parents, self.settings.dims
+        n = len(parents)
+        link = torch.eye(n)
+        for point, parent in enumerate(parents):
+            if parent >= 0:
+                link[point, parent] = -1.0
+        grow = 1 + self.settings.limbs * normal((len(values), n), generator, values)
+        roots = torch.tensor([parent < 0 for parent in parents], device=values.device)
+        grow = torch.where(roots, 1.0, grow)
+        change = torch.linalg.inv(link).to(values) @ (grow[:, :, None] * link.to(values))
+        return torch.einsum("bij,bljct->blict", change, values.unflatten(2, (n, dims))).flatten(2, 3)
+
+
+def _check_points(settings: SignalSettings, channels: int) -> None:
+    dims, origin = settings.dims, () if settings.origin is None else (settings.origin,)
+    named = [*origin, *itertools.chain(*settings.pairs), *(p for p in settings.parents if p != -1)]
+    if not dims and named:
+        raise ConfigError("`origin` and `pairs` name points, so that `dims` (channels a point) is needed beside them.")
+    if dims and channels % dims:
+        raise ConfigError(f"{channels} channels are no points of {dims}; give the signal's `dims` rightly, or none.")
+    if settings.parents and len(settings.parents) * dims != channels:
+        raise ConfigError(
+            f"`parents` names {len(settings.parents)} points, but {channels} channels are {channels // max(dims, 1)} "
+            "points; give each its parent, or -1."
+        )
+    if dims and (wrong := [n for n in named if not 0 <= n < channels // dims]):
+        raise ConfigError(f"`{wrong[0]}` is none of the points 0 to {channels // dims - 1} of {channels} channels.")
 
 
 def length(vectors: Tensor) -> Tensor:
