@@ -14,10 +14,10 @@ import msgspec
 
 from pipeline.align import Aligner, AlignSpec, Manifest, Resample, Step
 from pipeline.errors import WireError
-from pipeline.life import AlignReport, Life, Mark, Order, Report
+from pipeline.life import Accounts, AlignReport, Life, Mark, Order, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops, wait_for_readers
-from pipeline.steps import GAP, STEP, Gap, encode_step
+from pipeline.steps import ACCOUNT, GAP, STEP, Gap, encode_step
 from pipeline.transport import Bus, Lossless, Publisher, Received, ZmqBus
 
 PATIENCE_NS = 20_000_000
@@ -87,7 +87,10 @@ class Align:
             self._close(order)
         self._tick()
         if self.life.due:
-            self.life.report(self._report())
+            report = self._report()
+            self.life.report(report)
+            accounts = Accounts(now_ns=self.clock.now_ns(), streams=report.aligned)
+            self.publisher.publish_json(ACCOUNT, msgspec.json.encode(accounts))
 
     def _tick(self) -> None:
         if not self.finished:

@@ -214,9 +214,11 @@ def info(recording: Recording, json: Json = False) -> None:
 
 @app.command()
 def explain(
-    recording: Recording,
+    recording: Annotated[Path | None, typer.Argument(metavar="[RECORDING]", help="else a session that runs")] = None,
     window: Annotated[int | None, typer.Option("--window", metavar="N", help="what window N was made of")] = None,
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
+    session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
+    count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="a running session, N times")] = None,
     json: Json = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -225,15 +227,23 @@ def explain(
     Per stream: sent, lost, used, late and so on; rates, jitter, delays; which stream the windows waited for, and how
     long. With --window the messages that one window was made of, and why something is missing in it.
 
+    Without a recording: of the session that runs here, once a second on a terminal or with --json, else once.
+
     \b
     Example:
       sensorium explain session.mcap
       sensorium explain session.mcap --window 40
       sensorium explain recordings/demo.mcap --bundle models/demo --json
+      sensorium explain --session 20260105T101500-3fd1
     """
     from pipeline import commands
 
-    commands.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
+    if recording is None:
+        commands.explain_running(session, window=window, count=count, json=json)
+    elif session is not None or count is not None:
+        raise ConfigError("a recording is explained once, and is no session that runs; leave one of them out.")
+    else:
+        commands.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
 
 
 @app.command()

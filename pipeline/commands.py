@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.align import AlignSpec
     from pipeline.config import RecordEntry, RigFile
     from pipeline.recording import RecordingReader
+    from pipeline.status import SessionRef
 
 
 SILENT_NS = 3_000_000_000
@@ -212,6 +213,43 @@ def explain(recording: Path, bundle: Path | None, *, window: int | None, json: b
         console(sys.stdout).print(explanation_text(found) if window is None else window_text(found))
 
 
+def explain_running(session: str | None, *, window: int | None, count: int | None, json: bool) -> None:
+    """``sensorium explain`` on a session that runs."""
+    from rich.live import Live
+
+    from pipeline.clock import SystemClock
+    from pipeline.explain_live import Attached
+    from pipeline.findings import explanation_text, window_text
+    from pipeline.terminal import console
+
+    ref = _live(session)
+    screen = console(sys.stdout)
+    steady = screen.is_terminal and not json and window is None
+    count = count if json or steady or count else 1
+    with Attached(ref) as attached, ExitStack() as stack, suppress(KeyboardInterrupt):
+        live = stack.enter_context(Live(console=screen, auto_refresh=False)) if steady else None
+        if window is not None:
+            found = attached.window(window)
+            _print_json(found) if json else screen.print(window_text(found))
+            return
+        shown = 0
+        while Path(ref.dir).exists() and (count is None or shown < count):
+            second = SystemClock()
+            while second.now_ns() < EXPLAIN_EVERY_NS:
+                attached.turn()
+            said = attached.explanation()
+            shown += 1
+            if live is not None:
+                live.update(explanation_text(said), refresh=True)
+            elif json:
+                print(msgspec.json.encode(said).decode(), flush=True)
+            else:
+                screen.print(explanation_text(said))
+
+
+EXPLAIN_EVERY_NS = 1_000_000_000
+
+
 def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, allow_code: bool) -> AlignSpec | None:
     """The rules and limits of the session's windows, or of the bundle's that is named; None if nobody knows them."""
     from pipeline.bundle import load_bundle
@@ -265,17 +303,22 @@ def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: i
 def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path | None]:
     """A title, the endpoint given or that of the session meant, and the folder that is gone when that session is over.
     Raises ConfigError."""
-    from pipeline.launch import live_sessions
-
     if endpoint is not None:
         return endpoint, endpoint, None
+    found = _live(session)
+    return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
+
+
+def _live(session: str | None) -> SessionRef:
+    """The session that runs on this machine: the only one, or that of this name. Raises ConfigError."""
+    from pipeline.launch import live_sessions
+
     live = {found.id: found for found in live_sessions()}
     if session is not None and session not in live:
         raise ConfigError(f"no session `{session}` runs here.{nearest(session, live)} {_running(live)}")
     if session is None and len(live) != 1:
         raise ConfigError(f"{_running(live)} Name one with --session, or start one: sensorium run RIG.")
-    found = live[session] if session is not None else next(iter(live.values()))
-    return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
+    return live[session] if session is not None else next(iter(live.values()))
 
 
 def _running(live: dict[str, Any]) -> str:

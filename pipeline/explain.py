@@ -32,7 +32,7 @@ PLACES = ("used", "late", "superseded", "duplicate", "rejected", "buffered")
 """Where a message that was received can have gone."""
 _NEVER = 1 << 62
 _JITTERY_NS = 10_000_000
-Source = Literal["live", "event time", "messages"]
+Source = Literal["live", "running", "event time", "messages"]
 Key = tuple[int, int]
 """(epoch, number)"""
 
@@ -80,7 +80,8 @@ class Explanation(msgspec.Struct, kw_only=True):
     session: str
     complete: bool
     source: Source
-    """Where the windows come from: the live session, event time, or there are none."""
+    """Where the windows come from: the live session, one that still runs (its last half minute), event time, or there
+    are none."""
     windows: int
     causes: dict[str, int]
     wait_ms: Spread | None
@@ -136,7 +137,7 @@ class Session:
     @property
     def live(self) -> bool:
         """Whether the windows are those of the live session, which had to wait."""
-        return self.source == "live"
+        return self.source in ("live", "running")
 
 
 def _windows(reader: RecordingReader, spec: AlignSpec | None) -> tuple[list[Manifest], Source]:
@@ -164,7 +165,7 @@ def latency_ms(predictions: Iterable[Prediction]) -> dict[str, dict[str, float]]
 
 def explain(session: Session) -> Explanation:
     """The account of a whole session."""
-    waits = _waits(session)
+    waits = waits_of(session)
     lags = [manifest.emitted_ns - manifest.end_ns for manifest in session.manifests] if session.live else []
     return Explanation(
         session=session.info.session,
@@ -251,7 +252,8 @@ def _moved_at(session: Session, stream: str, manifest: Manifest) -> int:
     return _NEVER if heard is None or bound_ns is None else heard.first_bound.get(bound_ns, _NEVER)
 
 
-def _waits(session: Session) -> dict[str, list[int]]:
+def waits_of(session: Session) -> dict[str, list[int]]:
+    """By stream, how long after their end those windows were final that waited for it, ns."""
     waits: dict[str, list[int]] = {}
     for manifest in session.manifests:
         for name in waited_for(session, manifest):

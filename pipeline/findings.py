@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SOURCES = {
     "live": "as the live session made them",
+    "running": "of the last half minute of a running session",
     "event time": "made again by event time",
     "messages": "none: its session ran without a model; name one with --bundle",
 }

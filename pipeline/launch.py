@@ -96,7 +96,11 @@ class Session:
         endpoint_path(self.dir, "m" * 32)  # the longest name of a source: too long a folder is found before the start
         place, ref = (
             Place(self.id, self.dir, self.clock.origin),
-            SessionRef(self.id, str(self.dir), self.rig.name, self.predictions),
+            SessionRef(
+                self.id, str(self.dir), self.rig.name, self.predictions,
+                streams={stream: self.plan.node_of(stream) for stream in self.plan.streams},
+                model=self.plan.align is not None,
+            ),
         )
         self._supervisor = Supervisor(self.plan, place, ref, self.clock, on_event)
         self._thread: threading.Thread | None = None

@@ -87,6 +87,13 @@ class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     rejected: dict[str, int] = {}
 
 
+class Accounts(msgspec.Struct, kw_only=True):
+    """What the aligner says of all streams at a moment of session time."""
+
+    now_ns: int
+    streams: dict[str, AlignReport]
+
+
 State = Literal["starting", "loaded", "waiting", "ready", "ended"]
 
 

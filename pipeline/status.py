@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from pipeline.child import Child, NodeState
+from pipeline.clock import Origin
 from pipeline.life import AlignReport, SourceReport
 
 What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed"]
@@ -74,6 +75,12 @@ class SessionRef(msgspec.Struct, frozen=True):
     dir: str
     rig: str
     predictions: str
+    streams: dict[str, str] = {}
+    """The streams, and the node that publishes each."""
+    model: bool = False
+    """Whether windows are made, and predictions from them."""
+    origin: Origin | None = None
+    """Where the session's time 0 lies; None until it has begun."""
 
 
 def node_status(child: Child) -> NodeStatus:

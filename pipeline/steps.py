@@ -18,6 +18,8 @@ from pipeline.errors import WireError
 
 STEP = "step"
 """The topic of steps on the align node's socket."""
+ACCOUNT = "account"
+"""The topic on which the align node says what became of every message; a JSON object ``pipeline.life.Accounts``."""
 GAP = "gap"
 """The topic on which a restarted align node names the steps that it will never publish, and the fusion node the
 windows; a JSON object ``Gap``."""

@@ -98,8 +98,14 @@ class Supervisor:
         remove_leftovers(path.parent)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = SessionFolder(path)
-        (path / "session.json").write_bytes(msgspec.json.encode(self.ref))
+        self._publish_ref(path)
         return folder
+
+    def _publish_ref(self, folder: Path) -> None:
+        """Says where the session is, whole or not at all."""
+        new = folder / ".session.json"
+        new.write_bytes(msgspec.json.encode(self.ref))
+        new.replace(folder / "session.json")
 
     def _watch(self, place: Place) -> None:
         """From the first node's start until the session is over or is to be stopped."""
@@ -130,6 +136,8 @@ class Supervisor:
         self._begun = True
         origin = Origin.now()
         self.session_clock.begin(origin)
+        self.ref = msgspec.structs.replace(self.ref, origin=origin)
+        self._publish_ref(self.place.folder)
         for child in self.children.values():
             child.spec = msgspec.structs.replace(child.spec, origin=origin, begun=True)
             child.tell(Order(do="begin", origin=origin))

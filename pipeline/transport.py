@@ -70,6 +70,7 @@ __all__ = [
     "load_curve_client",
     "load_curve_server",
     "make_curve_keys",
+    "observe",
     "remove_leftovers",
     "subscribe_json",
 ]
@@ -456,6 +457,35 @@ class LinkClient:
         """Idempotent."""
         self._socket.close()
         self._context.term()
+
+
+class _OwnInlet(_ZmqInlet):
+    """An inlet with a context of its own."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
+        super().__init__(socket)
+        self._context = context
+
+    def close(self) -> None:
+        super().close()
+        self._context.destroy(0)
+
+
+def observe(
+    session_dir: Path,
+    streams: Mapping[str, Mapping[str, Delivery]],
+    topics: Mapping[str, Mapping[str, Delivery]],
+) -> Subscriber:
+    """Watches a session of this host from outside of it: headers, and topics that are no streams. Whoever watches takes
+    no slot and holds nothing of the session; close it."""
+    join = new_join("observer", streams, False)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = _sub(context)
+    for endpoint in dict.fromkeys((*streams, *topics)):
+        socket.connect(endpoint_path(session_dir, endpoint))
+    for topic in subscriptions(join, streams, topics)[:-1]:  # the last would join
+        socket.subscribe(topic)
+    return Subscriber(_OwnInlet(context, socket), join, merged(streams), merged(topics), Segment.attach)
 
 
 def _json_object(data: bytes) -> dict[str, Any] | None:
