@@ -25,6 +25,7 @@ learned queries (``Summary``) makes summaries of a fixed number, and only these 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -109,52 +110,88 @@ class Condense(nn.Module):
         return torch.cat(means, 1), torch.cat(shares, 1)
 
 
-class Change(nn.Module):
-    """A residual block over time: each channel is convolved along the parts, then channels mix. Parts without content
-    stay zeros."""
+class Each(nn.Module):
+    """A linear layer of its own for each of M streams, all at once: [M, ..., n] to [M, ..., m]."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, streams: int, inner: int, outer: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.along = nn.Conv1d(width, width, 5, padding=2, groups=width)
-        self.mix = nn.Sequential(nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width))
+        bound = inner**-0.5  # as torch.nn.Linear begins
+        self.weight = nn.Parameter(torch.empty(streams, inner, outer).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(streams, 1, outer).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return x @ self.weight + self.bias
+        return torch.unflatten(x.flatten(1, 2) @ self.weight + self.bias, 1, (-1, x.shape[2]))
+
+
+def normed(x: Tensor) -> Tensor:
+    """Layer normalisation without weights; the layer that follows has them."""
+    return functional.layer_norm(x, (x.shape[-1],))
+
+
+class Change(nn.Module):
+    """A residual block over time, [M, B, P, width]: each channel is convolved along the parts, then channels mix. Parts
+    without content stay zeros."""
+
+    def __init__(self, streams: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.width, channels = width, streams * width
+        self.along = nn.Conv1d(channels, channels, 5, padding=2, groups=channels)
+        self.drop = nn.Dropout(dropout)
+        self.mix = Each(streams, width, width)
 
     def forward(self, x: Tensor, known: Tensor) -> Tensor:
-        inner = self.along((self.norm(x) * known).transpose(1, 2)).transpose(1, 2)
-        found: Tensor = (x + self.mix(inner)) * known
+        inner = self.along((normed(x) * known).permute(1, 0, 3, 2).flatten(1, 2))
+        inner = torch.unflatten(inner, 1, (-1, self.width)).permute(1, 0, 3, 2)
+        found: Tensor = (x + self.mix(self.drop(functional.relu(inner)))) * known
         return found
 
 
 class Summary(nn.Module):
-    """Parts [B, P, width] with their shares [B, P] to ``queries`` summaries, flat [B, queries * width], by attention
-    with learned queries that know how old each part is."""
+    """Parts [M, B, P, width] with their shares [M, B, P] to ``queries`` summaries of each stream, flat [M, B, queries *
+    width], by attention with learned queries that know how old each part is."""
 
-    def __init__(self, width: int, queries: int, parts: int, blocks: int, dropout: float) -> None:
+    def __init__(self, streams: int, settings: FusionSettings, parts: int, blocks: int) -> None:
         super().__init__()
-        self.when = nn.Parameter(torch.randn(parts, width) * 0.1)
-        self.share = nn.Parameter(torch.randn(width) * 0.1)
-        self.blocks = nn.ModuleList(Change(width, dropout) for _ in range(blocks))
-        self.query = nn.Linear(width, queries)
-        self.age = nn.Parameter(torch.zeros(parts, queries))
+        width, queries = settings.width, settings.queries
+        self.when = nn.Parameter(torch.randn(streams, 1, parts, width) * 0.1)
+        self.share = nn.Parameter(torch.randn(streams, 1, 1, width) * 0.1)
+        self.blocks = nn.ModuleList(Change(streams, width, settings.dropout) for _ in range(blocks))
+        self.query = Each(streams, width, queries)
+        self.age = nn.Parameter(torch.zeros(streams, 1, parts, queries))
 
     def forward(self, x: Tensor, shares: Tensor) -> Tensor:
         known = (shares > 0).to(x)[..., None]
         x = (x + self.when + shares[..., None] * self.share) * known
         for block in self.blocks:
             x = block(x, known)
-        scores = self.query(x) + self.age + (1 - known) * HIDDEN
-        weights = scores.softmax(1) * known
-        found: Tensor = (weights.transpose(1, 2) @ x).flatten(1)
+        weights = (self.query(x) + self.age + (1 - known) * HIDDEN).softmax(2) * known
+        found: Tensor = (weights.transpose(2, 3) @ x).flatten(2)
         return found
 
 
-class Head(nn.Sequential):
-    """Summaries to evidence [B, K]."""
+class Perceptron(nn.Module):
+    """Two layers for each of M streams, [M, B, n] to [M, B, m]."""
 
-    def __init__(self, inner: int, width: int, labels: int, dropout: float) -> None:
-        super().__init__(
-            nn.LayerNorm(inner), nn.Linear(inner, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, labels)
-        )
+    def __init__(self, streams: int, inner: int, hidden: int, outer: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second = Each(streams, inner, hidden), Each(streams, hidden, outer)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(self.drop(functional.relu(self.first(x))))
+        return found
+
+
+class Found(NamedTuple):
+    """Logits [B, K]; and where a strategy has them, for each stream: its evidence [M, B, K], its reliability [M, B, 1],
+    and how far its summary is from what was expected [M, B, 1]."""
+
+    logits: Tensor
+    evidence: Tensor | None = None
+    reliability: Tensor | None = None
+    off: Tensor | None = None
 
 
 class Fusion(nn.Module):
@@ -166,7 +203,7 @@ class Fusion(nn.Module):
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__()
         self.tokens, self.steps, self.labels, self.settings = dict(tokens), steps, labels, settings
-        self.register_buffer("log_prior", torch.full((labels,), -torch.tensor(float(labels)).log().item()))
+        self.register_buffer("log_prior", torch.full((labels,), -math.log(labels)))
         self.condense = Condense(steps, settings.fine)
         self.enter = nn.ModuleDict(
             {name: nn.Sequential(nn.LayerNorm(n), nn.Linear(n, settings.width)) for name, n in tokens.items()}
@@ -180,19 +217,37 @@ class Fusion(nn.Module):
 
     def forward(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, K]."""
-        return self.train_step(tokens, masks).logits
+        return self.fused(*self._parts(tokens, masks)).logits
 
     def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
         """Logits, and what else there is to learn from."""
+        x, shares = self._parts(tokens, masks)
+        found, names = self.fused(x, shares), list(self.tokens)
+        alone: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+        if found.evidence is not None and found.reliability is not None:
+            alone = dict(zip(names, self.log_prior + found.evidence, strict=True))
+            weights = dict(zip(names, found.reliability[..., 0], strict=True))
+        if found.off is not None:
+            there = shares.amax(2) > 0
+            counts = there & (there.sum(0) > 1)
+            losses["impute"] = (found.off[..., 0] * counts).sum() / counts.sum().clamp(min=1)
+        return FusionOut(found.logits, alone, weights, losses)
+
+    def fused(self, x: Tensor, shares: Tensor) -> Found:
+        """What parts [M, B, P, width] with their shares [M, B, P] say, streams in order."""
         raise NotImplementedError
 
-    def _parts(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each stream's parts, in the common width, zeros where there is nothing, and their shares."""
-        found = {}
+    def _parts(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The streams' parts in the common width [M, B, P, width], zeros where there is nothing; shares [M, B, P]."""
+        found, shares = [], []
         for name, enter in self.enter.items():
-            means, shares = self.condense(tokens[name], masks[name])
-            found[name] = (enter(means) * (shares > 0).to(means)[..., None], shares)
-        return found
+            means, share = self.condense(tokens[name], masks[name])
+            found.append(enter(means))
+            shares.append(share)
+        share = torch.stack(shares)
+        return torch.stack(found) * (share > 0).to(share)[..., None], share
 
 
 class EarlyFusion(Fusion):
@@ -203,37 +258,16 @@ class EarlyFusion(Fusion):
         s = settings
         self.there = nn.Linear(len(self.tokens), s.width, bias=False)
         self.joined = nn.Sequential(nn.ReLU(), nn.Dropout(s.dropout), nn.Linear(s.width, s.width))
-        self.summary = Summary(s.width, s.queries, self.condense.parts, 2, s.dropout)
-        self.head = Head(s.queries * s.width, s.width, labels, s.dropout)
+        self.summary = Summary(1, s, self.condense.parts, 2)
+        self.head = Perceptron(1, s.queries * s.width, s.width, labels, s.dropout)
 
-    def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
-        parts = self._parts(tokens, masks)
-        shares = torch.stack([share for _, share in parts.values()], 2)
+    def fused(self, x: Tensor, shares: Tensor) -> Found:
         # A joined vector times a matrix is the sum of its parts' products.
-        both = torch.stack([x for x, _ in parts.values()]).sum(0) + self.there(shares)
-        some = shares.amax(2)
-        evidence = self.head(self.summary(self.joined(both) * (some > 0).to(both)[..., None], some))
-        present = (some.amax(1, keepdim=True) > 0).to(evidence)
-        return FusionOut(self.log_prior + evidence * present, {}, {}, {})
-
-
-class Expect(nn.Module):
-    """What each stream's summary should be, given those of the others that are there."""
-
-    def __init__(self, names: Sequence[str], size: int, width: int) -> None:
-        super().__init__()
-        self.read = nn.ModuleDict({name: nn.Linear(size, width) for name in names})
-        self.write = nn.ModuleDict({name: _perceptron(width, width, size) for name in names})
-
-    def forward(self, summaries: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        read = {name: layer(summaries[name]) * present[name] for name, layer in self.read.items()}
-        total, count = torch.stack(list(read.values())).sum(0), torch.stack(list(present.values())).sum(0)
-        others = {name: (total - r) / (count - present[name]).clamp(min=1) for name, r in read.items()}
-        return {name: layer(others[name]) for name, layer in self.write.items()}
-
-
-def _perceptron(inner: int, hidden: int, outer: int) -> nn.Sequential:
-    return nn.Sequential(nn.ReLU(), nn.Linear(inner, hidden), nn.ReLU(), nn.Linear(hidden, outer))
+        joined = self.joined(x.sum(0) + self.there(shares.permute(1, 2, 0)))
+        some = shares.amax(0)
+        summary = self.summary((joined * (some > 0).to(joined)[..., None])[None], some[None])
+        evidence = self.head(normed(summary))[0]
+        return Found(self.log_prior + evidence * (some.amax(1, keepdim=True) > 0).to(evidence))
 
 
 class LateFusion(Fusion):
@@ -241,61 +275,41 @@ class LateFusion(Fusion):
 
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__(tokens, steps, labels, settings)
-        s, size = settings, settings.queries * settings.width
-        self.summary = nn.ModuleDict(
-            {name: Summary(s.width, s.queries, self.condense.parts, 1, s.dropout) for name in self.tokens}
-        )
-        self.head = nn.ModuleDict({name: Head(size, s.width, labels, s.dropout) for name in self.tokens})
-        self.trust = nn.ModuleDict(
-            {name: nn.Sequential(nn.Linear(size + 5, 32), nn.ReLU(), nn.Linear(32, 1)) for name in self.tokens}
-        )
-        for trust in self.trust.values():  # all are trusted to begin with
-            nn.init.zeros_(trust[-1].weight)  # type: ignore[index]
-            nn.init.zeros_(trust[-1].bias)  # type: ignore[index]
-        self.expect = Expect(list(self.tokens), size, s.width) if s.impute and len(self.tokens) > 1 else None
+        s, m, size = settings, len(self.tokens), settings.queries * settings.width
+        self.summary = Summary(m, s, self.condense.parts, 1)
+        self.head = Perceptron(m, size, s.width, labels, s.dropout)
+        self.trust = Perceptron(m, size + 5, 32, 1)
+        nn.init.zeros_(self.trust.second.weight)  # all are trusted alike to begin with
+        nn.init.zeros_(self.trust.second.bias)
+        self.read, self.write = None, None
+        if s.impute and m > 1:
+            self.read, self.write = Each(m, size, s.width), Perceptron(m, s.width, s.width, size)
 
-    def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
-        return self._pool(*self._summaries(tokens, masks))[0]
+    def fused(self, x: Tensor, shares: Tensor) -> Found:
+        return self._pooled(*self._summaries(x, shares))[0]
 
-    def _summaries(
-        self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """By stream its summary, normalised [B, queries * width], if it has any and the share of its steps [B, 1]."""
-        summaries, present, share = {}, {}, {}
-        for name, (x, shares) in self._parts(tokens, masks).items():
-            share[name] = shares.mean(1, keepdim=True)
-            present[name] = (shares.amax(1, keepdim=True) > 0).to(x)
-            summary = self.summary[name](x, shares)
-            summaries[name] = functional.layer_norm(summary, summary.shape[1:]) * present[name]
-        return summaries, present, share
+    def _summaries(self, x: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """By stream the summary, normalised [M, B, queries * width], if it has any, the share of its time [M, B, 1]."""
+        present = (shares.amax(2, keepdim=True) > 0).to(x)
+        return normed(self.summary(x, shares)) * present, present, shares.mean(2, keepdim=True)
 
-    def _pool(
-        self, summaries: dict[str, Tensor], present: dict[str, Tensor], share: dict[str, Tensor]
-    ) -> tuple[FusionOut, dict[str, Tensor]]:
-        """The product of experts, and what each stream's summary is expected to be."""
-        evidence = {name: head(summaries[name]) * present[name] for name, head in self.head.items()}
-        belief = {name: (self.log_prior + e).softmax(1) * present[name] for name, e in evidence.items()}
-        all_beliefs, all_present = (torch.stack(list(v.values())).sum(0) for v in (belief, present))
-        expected = {} if self.expect is None else self.expect(summaries, present)
-        reliability, off = {}, {}
-        for name, trust in self.trust.items():
-            others = all_present - present[name]
-            known = (others > 0).to(others)
-            agreed = (belief[name] * (all_beliefs - belief[name])).sum(1, keepdim=True) / others.clamp(min=1)
-            off[name] = torch.zeros_like(agreed)
-            if name in expected:
-                off[name] = (expected[name] - summaries[name].detach()).square().mean(1, keepdim=True)
-            signs = [share[name], belief[name].amax(1, keepdim=True), agreed, known, off[name].detach() * known]
-            weight = trust(torch.cat([summaries[name], *signs], 1)).sigmoid() * 2
-            reliability[name] = weight * present[name]
-        pooled = torch.stack([evidence[name] * reliability[name] for name in evidence]).sum(0)
-        losses = {}
-        if expected:
-            terms = [(off[n] * present[n] * (all_present > 1)).sum() / present[n].sum().clamp(min=1) for n in expected]
-            losses["impute"] = torch.stack(terms).mean()
-        alone = {name: self.log_prior + e for name, e in evidence.items()}
-        weights = {name: r[:, 0] for name, r in reliability.items()}
-        return FusionOut(self.log_prior + pooled, alone, weights, losses), expected
+    def _pooled(self, summaries: Tensor, present: Tensor, share: Tensor) -> tuple[Found, Tensor | None]:
+        """The product of experts, and what each stream's summary is expected to be given those of the others."""
+        evidence = self.head(summaries) * present
+        belief = (self.log_prior + evidence).softmax(2) * present
+        others = present.sum(0) - present
+        agreed = (belief * (belief.sum(0) - belief)).sum(2, keepdim=True) / others.clamp(min=1)
+        known = (others > 0).to(others)
+        expected, off = None, None
+        if self.read is not None and self.write is not None:
+            read = self.read(summaries) * present
+            expected = self.write((read.sum(0) - read) / others.clamp(min=1))
+            off = (expected - summaries.detach()).square().mean(2, keepdim=True)
+        strange = torch.zeros_like(agreed) if off is None else off.detach() * known
+        signs = torch.cat([summaries, share, belief.amax(2, keepdim=True), agreed, known, strange], 2)
+        reliability = self.trust(signs).sigmoid() * 2 * present
+        logits = self.log_prior + (evidence * reliability).sum(0)
+        return Found(logits, evidence, reliability, off), expected
 
 
 class Attention(nn.Module):
@@ -313,48 +327,47 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        asked = torch.unflatten(self.ask(self.norm1(x)), 2, (3, self.heads, -1))
-        query, key, value = (asked[:, :, i].transpose(1, 2) for i in range(3))
+        asked = torch.unflatten(self.ask(self.norm1(x)), 2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = asked.unbind(0)
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + hidden
-        mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        x = x + self.drop(self.out(mixed))
+        x = x + self.drop(self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2)))
         found: Tensor = x + self.drop(self.more(self.norm2(x)))
         return found
 
 
 class HybridFusion(LateFusion):
-    """Attention across the streams' summaries, beside the product of experts."""
+    """Attention across the streams' summaries, beside the product of experts. The summary of a stream that is missing
+    is the one expected."""
 
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__(tokens, steps, labels, settings)
-        s, streams = settings, len(self.tokens)
+        s, m = settings, len(self.tokens)
         if s.width % s.heads:
             raise ConfigError(f"a fusion `width` of {s.width} is no multiple of its {s.heads} `heads`; make it one.")
-        self.which = nn.Parameter(torch.randn(streams, s.queries, s.width) * 0.1)
-        self.imputed = nn.Parameter(torch.randn(streams, 1, s.width) * 0.1)
+        self.which = nn.Parameter(torch.randn(m, 1, s.queries, s.width) * 0.1)
         self.reader = nn.Parameter(torch.randn(1, 1, s.width) * 0.1)
+        self.imputed = nn.Parameter(torch.randn(m, 1, 1, s.width) * 0.1 if self.read is not None else torch.zeros(0))
         self.across = nn.ModuleList(Attention(s.width, s.heads, s.dropout) for _ in range(s.layers))
-        self.joint = Head(s.width, s.width, labels, s.dropout)
+        self.joint = Perceptron(1, s.width, s.width, labels, s.dropout)
 
-    def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
-        summaries, present, share = self._summaries(tokens, masks)
-        out, expected = self._pool(summaries, present, share)
-        some = torch.stack(list(present.values())).amax(0)
-        sets, hidden = [], [torch.zeros_like(some)]
-        for i, name in enumerate(self.tokens):
-            here = present[name][..., None]
-            set_ = torch.unflatten(summaries[name], 1, (-1, self.settings.width)) * out.reliability[name][:, None, None]
-            if name in expected:
-                guess = torch.unflatten(expected[name], 1, (-1, self.settings.width)) + self.imputed[i]
-                set_ = here * set_ + (1 - here) * guess
-            seen = some if name in expected else present[name]
-            sets.append(set_ + self.which[i])
-            hidden.append(((1 - seen) * HIDDEN).expand(-1, self.settings.queries))
-        x = torch.cat([self.reader.expand(some.shape[0], -1, -1), *sets], 1)
-        unseen = torch.cat(hidden, 1)[:, None, None]
+    def fused(self, x: Tensor, shares: Tensor) -> Found:
+        summaries, present, share = self._summaries(x, shares)
+        found, expected = self._pooled(summaries, present, share)
+        assert found.reliability is not None
+        any_, shape = present.amax(0), (self.settings.queries, self.settings.width)
+        sets, seen = torch.unflatten(summaries * found.reliability, 2, shape), present
+        if expected is not None:
+            here = present[..., None]
+            sets = here * sets + (1 - here) * (torch.unflatten(expected, 2, shape) + self.imputed)
+            seen = any_.expand_as(present)
+        sets = (sets + self.which).transpose(0, 1).flatten(1, 2)
+        unseen = ((1 - seen) * HIDDEN).expand(-1, -1, shape[0]).transpose(0, 1).flatten(1)
+        x = torch.cat([self.reader.expand(sets.shape[0], -1, -1), sets], 1)
+        hidden = torch.cat([torch.zeros_like(any_), unseen], 1)[:, None, None]
         for layer in self.across:
-            x = layer(x, unseen)
-        return out._replace(logits=out.logits + self.joint(x[:, 0]) * some)
+            x = layer(x, hidden)
+        joint = self.joint(normed(x[:, 0])[None])[0]
+        return found._replace(logits=found.logits + joint * any_)
 
 
 STRATEGIES: dict[str, type[Fusion]] = {"early": EarlyFusion, "late": LateFusion, "hybrid": HybridFusion}

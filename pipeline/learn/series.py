@@ -318,7 +318,7 @@ class SignalEncoder(SeriesEncoder):
         roots = torch.tensor([parent < 0 for parent in parents], device=values.device)
         grow = torch.where(roots, 1.0, grow)
         change = torch.linalg.inv(link).to(values) @ (grow[:, :, None] * link.to(values))
-        return torch.einsum("bij,bljct->blict", change, values.unflatten(2, (n, dims))).flatten(2, 3)
+        return torch.einsum("bij,bljct->blict", change, torch.unflatten(values, 2, (n, dims))).flatten(2, 3)
 
 
 def _check_points(settings: SignalSettings, channels: int) -> None:
