@@ -23,7 +23,8 @@ from pipeline.importing.ros_messages import metres_from
 from pipeline.messages import AudioLayout, FrameLayout, Message, SignalLayout, array
 from pipeline.recording import RecordingReader, SessionInfo, summarise
 from pipeline.wire import decode_frame
-from tests.ros_bags import KINDS, MS, T0, Ros, S, ros_of, write_bag
+from tests.conftest import ROOT
+from tests.ros_bags import KINDS, MS, T0, Ros, S, example, ros_of, write_bag
 
 Made = list[tuple[str, int, Any]]
 
@@ -515,6 +516,21 @@ def test_files_with_foxgloves_schemas(tmp_path: Path) -> None:
     assert {message.header.t_capture_ns for of in found.values() for message in of} == {0}
     assert "/pose (foxglove.PoseInFrame): there is no payload" in info.extra["left_out"]
     assert "/odd (odd): encoded as json with a schema in jsonschema" in info.extra["left_out"]
+
+
+def test_the_shipped_drive_is_the_one_that_is_made_here(tmp_path: Path) -> None:
+    found = []
+    for path in (ROOT / "examples" / "drive.bag", example(tmp_path)):
+        import_file(path, tmp_path / "out.mcap", overwrite=True)
+        with RecordingReader(tmp_path / "out.mcap") as reader:
+            found.append([(message.header, message.data, arrival) for message, arrival in reader.messages()])
+    assert found[0] == found[1]
+    streams = summarise(tmp_path / "out.mcap")["streams"]
+    assert {name: (s["payload"], s["messages"]) for name, s in streams.items()} == {
+        "imu_data": ("imu", 100), "odom": ("signal", 20), "scan": ("sweep", 10),
+    }  # fmt: skip
+    assert streams["imu_data"]["delay_ms"] == {"p50": 12, "max": 12}
+    assert streams["scan"]["delay_ms"]["p50"] == pytest.approx(10.6, abs=0.1)  # after its last ray
 
 
 # The command.
