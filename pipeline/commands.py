@@ -633,7 +633,7 @@ def simulate(
 
     if world != "rover":
         raise ConfigError(f"there is no world `{world}` to simulate; there is `rover`.")
-    with Progress(console=console(sys.stderr), transient=True) as bar:
+    with Progress(console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
         if count is None:
             task = bar.add_task(f"simulating {out.name}", total=duration_s)
             written = [

@@ -85,6 +85,7 @@ class Lidar:
         geom, distance = np.empty(n, np.int32), np.empty(n)
         mujoco.mj_multiRay(rover.model, rover.data, origin, np.ascontiguousarray(rays).reshape(-1), self._groups, 1,
                            self._body, geom, distance, None, n, REACH_M)  # fmt: skip
+        distance[distance > REACH_M] = -1.0  # the cutoff alone spares planes
         return distance, geom
 
     def _degrade(self, distance: Array, geom: Array, dust: bool) -> tuple[Array, Array]:

@@ -46,6 +46,8 @@ class Rover:
 
     def __init__(self, xml: str, seed: int) -> None:
         self.model = mujoco.MjModel.from_xml_string(xml)
+        # MuJoCo takes a site in the middle of its body for the body itself, unless told that it may turn.
+        self.model.site_sameframe[:] = 0
         self.data = mujoco.MjData(self.model)
         self._rng = np.random.Generator(np.random.PCG64([seed, 4]))
         self._chassis = int(self.model.body("rover").id)

@@ -5,7 +5,7 @@ sound, which mount slips. What is true follows from the physics, ``DELAY_S`` aft
 with a label's first moment already holds evidence of it:
 
 rough_ground   a wheel met a stone in the last 0.5 s
-approach       the actor is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
+approach       the actor's front is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
 impact         for 0.8 s from the onset of the ball's force on the rover
 alarm          while it sounds
 tilt           the chassis leans by more than half of what its suspension is told to
@@ -32,7 +32,7 @@ GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
 """The rise of a contact's force that sounds with strength 1."""
 RATTLE_HZ, RATTLE = 170.0, (-3.0, 1.5)
-SHAKE = (50.0, 50.0, 80.0, 75.0, 75.0, 12.0)
+SHAKE = (30.0, 30.0, 48.0, 60.0, 60.0, 10.0)
 TUG_S, TUG_N = 0.025, 1300.0
 """Decoys are as strong as what they resemble, as measured over many sessions: how often a loose cover rattles and the
 logarithm's mean and deviation of how strongly; forces (N) and torques (N m) of a fan out of balance, before smoothing;
@@ -134,7 +134,8 @@ class Approach(Play):
         self.speed = float(self.rng.uniform(1.5, 2.2) if self.car else self.rng.uniform(1.1, 1.7))
         lateral = self.rng.uniform(1.7, 2.0) if self.car else self.rng.uniform(1.1, 1.6)
         side = self.rng.choice([-1, 1])
-        self.at = self.rover.position + np.array([8.3, side * lateral, 0.0])
+        self.front = 0.95 if self.car else 0.2
+        self.at = self.rover.position + np.array([8.1 + self.front, side * lateral, 0.0])
         self.at[2] = 0.0
         self.names = ("car",) if self.car else ("person", "leg_l", "leg_r")
         for name in self.names:
@@ -152,7 +153,7 @@ class Approach(Play):
         if self.by("microphone"):
             self._sound(now_s, distance)
         angle = abs(np.arctan2(away[1], away[0]) - self.rover.heading_rad)
-        return self.act.real and bool(ahead and distance < AHEAD_M and angle < FIELD_RAD)
+        return self.act.real and bool(ahead and distance - self.front < AHEAD_M and angle < FIELD_RAD)
 
     def _move(self) -> None:
         if self.car:

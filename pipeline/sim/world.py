@@ -136,8 +136,8 @@ def _props(world: Drawn, rng: np.random.Generator) -> str:
       <geom type="box" size="0.5 0.45 0.25" pos="-0.15 0 1.1" rgba="0.25 0.3 0.35 1"/>
       <geom type="box" size="0.7 0.52 0.15" pos="0 0 0.16" rgba="0.08 0.08 0.08 1"/>"""))  # fmt: skip
     parts.append(_actor("chain", '<geom type="box" size="0.03 1.7 0.28" pos="0 1.7 0" rgba="0.9 0.9 0.2 1"/>'))
-    for name in ("gravel_seen", "gravel_ranged"):
-        box = f'<geom type="box" size="{GRAVEL_M / 2} 1.3 0.002" material="gravel"/>'
+    for name, group in (("gravel_seen", CAMERA_ONLY), ("gravel_ranged", LIDAR_ONLY)):
+        box = f'<geom type="box" size="{GRAVEL_M / 2} 1.3 0.002" material="gravel" group="{group}"/>'
         parts.append(_actor(name, box))
     parts += [_bed(f"bed_{i}", world, rng) for i in range(STONE_BEDS)]
     parts.append(f"""<body name="ball" pos="0 0 {PARKED_M}">

@@ -1,0 +1,452 @@
+"""The simulated rover: its sensors agree with its physics and with each other, and a decoy deceives one sensor alone.
+
+Physics and pictures need MuJoCo and OpenGL without a window system; where they are missing these tests are skipped and
+say what to install.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.messages import array
+from pipeline.recording import Label, RecordingReader
+from pipeline.sim import cues
+from pipeline.sim.camera import prepare
+from pipeline.sim.cues import CUES, LABELS, SENSORS, observable
+from pipeline.sim.generate import record_session, record_sessions, session_file
+from pipeline.sim.ranges import RANGES, draw
+from pipeline.sim.script import APART_S, Act, Spell, block
+from pipeline.sim.world import CAMERA_AT, FOVY_DEG, LIDAR_AT
+
+NS = 1_000_000_000
+LIDAR_TO_CAMERA_M = CAMERA_AT[0] - LIDAR_AT[0]
+START_S = 0.5
+"""When the act of a test begins."""
+
+
+@pytest.fixture(scope="module")
+def simulation() -> Iterator[Callable[..., Any]]:
+    """Makes simulations, and closes them."""
+    try:
+        prepare()
+        from pipeline.sim.session import Simulation
+
+        Simulation(0, script=False).close()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    made: list[Any] = []
+
+    def make(seed: int, **more: Any) -> Any:
+        made.append(Simulation(seed, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+class Session:
+    """What a simulation sent: by stream arrays over time, the pose, and the labels."""
+
+    def __init__(self, simulation: Any, seconds: float, act: Act | None = None) -> None:
+        self.items = list(simulation.until(round(START_S * NS)))
+        if act is not None:
+            simulation.stage.begin(act)
+        self.items += simulation.until(round(seconds * NS))
+        self.labels = [what for _, what in self.items if isinstance(what, Label)]
+        self.messages: dict[str, list[Any]] = {name: [] for name in (*SENSORS, "pose")}
+        for _, what in self.items:
+            if not isinstance(what, Label) and not what.header.is_beat:
+                self.messages[what.header.stream].append(what)
+
+    def samples(self, stream: str) -> tuple[Any, Any]:
+        """Times in s, corrected by what the stamps are off, and values [samples, columns]."""
+        times, values = [], []
+        for message in self.messages[stream]:
+            data = array(message)
+            if stream == "microphone":
+                rate = message.header.layout.rate_hz
+                offsets, found = np.arange(len(data)) / rate * NS, data.astype(float) / 32768
+            else:
+                columns = [data["accel"], data["gyro"]] if stream == "imu" else [data["value"]]
+                offsets, found = data["offset_ns"], np.concatenate(columns, axis=1).astype(float)
+            times.append((message.header.t_capture_ns + offsets) / NS)
+            values.append(found)
+        return np.concatenate(times), np.concatenate(values)
+
+    def bytes_of(self, stream: str) -> list[bytes]:
+        return [bytes(memoryview(np.ascontiguousarray(m.data)).cast("B")) if not isinstance(m.data, bytes) else m.data
+                for m in self.messages[stream]]  # fmt: skip
+
+    def truth(self, t_s: float) -> str | None:
+        return next((x.label for x in self.labels if x.start_ns < t_s * NS <= x.end_ns), None)
+
+
+def act(label: str, seen_by: tuple[str, ...] | None = None, lasts_s: float = 6.0, seed: int = 1) -> Act:
+    sensors = CUES[label] if seen_by is None else seen_by  # type: ignore[index]
+    return Act(label, sensors, START_S, START_S + lasts_s, seed)  # type: ignore[arg-type]
+
+
+def onset(labels: list[Label], label: str) -> float:
+    """When ``label`` began to be true, in s."""
+    return next(x.start_ns for x in labels if x.label == label) / NS
+
+
+# -- what is said of it ------------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_text_are_those_of_the_code() -> None:
+    tables = re.findall(r"^(\w[\w ]*?)  +camera .*?\n=+[ =]+\n(.*?)\n=+[ =]+$", cues.__doc__ or "", re.M | re.S)
+    assert len(tables) == 2
+    for _, body in tables:
+        found: dict[str, tuple[str, ...]] = {}
+        for line in body.splitlines():
+            cells = [line[i:j].strip() for i, j in ((0, 14), (14, 38), (38, 63), (63, 88), (88, 130))]
+            if cells[0]:
+                found[cells[0]] = tuple(s for s, cell in zip(SENSORS, cells[1:], strict=True) if cell not in ("", "--"))
+        assert {label: sensors for label, sensors in found.items() if label != "clear"} == CUES
+
+
+def test_every_class_stays_observable_without_any_one_sensor() -> None:
+    assert set(CUES) | {"clear"} == set(LABELS)
+    for label in LABELS:
+        for lost in SENSORS:
+            assert observable(label, set(SENSORS) - {lost})
+        assert label == "clear" or not any(observable(label, {sensor}) for sensor in SENSORS)
+
+
+def test_a_block_has_every_class_and_keeps_acts_of_one_label_apart() -> None:
+    decoys = set()
+    for seed in range(30):
+        made = block(seed, 0, 10.0)
+        events = [a.label for a in made.acts if a.real]
+        assert sorted(events) == sorted([*CUES, "impact"])
+        for one in made.acts:
+            assert 10.0 <= one.start_s < one.end_s <= made.end_s
+            if not one.real:
+                decoys.add((one.label, *one.seen_by))
+            for other in made.acts:
+                if one is not other and one.label == other.label and not (one.real and other.real):
+                    assert one.start_s > other.end_s + APART_S or other.start_s > one.end_s + APART_S
+        ends = [spell.end_s for spell in made.spells]
+        assert all(a <= b.start_s for a, b in zip(ends, made.spells[1:], strict=False))
+    assert decoys == {(label, sensor) for label, sensors in CUES.items() for sensor in sensors}
+
+
+def test_held_out_worlds_are_others() -> None:
+    train, held_out = (msgspec.structs.asdict(RANGES[name]) for name in ("train", "held-out"))
+    assert all(low <= draw("train", 3).values[name] <= high for name, (low, high) in train.items())
+    assert all(held_out[name] != spread for name, spread in train.items())
+    assert draw("train", 3) == draw("train", 3) != draw("train", 4)
+
+
+# -- sensors and physics -----------------------------------------------------------------------------------------------
+
+
+def depth_of(one: Any) -> Any:
+    """The camera's depth image of what the LiDAR can see, too: f4 [240, 320] m along the line of sight."""
+    import mujoco
+
+    renderer = mujoco.Renderer(one.rover.model, 240, 320)
+    try:
+        renderer.enable_depth_rendering()
+        options = mujoco.MjvOption()
+        options.geomgroup[:] = [1, 0, 1, 0, 0, 0]
+        renderer.update_scene(one.rover.data, "camera", options)
+        return renderer.render()
+    finally:
+        renderer.close()
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_the_lidar_measures_what_the_renderer_sees(simulation: Callable[..., Any], seed: int) -> None:
+    """Points ahead, projected into the depth image of the rover at rest: nineteen of twenty lie within 6 cm of what
+    the nine pixels there span (far away, the ground's depth changes by much from pixel to pixel)."""
+    one = simulation(seed, script=False)
+    one.rover.speed_limits = (0.0, 0.0)
+    cloud = array(Session(one, 2.0).messages["lidar"][-1])
+    depth, data, camera = depth_of(one), one.rover.data, one.rover.model.camera("camera").id
+    points = np.stack([cloud["x"], cloud["y"], cloud["z"]], 1) + LIDAR_AT
+    world = one.rover.position + points @ one.rover.rotation.T
+    seen = (world - data.cam_xpos[camera]) @ data.cam_xmat[camera].reshape(3, 3)  # x right, y up, looking along -z
+    seen = seen[seen[:, 2] < -0.5]
+    focal = 120 / np.tan(np.deg2rad(FOVY_DEG / 2))
+    column, row = 160 + focal * seen[:, 0] / -seen[:, 2], 120 - focal * seen[:, 1] / -seen[:, 2]
+    inside = (column > 2) & (column < 317) & (row > 2) & (row < 237)
+    column, row, away = column[inside].astype(int), row[inside].astype(int), -seen[inside, 2]
+    around = np.stack([depth[row + i, column + j] for i in (-1, 0, 1) for j in (-1, 0, 1)])
+    error = np.maximum(around.min(axis=0) - away, away - around.max(axis=0))
+    assert len(error) > 60
+    assert np.quantile(error, 0.95) < 0.06
+
+
+def test_the_nearest_range_is_the_depth_of_who_comes(simulation: Callable[..., Any]) -> None:
+    """Within 0.4 m: the sweep is up to 0.2 s old, in which somebody comes 0.3 m nearer."""
+    one = simulation(5, script=False)
+    one.rover.speed_limits = (0.0, 0.0)
+    cloud = array(Session(one, 2.8, act("approach")).messages["lidar"][-1])
+    ahead = (np.abs(np.arctan2(cloud["y"], cloud["x"])) < np.deg2rad(30)) & (cloud["z"] > -0.2)
+    depth = depth_of(one)[:125, 20:300]  # above the ground
+    assert cloud["x"][ahead].min() - LIDAR_TO_CAMERA_M == pytest.approx(depth.min(), abs=0.4)
+    assert depth.min() < 5.0
+
+
+def test_the_imu_integrates_to_the_pose(simulation: Callable[..., Any]) -> None:
+    """Over 8 s of driving: heading within 1 degree, speed within 0.25 m/s (its bias is subtracted), roll from gravity
+    within 1 degree at rest."""
+    one = simulation(8, script=False)
+    ran = Session(one, 8.0)
+    t, imu = ran.samples("imu")
+    t_pose, pose = ran.samples("pose")
+    turned = np.concatenate([[0.0], np.cumsum(imu[:-1, 5] * np.diff(t))])
+    yaw = np.interp(t, t_pose, np.unwrap(pose[:, 5]))
+    assert np.ptp(yaw) > np.deg2rad(3)
+    assert np.abs((turned - turned[0]) - (yaw - yaw[0])).max() < np.deg2rad(1.0)
+    forward = imu[:, 0] - one._bias[0] - 9.81 * np.sin(-np.interp(t, t_pose, pose[:, 4]))
+    gained = np.concatenate([[0.0], np.cumsum(forward[:-1] * np.diff(t))])
+    speed = np.interp(t, t_pose, pose[:, 6])
+    assert np.ptp(speed) > 0.2
+    assert np.abs((gained - gained[0]) - (speed - speed[0])).max() < 0.25
+    assert np.median(imu[:, 2]) == pytest.approx(9.81, abs=0.3)
+
+
+def test_an_impact_is_one_moment_for_force_sound_motion_and_truth(simulation: Callable[..., Any]) -> None:
+    """The force's onset, the thud's and the jolt's lie within 25 ms, and the label begins 0.15 s after."""
+    for seed in (3, 4):
+        ran = Session(simulation(seed, script=False), 3.2, act("impact", lasts_s=2.5, seed=seed))
+        t_pose, pose = ran.samples("pose")
+        hit = t_pose[np.flatnonzero(pose[:, 7] > 50)[0]]
+        t, imu = ran.samples("imu")
+        quiet = (t > START_S) & (t < hit - 0.3)
+        accel = np.linalg.norm(imu[:, :3] - imu[quiet, :3].mean(0), axis=1)
+        jolt = t[np.flatnonzero((accel > 8 * accel[quiet].std() + accel[quiet].mean()) & (t > START_S))[0]]
+        t_sound, sound = ran.samples("microphone")
+        before = np.abs(sound[(t_sound > 0.2) & (t_sound < hit - 0.1), 0]).max()
+        thud = t_sound[np.flatnonzero((np.abs(sound[:, 0]) > 2 * before) & (t_sound > 0.2))[0]]
+        assert abs(jolt - hit) < 0.025
+        assert abs(thud - hit) < 0.025
+        assert onset(ran.labels, "impact") == pytest.approx(hit + 0.15, abs=0.03)
+        pieces = sum(x.end_ns - x.start_ns for x in ran.labels if x.label == "impact") / NS
+        assert pieces == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_tilt_is_the_same_for_pose_gravity_horizon_and_ground(simulation: Callable[..., Any]) -> None:
+    one = simulation(6, script=False)
+    ran = Session(one, 3.5, act("tilt", lasts_s=4.0))
+    t_pose, pose = ran.samples("pose")
+    roll = pose[t_pose > 2.5, 3].mean()
+    assert abs(roll) > np.deg2rad(7)
+    t, imu = ran.samples("imu")
+    late = imu[t > 2.5, :3].mean(0) - one._bias[:3]
+    assert np.arctan2(late[1], late[2]) == pytest.approx(roll, abs=np.deg2rad(1.5))
+    cloud = array(ran.messages["lidar"][-1])
+    ground = np.stack([cloud["x"], cloud["y"], cloud["z"]], 1)[np.abs(cloud["y"]) < 2.0]
+    plane, *_ = np.linalg.lstsq(np.c_[ground[:, :2], np.ones(len(ground))], ground[:, 2], rcond=None)
+    assert -np.arctan(plane[1]) == pytest.approx(roll, abs=np.deg2rad(2.0))
+    assert ran.truth(3.0) == "tilt"
+    half = t_pose[np.flatnonzero(np.abs(pose[:, 3]) > abs(one.stage._plays[0].angle) / 2)[0]]
+    assert onset(ran.labels, "tilt") == pytest.approx(half + 0.15, abs=0.04)
+
+
+def test_rough_ground_shakes_and_crunches_while_it_is_true(simulation: Callable[..., Any]) -> None:
+    ran = Session(simulation(2, script=False), 6.0, act("rough_ground", lasts_s=7.0))
+    begin = onset(ran.labels, "rough_ground")
+    t, imu = ran.samples("imu")
+    before, during = (imu[(t > a) & (t < b), 2].std() for a, b in ((0.2, begin - 0.4), (begin, begin + 1.5)))
+    assert during > 3 * before
+    t, sound = ran.samples("microphone")
+    fine = np.diff(sound[:, 0])  # stones crackle far above the motors' whine
+    before, during = (fine[(t[1:] > a) & (t[1:] < b)].std() for a, b in ((0.2, begin - 0.4), (begin, begin + 1.5)))
+    assert during > 1.5 * before
+
+
+def test_an_alarm_sounds_flashes_and_bars_the_way(simulation: Callable[..., Any]) -> None:
+    one = simulation(4, script=False)
+    ran = Session(one, 3.0, act("alarm", lasts_s=4.0))
+    t, sound = ran.samples("microphone")
+    before, during = (sound[(t > a) & (t < b), 0].std() for a, b in ((0.2, 0.45), (1.0, 2.9)))
+    assert during > 2 * before
+    bright = [int((array(m)["intensity"] > 150).sum()) for m in ran.messages["lidar"]]
+    assert max(bright[:5]) == 0
+    assert min(bright[12:]) > 5
+    assert onset(ran.labels, "alarm") == pytest.approx(START_S + 0.15, abs=0.03)
+
+
+def test_somebody_comes_nearer_for_all_that_can_tell(simulation: Callable[..., Any]) -> None:
+    ran = Session(simulation(17, script=False), 3.0, act("approach"))
+    begin = onset(ran.labels, "approach")
+    ranges = {}
+    for message in ran.messages["lidar"]:
+        cloud = array(message)
+        ahead = (np.abs(np.arctan2(cloud["y"], cloud["x"])) < np.deg2rad(35)) & (cloud["z"] > -0.25)
+        if ahead.any():
+            ranges[message.header.t_capture_ns / NS] = np.hypot(cloud["x"], cloud["y"])[ahead].min()
+    at_begin = min(ranges, key=lambda t: abs(t - begin))
+    assert ranges[at_begin] == pytest.approx(6.0, abs=0.4)
+    assert ranges[max(ranges)] < ranges[at_begin] - 1.0
+
+
+# -- decoys ------------------------------------------------------------------------------------------------------------
+
+ALONE = [
+    (label, sensor)
+    for label, sensors in CUES.items()
+    for sensor in sensors
+    if (label, sensor) not in {("rough_ground", "imu"), ("impact", "imu"), ("impact", "camera"), ("impact", "lidar")}
+]
+"""The decoys that change one sensor's readings and not a bit of the others'. The rest move the rover, or throw a ball
+that camera and LiDAR both see."""
+
+
+STEADY = 17
+"""A seed whose rover drives at a speed that no act limits."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(simulation: Callable[..., Any]) -> Session:
+    return Session(simulation(STEADY, script=False), 1.9)
+
+
+@pytest.mark.parametrize(("label", "sensor"), ALONE)
+def test_a_decoy_is_seen_by_one_sensor_alone(
+    simulation: Callable[..., Any], undisturbed: Session, label: str, sensor: str
+) -> None:
+    one = simulation(STEADY, script=False)
+    ran = Session(one, 1.9, act(label, (sensor,), seed=2))
+    assert {x.label for x in ran.labels} == {"clear"}
+    changed = [other for other in SENSORS if undisturbed.bytes_of(other) != ran.bytes_of(other)]
+    assert changed == [sensor]
+
+
+@pytest.mark.parametrize("sensor", ["imu", "camera", "lidar"])
+def test_a_ball_that_misses_and_a_tug_are_no_impact(simulation: Callable[..., Any], sensor: str) -> None:
+    ran = Session(simulation(STEADY, script=False), 2.6, act("impact", (sensor,), lasts_s=2.5, seed=3))
+    assert {x.label for x in ran.labels} == {"clear"}
+    t, imu = ran.samples("imu")
+    _, pose = ran.samples("pose")
+    assert pose[:, 7].max() == 0.0
+    jolt = np.linalg.norm(imu[t > 0.4, :3] - np.median(imu[:, :3], axis=0), axis=1).max()
+    assert (jolt > 10.0) == (sensor == "imu")
+
+
+def test_a_fan_out_of_balance_shakes_like_stones_without_their_sound(simulation: Callable[..., Any]) -> None:
+    strength = {}
+    for seen_by in (CUES["rough_ground"], ("imu",)):
+        one = simulation(STEADY, script=False)
+        ran = Session(one, 4.5, act("rough_ground", seen_by, lasts_s=7.0))
+        t, imu = ran.samples("imu")
+        strength[len(seen_by)] = imu[(t > 2.0) & (t < 4.0), 2].std()
+        if len(seen_by) == 1:
+            assert {x.label for x in ran.labels} == {"clear"}
+    assert strength[1] == pytest.approx(strength[4], rel=0.6)
+
+
+@pytest.mark.parametrize(("condition", "sensor"), [("dark", "camera"), ("wind", "microphone"), ("dust", "lidar")])
+def test_a_condition_takes_one_sensors_sight(
+    simulation: Callable[..., Any], undisturbed: Session, condition: Any, sensor: str
+) -> None:
+    spell = Spell(condition, "camera", 0.0, 9.0)
+    ran = Session(simulation(STEADY, script=False, outages=(spell,)), 1.9)
+    assert [other for other in SENSORS if undisturbed.bytes_of(other) != ran.bytes_of(other)] == [sensor]
+
+
+def test_an_outage_is_silence_with_beats_and_a_new_epoch(simulation: Callable[..., Any]) -> None:
+    ran = Session(simulation(STEADY, script=False, outages=(Spell("outage", "microphone", 0.5, 1.2),)), 2.0)
+    headers = [w.header for _, w in ran.items if not isinstance(w, Label) and w.header.stream == "microphone"]
+    epochs = sorted({h.epoch for h in headers})
+    assert len(epochs) == 2
+    silent = [h for h in headers if h.is_beat]
+    assert len(silent) >= 5
+    assert {h.health for h in silent} == {"the sensor does not answer"}
+    assert not any(0.52 < h.t_capture_ns / NS < 1.17 for h in headers if not h.is_beat)
+    first = next(h for h in headers if h.epoch == epochs[1])
+    assert first.seq == 0
+
+
+# -- sessions ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_file(simulation: Callable[..., Any], tmp_path: Path) -> None:
+    told: list[float] = []
+    one = record_session(tmp_path / "a.mcap", 21, "held-out", 2.0, progress=told.append)
+    record_session(tmp_path / "b.mcap", 21, "held-out", 2.0)
+    record_session(tmp_path / "c.mcap", 22, "held-out", 2.0)
+    a, b, c = ((tmp_path / f"{name}.mcap").read_bytes() for name in "abc")
+    assert a == b != c
+    assert told
+    assert one.bytes == len(a)
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert dict(reader.streams) == {"camera": "frame", "microphone": "audio", "imu": "imu", "lidar": "sweep",
+                                        "pose": "signal"}  # fmt: skip
+        labels = reader.labels()
+        assert reader.info.complete
+        assert reader.info.extra["seed"] == "21"
+    assert all(before.end_ns == after.start_ns for before, after in pairwise(labels))
+    assert all(before.label != after.label for before, after in pairwise(labels))
+    assert (labels[0].start_ns, labels[-1].end_ns) == (0, 2 * NS)
+    assert sum(one.label_s.values()) == pytest.approx(2.0)
+
+
+def test_many_sessions_are_those_of_their_seeds_and_what_is_there_stays(
+    simulation: Callable[..., Any], tmp_path: Path
+) -> None:
+    session_file(tmp_path, 31, "train").write_bytes(b"mine")
+    made = list(record_sessions(tmp_path, range(30, 33), "train", 1.0, jobs=2))
+    assert sorted(written.seed for written in made) == [30, 32]
+    assert session_file(tmp_path, 31, "train").read_bytes() == b"mine"
+    assert {Path(written.file) for written in made} == {session_file(tmp_path, s, "train") for s in (30, 32)}
+    assert not list(tmp_path.glob("*.tmp"))
+    record_session(tmp_path / "alone.mcap", 30, "train", 1.0)
+    assert (tmp_path / "alone.mcap").read_bytes() == session_file(tmp_path, 30, "train").read_bytes()
+
+
+MAIN = """
+import sys
+for name in sys.argv.pop(1).split():
+    sys.modules[name] = None
+from pipeline.cli import main
+main()
+"""
+
+
+def cli(*arguments: str, hidden: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """``sensorium`` where there is no module of the name ``hidden``."""
+    env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "MUJOCO_GL")} | environment
+    command = [sys.executable, "-c", MAIN, hidden, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+
+
+def test_without_mujoco_one_line_says_what_to_type(tmp_path: Path) -> None:
+    ran = cli("simulate", "rover", "-o", str(tmp_path / "x.mcap"), hidden="mujoco")
+    assert ran.returncode == 2
+    assert "pip install 'sensorium[sim]'" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_renderer_one_line_says_what_to_type(simulation: Callable[..., Any], tmp_path: Path) -> None:
+    ran = cli("simulate", "rover", "-o", str(tmp_path / "x.mcap"), MUJOCO_GL="egl", __EGL_VENDOR_LIBRARY_FILENAMES="/-")
+    assert ran.returncode == 2, ran.stderr
+    assert "apt-get install libegl1 libgl1-mesa-dri" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
+    out = str(tmp_path / "x.mcap")
+    assert "there is `rover`" in cli("simulate", "boat", "-o", out).stderr
+    (tmp_path / "x.mcap").write_bytes(b"")
+    assert "exists already" in cli("simulate", "rover", "-o", out).stderr
+    assert "is a file" in cli("simulate", "rover", "-o", out, "--count", "2").stderr
