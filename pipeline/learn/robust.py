@@ -14,16 +14,14 @@ All draws come from the generator given, so that equal seeds give equal training
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.errors import ConfigError
 from pipeline.learn.stream_encoder import StreamEncoder, uniform
-from pipeline.strict import listed, nearest
 
 Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
@@ -52,18 +50,6 @@ class RobustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     distil: NotNegative = 0.3
     balance: NotNegative = 0.0
     balance_noise: NotNegative = 0.0
-
-
-def robust_settings(settings: Mapping[str, Any]) -> RobustSettings:
-    """``settings`` as a training file states them. Raises ConfigError."""
-    allowed = RobustSettings.__struct_fields__
-    for key in settings:
-        if key not in allowed:
-            raise ConfigError(f"`robust` has no key `{key}`.{nearest(key, allowed)} Allowed: {listed(allowed)}.")
-    try:
-        return msgspec.convert(dict(settings), RobustSettings)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"the settings under `robust` do not fit: {error}.") from None
 
 
 # -- what nobody noticed ---------------------------------------------------------------------------------------------
