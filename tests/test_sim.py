@@ -19,8 +19,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from nodes.simulated import Simulated
 from pipeline.errors import ConfigError
 from pipeline.messages import array
+from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader
 from pipeline.sim import cues
 from pipeline.sim.camera import prepare
@@ -29,6 +31,7 @@ from pipeline.sim.generate import record_session, record_sessions, session_file
 from pipeline.sim.ranges import RANGES, draw
 from pipeline.sim.script import APART_S, Act, Spell, block
 from pipeline.sim.world import CAMERA_AT, FOVY_DEG, LIDAR_AT
+from tests.rigs import make_rig, short_folder
 
 NS = 1_000_000_000
 LIDAR_TO_CAMERA_M = CAMERA_AT[0] - LIDAR_AT[0]
@@ -450,3 +453,33 @@ def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.mcap").write_bytes(b"")
     assert "exists already" in cli("simulate", "rover", "-o", out).stderr
     assert "is a file" in cli("simulate", "rover", "-o", out, "--count", "2").stderr
+
+
+# -- live --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_runs_live_as_a_rig_and_its_truth_stands_beside_the_prediction(simulation: Callable[..., Any]) -> None:
+    with short_folder() as folder:
+        rover = {"kind": "simulated", "seed": 2, "outages_s": {"imu": [[1.0, 1.6]]}}
+        rig = make_rig(folder, {"rover": rover}).document.path
+        ran = cli("run", str(rig), "--record", str(folder / "live.mcap"), "--duration", "4", "--json")
+        assert ran.returncode == 0, ran.stderr
+        predictions = [msgspec.json.decode(line, type=Prediction) for line in ran.stdout.splitlines()]
+        with RecordingReader(folder / "live.mcap") as reader:
+            assert dict(reader.streams) == {"camera": "frame", "microphone": "audio", "imu": "imu", "lidar": "sweep"}
+            assert reader.labels()
+            epochs = {message.header.epoch for message, _ in reader.messages({"imu"})}
+        assert len(epochs) == 2
+        assert {p.truth for p in predictions[10:]} <= set(LABELS)
+        assert len(predictions) > 15
+
+
+def test_a_rig_that_asks_for_what_the_rover_has_not_is_refused() -> None:
+    for settings in (
+        {"streams": ("radar",)},
+        {"outages_s": {"radar": ((1.0, 2.0),)}},
+        {"outages_s": {"imu": ((2.0, 1.0),)}},
+    ):
+        with pytest.raises(ValueError):
+            Simulated.Settings(**settings)  # type: ignore[arg-type]
