@@ -96,7 +96,7 @@ def _shaped(rng: np.random.Generator, n: int, gain: Any) -> Array:
     """Noise with a spectrum, root mean square 1, that can be repeated end to end."""
     spectrum = np.fft.rfft(rng.standard_normal(n)) * gain(np.fft.rfftfreq(n, 1 / RATE_HZ))
     noise = np.fft.irfft(spectrum, n)
-    return (noise / noise.std()).astype(np.float32)
+    return np.asarray(noise / noise.std(), np.float32)
 
 
 def _thud(rng: np.random.Generator, hz: float) -> Array:
@@ -106,7 +106,7 @@ def _thud(rng: np.random.Generator, hz: float) -> Array:
     for k, ratio in enumerate((1.0, 1.59, 2.3, 3.6)):
         wave += np.sin(2 * np.pi * hz * ratio * t + rng.uniform(0, 0.5)) * np.exp(-t * (14 + 9 * k)) / (1 + k)
     wave += 0.5 * rng.standard_normal(len(t)) * np.exp(-t * 250)
-    return (wave / np.abs(wave).max()).astype(np.float32)
+    return np.asarray(wave / np.abs(wave).max(), np.float32)
 
 
 def _grain(rng: np.random.Generator, length_s: float, hz: float) -> Array:
@@ -127,7 +127,7 @@ def _music(rng: np.random.Generator, n: int) -> Array:
         inside = (t >= start) & (t < start + 0.5)
         chord = sum(np.sin(2 * np.pi * root * r * t[inside]) for r in (1.0, 1.25, 1.5, 2.0))
         wave[inside] += chord * np.exp(-(t[inside] - start) * 3)
-    return (wave / wave.std()).astype(np.float32)
+    return np.asarray(wave / wave.std(), np.float32)
 
 
 def _babble(rng: np.random.Generator, n: int) -> Array:
@@ -137,4 +137,4 @@ def _babble(rng: np.random.Generator, n: int) -> Array:
     for hz in (500.0, 1500.0, 2500.0):
         syllables = 0.5 + 0.5 * np.sin(2 * np.pi * 4 * t + rng.uniform(0, 2 * np.pi))
         wave += _shaped(rng, n, lambda f, hz=hz: np.exp(-(((f - hz) / 250.0) ** 2))) * syllables * (500.0 / hz)
-    return (wave / wave.std()).astype(np.float32)
+    return np.asarray(wave / wave.std(), np.float32)

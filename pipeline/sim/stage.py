@@ -271,7 +271,7 @@ class Tilt(Play):
         angle = self.angle * float(np.clip(min(since, left) / RAMP_S, 0.0, 1.0))
         if self.act.real:
             self.rover.lean_rad = angle
-            return abs(self.rover.roll_rad) > abs(self.angle) / 2
+            return bool(abs(self.rover.roll_rad) > abs(self.angle) / 2)
         self.stage.slip[self.act.seen_by[0]] = angle
         return False
 
