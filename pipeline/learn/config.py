@@ -75,7 +75,7 @@ class TrainEntry(_Strict, frozen=True):
     ``batch_windows`` are seen between two changes of the weights. ``ema`` is the share that the mean of the weights,
     which is what is exported, keeps at each change. ``stream_loss`` weighs what each stream says by itself."""
 
-    epochs: Positive = 30
+    epochs: Positive = 20
     batch_windows: Positive = 256
     chunk_steps: Positive | None = None
     learning_rate: PositiveFloat = 2e-3

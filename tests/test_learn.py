@@ -1,0 +1,578 @@
+"""From labelled sessions to a bundle that runs live."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipeline import cli
+from pipeline.align import AlignSpec, Manifest
+from pipeline.bundle import load_bundle
+from pipeline.errors import BundleError, ConfigError, RecordingError, SensoriumError
+from pipeline.faultbench import live_steps
+from pipeline.faults import Delay, Loss
+from pipeline.inference import FuseOptions
+from pipeline.messages import Message
+from pipeline.recording import MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.replay import replay_predictions
+from pipeline.strict import Document
+from tests import scenes
+
+torch = pytest.importorskip("torch", reason="the package torch is not installed (extra `learn`)")
+pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
+
+from pipeline import learn  # noqa: E402
+from pipeline.learn.config import streams_of  # noqa: E402
+from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
+from pipeline.learn.export import prove  # noqa: E402
+from pipeline.learn.loop import Silent  # noqa: E402
+from pipeline.learn.model import build_encoders, windows  # noqa: E402
+from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
+from pipeline.learn.train import prepare_all  # noqa: E402
+
+SECONDS, SESSIONS, NS = 6.0, 8, 1_000_000_000
+SMALL: dict[str, Any] = {
+    "camera": {"token": 12, "encoder": {"size": 16, "widths": [8, 12]}},
+    "imu": {"token": 12, "encoder": {"widths": [8, 12]}},
+    "microphone": {
+        "token": 12,
+        "rule": {"kind": "resample", "rate_hz": scenes.RATE_HZ, "max_gap_ms": 20, "method": "band_limited"},
+        "encoder": {"widths": [8, 12], "mels": 16},
+    },
+}
+STREAMS, PAIR = ("camera", "imu", "microphone"), ("camera", "imu")
+EPOCHS = 14
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of labelled recordings, in which every event happens once each."""
+    folder = tmp_path_factory.mktemp("sessions")
+    for seed in range(SESSIONS):
+        scenes.record(folder / f"s{seed}.mcap", seed, SECONDS, streams=STREAMS)
+    return folder
+
+
+def configured(folder: Path, streams: tuple[str, ...] | dict[str, Any] = ("imu",), **more: Any) -> learn.Config:
+    """A small training of the sessions in ``folder``: of these streams as usual here, or as stated."""
+    said = {
+        "name": "small",
+        "sessions": ["*.mcap"],
+        "streams": streams if isinstance(streams, dict) else {name: SMALL[name] for name in streams},
+        "window": {"hop_ms": 100, "steps": 5},
+        "strategy": "late",
+        "fusion": {"width": 16, "queries": 2},
+        "train": {"epochs": 2, "batch_windows": 64, "learning_rate": 0.01},
+    } | more
+    return learn.check_config(Document(yaml.safe_dump(said), folder / "train.yaml"))
+
+
+def recorded(config: learn.Config) -> list[learn.Recorded]:
+    return [learn.Recorded(path) for path in config.sessions(config.file.sessions, "sessions")]
+
+
+def same_weights(one: learn.Trained, other: learn.Trained) -> bool:
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def recipe_of(config: learn.Config) -> Recipe:
+    streams = streams_of(config, recorded(config)[0].layouts())
+    settings = {name: entry.encoder for name, entry in config.file.streams.items()}
+    return Recipe(streams, build_encoders(streams, settings), config.names(), settings,
+                  round(config.file.window.hop_ms * 1e6), 5)  # fmt: skip
+
+
+# -- the whole way -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(sessions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle, trained by the command."""
+    folder = tmp_path_factory.mktemp("trained")
+    said = {
+        "train": {"epochs": EPOCHS, "batch_windows": 32, "learning_rate": 0.01, "ema": 0.9},
+        "robust": {"noise": 0, "shift": 0, "freeze": 0, "blank": 0, "outage": 0},
+        "ignore_labels": ["tone"],  # which nobody hears without a microphone
+    }
+    file = folder / "train.yaml"
+    file.write_text(configured(sessions, PAIR, sessions=[f"{sessions}/*.mcap"], **said).document.text)
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(cli.app, ["train", str(file), "-o", str(folder / "bundle"), "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["epoch"] for row in rows[:-1]] == list(range(1, EPOCHS + 1))
+    assert len(rows[-1]["scores"]) == 3
+    assert sorted(p.name for p in folder.iterdir()) == [".prepared", "bundle", "train.yaml"]
+    return folder / "bundle"
+
+
+def test_a_trained_bundle_replays_far_better_than_chance(trained: Path, sessions: Path) -> None:
+    bundle = load_bundle(trained)
+    assert set(bundle.lineage.recordings) == {f"s{seed}.mcap" for seed in range(SESSIONS)}
+    tested = (trained / "README.md").read_text().partition("Tested on: ")[2].partition(".\n")[0].split(", ")
+    right = total = 0
+    for name in tested:
+        for prediction in replay_predictions(sessions / name, bundle, FuseOptions(contributions=False)):
+            if prediction.truth != "tone":
+                right += prediction.label == prediction.truth
+                total += 1
+    assert total >= 90
+    assert right > 0.8 * total  # calm alone is about half
+
+
+def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
+    text = (trained / "README.md").read_text()
+    for part in ("## Data", "## Training", "## How good", "## Calibration", "## Checks", "## Limits", "seed 0"):
+        assert part in text
+    assert str(trained.parent) not in text
+    assert "through the live path are the windows that were learnt from" in text
+    assert load_bundle(trained).calibration.set_coverage == 0.9
+    assert set(load_bundle(trained).calibration.subsets) == {"camera", "imu", "camera+imu"}
+
+
+def test_a_bundle_exists_already(trained: Path) -> None:
+    file = trained.parent / "train.yaml"
+    result = CliRunner().invoke(cli.app, ["train", str(file), "-o", str(trained)])
+    assert isinstance(result.exception, ConfigError)
+
+
+def test_another_training_begins_from_it(trained: Path, sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, PAIR, init={"bundle": str(trained), "freeze": True})
+    made = learn.train(config, recorded(config), device="cpu")
+    assert made.begun_from["encoder of imu"].endswith("frozen")
+    with np.load(trained / "weights.npz") as weights:
+        state = made.model.state_dict()
+        own = [key for key in weights.files if key.startswith(("encoders.imu.", "encoders.camera."))]
+        assert len(own) > 10
+        assert all(np.array_equal(weights[key], state[key].numpy()) for key in own)
+    other = configured(sessions, {"imu": {"token": 7}}, init={"bundle": str(trained)})
+    with pytest.raises(BundleError, match="another one than the training file"):
+        learn.train(other, recorded(other), device="cpu")
+
+
+def test_what_is_frozen_is_named(sessions: Path) -> None:
+    with pytest.raises(ConfigError, match="--init-from"):
+        learn.beginning_from(configured(sessions), None, True)
+
+
+# -- the same again ----------------------------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_bundles(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, train={"epochs": 1, "batch_windows": 64})
+    for name in ("one", "two"):
+        learn.export(
+            learn.train(config, recorded(config), cache=tmp_path / name / "cache", device="cpu"), tmp_path / name / "b"
+        )
+    files = {p.name: p.read_bytes() for p in (tmp_path / "one" / "b").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "two" / "b").iterdir()}
+    assert len(files) == 7
+    folder = str(Path(learn.__file__).parent).encode()
+    assert not any(folder in data or b"torch" in data for name, data in files.items() if name.endswith(".onnx"))
+
+
+class Interrupted(Exception):
+    """The power went off."""
+
+
+class Breaks(Silent):
+    """Interrupts a training in the middle of an epoch."""
+
+    def __init__(self, phase: str, after: int) -> None:
+        self._phase, self._after, self._now = phase, after, ""
+
+    def begin(self, phase: str, total: int) -> None:
+        self._now = phase
+
+    def advance(self, done: int = 1) -> None:
+        if self._now == self._phase:
+            self._after -= done
+            if self._after <= 0:
+                raise Interrupted
+
+
+@pytest.mark.parametrize(("phase", "after"), [("training", 250), ("pretraining", 150)])
+def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase: str, after: int) -> None:
+    train = {"epochs": 3, "batch_windows": 64}
+    config = configured(sessions, ("imu", "camera"), train=train, pretrain={"epochs": 2}, robust={"balance": 0.3})
+    cache = tmp_path / "cache"
+    whole = learn.train(config, recorded(config), cache=cache, device="cpu")
+    with pytest.raises(Interrupted):
+        learn.train(config, recorded(config), cache=cache, work=tmp_path, device="cpu", watch=Breaks(phase, after))
+    resumed = learn.train(config, recorded(config), cache=cache, work=tmp_path, device="cpu", resume=True)
+    assert resumed.curves == whole.curves
+    assert [row["phase"] for row in whole.curves] == ["pretraining"] * 2 + ["training"] * 3
+    assert same_weights(whole, resumed)
+
+
+def test_another_trainings_state_is_not_gone_on_from(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions)
+    with pytest.raises(Interrupted):
+        learn.train(config, recorded(config), work=tmp_path, device="cpu", watch=Breaks("training", 150))
+    other = learn.with_overrides(config, seed=5)
+    with pytest.raises(ConfigError, match="of another training"):
+        learn.train(other, recorded(other), work=tmp_path, device="cpu", resume=True)
+    (tmp_path / "checkpoint.pt").write_bytes(b"nonsense")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        learn.train(config, recorded(config), work=tmp_path, device="cpu", resume=True)
+
+
+def test_torchs_random_numbers_are_left_alone(sessions: Path) -> None:
+    before = torch.get_rng_state()
+    config = configured(sessions, train={"epochs": 1})
+    learn.train(config, recorded(config), device="cpu")
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+
+def live_session(path: Path, spec: AlignSpec) -> list[Manifest]:
+    """A recording of a session as it was lived: late, lost and silent, with the windows that its aligner made."""
+    items = []
+    for stream in STREAMS:
+        own = sorted(scenes.messages(3, SECONDS, [stream]), key=lambda m: m.header.bound_ns)
+        stages = {"camera": Loss(share=0.3, run=4), "imu": Delay(delay_ms=150, start_s=2, end_s=4)}
+        stage = stages[stream].stage(stream, Random(1)) if stream in stages else None
+        for message in own:
+            at = message.header.bound_ns
+            live = stage is not None and stages[stream].active(at)
+            items += stage(message, at) if stage is not None and live else [(message, at)]
+    items = [
+        (m, at) for m, at in items if not (m.header.stream == "microphone" and 2e9 <= m.header.t_capture_ns < 3.5e9)
+    ]
+    items.sort(key=lambda item: item[1])
+    steps = list(live_steps(items, spec))
+    written: list[tuple[int, Message | Manifest]] = [(at, m) for m, at in items]
+    written += [(step.manifest.emitted_ns, step.manifest) for step in steps]
+    with RecordingWriter(path, SessionInfo(session="lived"), compression="none") as writer:
+        for label in scenes.labels(3, SECONDS):
+            writer.write_label(label, max(label.start_ns, 0))
+        for at, what in sorted(written, key=lambda pair: pair[0]):
+            if isinstance(what, Manifest):
+                writer.write_json(MANIFEST_TOPIC, msgspec.json.encode(what), at)
+            else:
+                writer.write(what, at)
+    return [step.manifest for step in steps]
+
+
+@pytest.fixture(scope="module")
+def lived(sessions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Manifest]]:
+    path = tmp_path_factory.mktemp("lived") / "lived.mcap"
+    spec = recipe_of(configured(sessions, STREAMS)).spec()
+    streams = tuple(msgspec.structs.replace(s, idle_ns=300_000_000) for s in spec.streams)
+    return path, live_session(path, msgspec.structs.replace(spec, streams=streams, max_delay_ns=80_000_000))
+
+
+def test_windows_in_training_are_those_that_were_lived(
+    sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
+) -> None:
+    path, manifests = lived
+    recipe = recipe_of(configured(sessions, STREAMS))
+    found = prepare(learn.Recorded(path), recipe, tmp_path)
+    assert found.digests == [m.digest for m in manifests]
+    verdicts = {m.streams[name].verdict for m in manifests for name in STREAMS}
+    assert verdicts >= {"ok", "late", "missing"}
+    for name in STREAMS:
+        there = [m.streams[name].verdict in ("ok", "partial") for m in manifests]
+        assert found.present[name].tolist() == there
+    again = prepare(learn.Recorded(path), msgspec.structs.replace(recipe, mode="event_time"), tmp_path)
+    assert again.digests != found.digests
+    assert again.present["imu"].sum() > found.present["imu"].sum()  # what was late is there by event time
+    other = recipe_of(configured(sessions, STREAMS, window={"hop_ms": 50, "steps": 5}))  # windows that nobody lived
+    assert len(prepare(learn.Recorded(path), other, tmp_path)) > 1.9 * len(manifests)
+
+
+def test_a_bundle_is_proven_on_what_was_lived(
+    trained: Path, sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
+) -> None:
+    """What export checks: the live path and the trained model agree on masked, late and partial steps, too."""
+    shutil.copy(lived[0], tmp_path / "lived.mcap")
+    for seed in (1, 2):
+        shutil.copy(sessions / f"s{seed}.mcap", tmp_path)
+    config = configured(
+        tmp_path, PAIR, init={"bundle": str(trained), "freeze": True}, ignore_labels=["tone"],
+        train={"epochs": 1, "learning_rate": 1e-9}, split={"held_out": ["lived.mcap"], "test": 0},
+    )  # fmt: skip
+    made = learn.train(config, recorded(config), device="cpu")
+    bundle = load_bundle(trained)
+    assert "of lived.mcap" in prove(made, bundle)
+    flipped = msgspec.structs.replace(made.split.held_out[0].session, digests=["x"] * 1000)
+    wrong = [msgspec.structs.replace(made.split.held_out[0], session=flipped)]
+    with pytest.raises(BundleError, match="not the one that was learnt from"):
+        prove(made._replace(split=made.split._replace(held_out=wrong)), bundle)
+
+
+def test_a_restarted_aligner_leaves_masked_steps(
+    sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
+) -> None:
+    path, manifests = lived
+    gone = {10, 11, 12}
+    cut = tmp_path / "cut.mcap"
+    with (
+        RecordingReader(path) as reader,
+        RecordingWriter(cut, SessionInfo(session="cut"), compression="none") as writer,
+    ):
+        for message, at in reader.messages(beats=True):
+            writer.write(message, at)
+        for data, at, _ in reader.json(MANIFEST_TOPIC):
+            if msgspec.json.decode(data, type=Manifest).step not in gone:
+                writer.write_json(MANIFEST_TOPIC, data, at)
+    found = prepare(learn.Recorded(cut), recipe_of(configured(sessions, STREAMS)), tmp_path)
+    assert len(found) == len(manifests)
+    masked = np.flatnonzero(found.step < 0)
+    assert masked.tolist() == [9, 10, 11]
+    assert not any(found.present[name][masked].any() for name in STREAMS)
+
+
+def test_chunks_hold_every_window_once() -> None:
+    data = Dataset([made_session(n, [0, 1]) for n in (3, 17, 40)], steps=4, chunk=10, labels=("a", "b"))
+    expected = [(i, end) for i, session in enumerate(data.sessions) for end in range(len(session))]
+    for batches in (data.shuffled(16, np.random.default_rng(3)), (batch for batch, _ in data.batches(16))):
+        seen = []
+        for batch in batches:
+            cut = windows(batch.prepared["x"], 4)[..., 0].reshape(len(batch.places), -1, 4)
+            for b, (i, start) in enumerate(batch.places):
+                for w in np.flatnonzero(batch.truth[b, 3:].numpy() >= 0).tolist():
+                    end = start + 3 + w
+                    seen.append((i, end))
+                    rows = [row + 1.0 if row >= 0 else 0.0 for row in range(end - 3, end + 1)]
+                    assert cut[b, w].tolist() == rows
+                    assert batch.truth[b, 3 + w] == data.sessions[i].truth[end]
+        assert sorted(seen) == expected
+    assert abs(sum(1 for _ in data.shuffled(16, np.random.default_rng(0))) - data.number_of_batches(16)) <= 3
+
+
+def made_session(n: int, truths: list[int], name: str = "", **attributes: str) -> Labelled:
+    """Rows 1 to n of one number each, all present, with the labels in turn."""
+    rows = np.arange(1, n + 1, dtype=np.float32)[:, None]
+    steps = np.arange(1, n + 1)
+    session = PreparedSession(
+        name or f"n{n}", {}, attributes, {"x": _Rows(rows)}, {"x": np.ones(n, bool)}, steps, steps * 100_000_000,  # type: ignore[dict-item]
+        [""] * n, {}, {},
+    )  # fmt: skip
+    return Labelled(session, np.resize(np.array(truths), n))
+
+
+class _Rows:
+    def __init__(self, rows: np.ndarray[Any, Any]) -> None:
+        self._rows, self.shape = rows, rows.shape[1:]
+
+    def read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        return self._rows[start:stop]
+
+
+def test_prepared_steps_are_kept_and_streamed(sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured(sessions)
+    held = learn.train(config, recorded(config), cache=tmp_path / "cache", device="cpu")
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npz")}
+    assert len(written) == 2 * SESSIONS
+    monkeypatch.setattr("pipeline.learn.dataset.MEMORY_BYTES", 0)
+    streamed = learn.train(config, recorded(config), cache=tmp_path / "cache", device="cpu")
+    assert not streamed.split.train[0].held
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npz")} == written
+    assert same_weights(held, streamed)
+    assert recipe_of(config).digest() != recipe_of(configured(sessions, streams={"imu": {"context_ms": 100}})).digest()
+
+
+# -- sessions of a program's own ---------------------------------------------------------------------------------------
+
+
+def test_sessions_in_memory_of_one_step_each() -> None:
+    def clip(i: int) -> learn.Made:
+        label = "abc"[i % 3]
+        shift = Random(i).random()
+        messages = list(scenes.messages(i, 1.0, ["imu"]))
+        for message in messages:
+            message.data["gyro"][:, 2] += {"a": 0.0, "b": 2.0, "c": -2.0}[label] + shift
+        end = messages[-1].header.t_end_ns + 10_000_000
+        return learn.Made(f"clip{i}", messages, [Label(0, end, label)], {"person": str(i % 4)})
+
+    said = {
+        "name": "clips", "streams": {"imu": {"token": 8, "encoder": {"widths": [8]}}},
+        "window": {"hop_ms": 900, "steps": 1}, "split": {"by": "person", "held_out": ["1"], "test": ["2"]},
+        "train": {"epochs": 15, "batch_windows": 6, "learning_rate": 0.01, "ema": 0.9},
+    }  # fmt: skip
+    config = learn.check_config(Document(yaml.safe_dump(said), "clips.yaml"))
+    made = learn.train(config, [clip(i) for i in range(36)], device="cpu")
+    assert {s.session.attributes["person"] for s in made.split.train} == {"0", "3"}
+    assert [len(s) for s in made.split.test] == [1] * 9
+    found = learn.say_all(made, made.split.test)
+    assert found is not None
+    assert np.mean(found.logits[frozenset({"imu"})].argmax(1) == found.truth) > 0.7
+
+
+# -- what cannot be learnt from ----------------------------------------------------------------------------------------
+
+
+def test_splits_keep_groups_whole_and_labels_even() -> None:
+    many = [made_session(20, [i % 2], f"s{i}", person=f"p{i // 2}") for i in range(20)]
+    entry = configured(Path("x"), split={"by": "person", "held_out": 0.2, "test": 0.2}).file.split
+    parts = split(many, entry, 2)
+    people = [{s.session.attributes["person"] for s in part} for part in parts[:3]]
+    assert [len(p) for p in people] == [6, 2, 2]
+    assert not people[0] & people[1]
+    assert not people[0] & people[2]
+    assert all({int(t) for s in part for t in s.truth} == {0, 1} for part in parts[:3])
+    assert split(many, entry, 2).groups == parts.groups
+    with pytest.raises(ConfigError, match="no attribute `day`"):
+        split(many, msgspec.structs.replace(entry, by="day"), 2)
+    with pytest.raises(ConfigError, match="`p77` is no value of `person`"):
+        split(many, msgspec.structs.replace(entry, test=("p77",)), 2)
+    with pytest.raises(ConfigError, match="cannot be split"):
+        split(many[:2], entry, 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([], "has no labels"),
+        ([Label(0, 3 * NS, "a"), Label(2 * NS, 4 * NS, "b")], r"from 2.000 s to 4.000 s overlaps `a`"),
+        ([Label(0, NS, "a"), Label(99 * NS, 100 * NS, "b")], r"from 99.000 s .* session's end"),
+        ([Label(0, 6 * NS, "a")], "a model tells labels apart"),
+    ],
+)  # fmt: skip
+def test_labels_that_nobody_can_learn(tmp_path: Path, labels: list[Label], said: str) -> None:
+    scenes.record(tmp_path / "one.mcap", 1, 2.0, labels, streams=["imu"])
+    config = configured(tmp_path)
+    with pytest.raises(RecordingError, match=said) as caught:
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    assert "one.mcap" in str(caught.value)
+
+
+def test_streams_that_differ_between_sessions(tmp_path: Path) -> None:
+    scenes.record(tmp_path / "a.mcap", 1, 3.0, streams=["imu", "camera"])
+    scenes.record(tmp_path / "b.mcap", 2, 3.0, streams=["imu"])
+    config = configured(tmp_path, ("imu", "camera"))
+    with pytest.raises(RecordingError, match=r"b.mcap has no stream `camera`; it has `imu`"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    config = configured(tmp_path, ("imu", "camera"), missing_streams="allow")
+    ready = prepare_all(config, recorded(config), tmp_path / "cache")
+    assert [int(s.session.present["camera"].any()) for s in ready.sessions] == [1, 0]
+    config = configured(tmp_path, {"imu": {"recorded_as": "camera", "payload": "imu"}})
+    with pytest.raises(RecordingError, match=r"a.mcap has frame on its stream `camera`, where `imu` is imu"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+
+
+def test_numbers_that_are_none_and_sessions_of_nothing(tmp_path: Path) -> None:
+    messages = list(scenes.messages(1, 2.0, ["lidar"]))
+    messages[7].data["x"][:] = math.nan
+    for message in messages:
+        message.data["intensity"][message.header.seq :: 7] = math.nan
+    labels = [Label(0, 900_000_000, "a"), Label(900_000_000, 2_000_000_000, "b")]
+    said = {"name": "n", "streams": {"lidar": {}}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    ready = prepare_all(config, [learn.Made("broken", messages, labels)], tmp_path)
+    assert ready.sessions[0].session.present["lidar"].all()  # returns that are none are no returns
+    with pytest.raises(RecordingError, match="short is empty"):
+        prepare_all(config, [learn.Made("short", messages[:1], labels)], tmp_path)
+
+
+def test_an_encoder_that_gives_no_numbers_is_named_with_the_time(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions)
+    recipe = recipe_of(config)
+    encoder = recipe.encoders["imu"]
+    prepared = encoder.prepare
+
+    def broken(x: Any, valid: Any = None) -> Any:
+        return prepared(x, valid) / (0.0 if x[0, 2] > 9.83 else 1.0)
+
+    encoder.prepare = broken
+    with pytest.raises(RecordingError, match=r"s0.mcap: the step of `imu` that ends at \d+\.\d+ s .* not finite"):
+        prepare(recorded(config)[0], recipe, tmp_path)
+
+
+def test_a_label_that_no_session_to_learn_from_has(sessions: Path) -> None:
+    labels = ["approach", "calm", "flash", "shake", "tone", "dance"]
+    config = configured(sessions, labels=labels)
+    with pytest.raises(RecordingError, match="has the label `dance`"):
+        learn.train(config, recorded(config), device="cpu")
+    config = configured(sessions, labels=["calm", "shake"])
+    with pytest.raises(RecordingError, match=r"s0.mcap: the label `approach` .* is none of"):
+        prepare_all(config, recorded(config), sessions / "nowhere")
+
+
+def test_label_sessions_by_the_end_of_the_window() -> None:
+    session = made_session(10, [0]).session
+    labels = [Label(0, 450_000_000, "a"), Label(500_000_000, 800_000_000, "b")]
+    [found], names = label_sessions([(session, labels)], None)
+    assert names == ("a", "b")
+    assert found.truth.tolist() == [0, 0, 0, 0, -1, 1, 1, 1, -1, -1]
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"strategy": "middle"}, "strategy"),
+        ({"train": {"epoch": 3}}, "epochs"),
+        ({"train": {"learning_rate": 0}}, "learning_rate"),
+        ({"robust": {"noise": 2}}, "noise"),
+        ({"fusion": {"depth": 2}}, "depth"),
+        ({"window": {"hop_s": 0.1, "steps": 5}}, "hop_ms: 100"),
+        ({"streams": {}}, "at least one stream"),
+        ({"labels": ["a", "b"], "ignore_labels": ["a"]}, "learnt and ignored"),
+    ],
+)
+def test_a_training_file_is_read_strictly(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        configured(Path("folder"), **change)
+
+
+@pytest.mark.parametrize(
+    ("streams", "said"),
+    [
+        ({"imu": {"encoder": {"sise": 3}}}, "streams.imu.encoder"),
+        ({"imo": {}}, r"no session has a stream `imo`.*Did you mean `imu`"),
+        ({"imu": {"rule": {"kind": "resample", "rate_hz": 33, "max_gap_ms": 50}}}, "whole number of samples"),
+        ({"emg": {"payload": "signal"}}, "needs its `rule`"),
+        ({"camera": {"context_ms": 100}}, "context"),
+    ],
+)
+def test_streams_that_do_not_fit(sessions: Path, tmp_path: Path, streams: dict[str, Any], said: str) -> None:
+    config = configured(sessions, streams=streams)
+    with pytest.raises(SensoriumError, match=said):
+        prepare_all(config, recorded(config), tmp_path)
+
+
+def test_no_session_no_device_and_no_bundle(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, sessions=["no/*.mcap"])
+    with pytest.raises(ConfigError, match=r"`no/\*.mcap` matches no file"):
+        config.sessions(config.file.sessions, "sessions")
+    with pytest.raises(ConfigError, match="--device nonsense"):
+        learn.train(config, [], device="nonsense")
+    with pytest.raises(RecordingError, match="no sessions to learn from"):
+        learn.train(config, [], device="cpu")
+    twice = [learn.Recorded(sessions / "s0.mcap")] * 2
+    with pytest.raises(RecordingError, match=r"two sessions are named `s0.mcap`"):
+        learn.train(config, twice, device="cpu")
+
+
+def test_without_torch_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.commands.find_spec", lambda name: None)
+    result = CliRunner().invoke(cli.app, ["train", "x.yaml", "-o", str(tmp_path / "b")])
+    assert isinstance(result.exception, ConfigError)
+    assert "pip install 'sensorium[learn]'" in str(result.exception)
