@@ -32,13 +32,24 @@ from pipeline.recording import (
     RingWriter,
     SessionInfo,
 )
-from pipeline.steps import GAP, STEP, Account, Gap, decode_step
+from pipeline.steps import GAP, STEP, Account, Gap, Unpredicted, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 
 PATIENCE_MS = 50
 ITEM_BYTES = 1024
 """What anything that waits to be written takes beside its payload: headers, objects, the queue itself."""
-_JSON_TOPICS = {"prediction": PREDICTION_TOPIC, "label": LABEL_TOPIC}
+_JSON_TOPICS = {"label": LABEL_TOPIC}
+
+
+class _Index(msgspec.Struct):
+    index: int
+
+
+class _Window(msgspec.Struct):
+    window: _Index
+
+
+_index = msgspec.json.Decoder(_Window)
 
 
 class LostMessages(msgspec.Struct, frozen=True):
@@ -73,6 +84,8 @@ class Record:
         self.settings: Record.Settings = decode_settings(Record, life.spec.settings)
         # A later life of this node cannot have seen the first steps, and its predecessor's file has them.
         self.account = Account(first=1 if life.spec.life == 0 else None)
+        self.unpredicted = Unpredicted()
+        self.predicted = "fusion" in self.settings.topics
         self.expected: dict[str, tuple[int, int]] = {}
         self.lost = self.lost_beats = 0
         self.gaps: dict[str, LostMessages] = {}
@@ -123,6 +136,7 @@ class Record:
         failed with."""
         for stream in list(self.gaps):
             self._close_gap(stream, self.clock.now_ns())
+        self._gaps_of_windows(self.unpredicted.end(), self.clock.now_ns())
         self.queue.close()
         self.queue.check()
         notes = self._account()
@@ -238,11 +252,30 @@ class Record:
                 if gap is not None:
                     self._json(GAP_TOPIC, msgspec.json.encode(gap), now)
                 self._json(MANIFEST_TOPIC, msgspec.json.encode(manifest), now, manifest.end_ns)
+                if self.predicted:
+                    self.unpredicted.window(manifest.step)
         elif parts.topic == GAP:
             with contextlib.suppress(msgspec.MsgspecError):
                 self.account.announce(msgspec.json.decode(parts.parts[0], type=Gap))
+        elif parts.topic == "prediction":
+            self._prediction(bytes(parts.parts[0]), now)
         else:
             self._json(_JSON_TOPICS[parts.topic], bytes(parts.parts[0]), now)
+
+    def _prediction(self, data: bytes, now_ns: int) -> None:
+        """Records a prediction once, after the gap before it if there is one."""
+        try:
+            index = _index.decode(data).window.index
+        except msgspec.MsgspecError:
+            return
+        gaps, first = self.unpredicted.prediction(index)
+        self._gaps_of_windows(gaps, now_ns)
+        if first:
+            self._json(PREDICTION_TOPIC, data, now_ns)
+
+    def _gaps_of_windows(self, gaps: list[Gap], now_ns: int) -> None:
+        for gap in gaps:
+            self._json(GAP_TOPIC, msgspec.json.encode(gap), now_ns)
 
     def _json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
         """These are few, and what explains a gap must not itself be lost: they always fit, and are counted."""

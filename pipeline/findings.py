@@ -104,7 +104,7 @@ def _waiting(found: Explanation) -> list[RenderableType]:
 
 
 def _gap(gap: Mapping[str, Any]) -> str:
-    what = f"{gap['stream']} {gap.get('epoch')}/" if "stream" in gap else "windows "
+    what = f"{gap['stream']} {gap.get('epoch')}/" if "stream" in gap else f"{gap.get('of', 'window')}s "
     return f"{what}{gap.get('from')} to {gap.get('to')}: {gap.get('cause', '')}"
 
 

@@ -19,9 +19,12 @@ from pipeline.wire import INLINE, SLOT, Slot, check_payload, decode_header, deco
 
 _DRAIN = 4096  # messages taken in one call, so that a fast publisher cannot keep ``receive`` from returning
 
-AHEAD_NS, JUMP = 60_000_000_000, 1 << 31
-"""An epoch's name is the session time at which it opened, little after the receipt of its first message at most; and no
-stream loses so many messages at once. A damaged header that were believed would silence its stream for good."""
+AHEAD_NS, JUMP = 1_000_000_000, 4096
+"""An epoch's name is the session time at which it opened, little after the receipt of its first message at most; and
+hardly ever does a stream lose so many messages at once. A damaged header that were believed would silence its stream,
+so that one beyond these limits is believed only once the next one says the same."""
+CONFIRMED = 16
+"""So many numbers further at most is the header that says the same."""
 QUIET_NS, AT_LAST_NS = 200_000_000, 3_000_000_000
 
 
@@ -129,6 +132,17 @@ class _Stream:
         self.beat: int | None = None
         self._epoch: int | None = None
         self._next = 0
+        self._doubted: tuple[int, int] | None = None
+
+    def _likely(self, header: Header, gap: int) -> bool:
+        """Whether something can have led to this epoch and number; what is far off must be said twice."""
+        doubted, self._doubted = self._doubted, None
+        if gap <= JUMP and header.epoch <= header.t_receipt_ns + AHEAD_NS:
+            return True
+        if doubted is not None and doubted[0] == header.epoch and 0 <= header.seq - doubted[1] <= CONFIRMED:
+            return True
+        self._doubted = header.epoch, header.seq
+        return False
 
     def admit(self, header: Header) -> bool:
         """Counts what was lost before this message or beat; False for one that came already or comes too late, and
@@ -138,7 +152,7 @@ class _Stream:
         if epoch is None or header.epoch > epoch:
             epoch, number = header.epoch, 0
         gap = header.seq - number
-        if header.epoch < epoch or not 0 <= gap <= JUMP or header.epoch > header.t_receipt_ns + AHEAD_NS:
+        if header.epoch < epoch or gap < 0 or not self._likely(header, gap if joined else 0):
             counters.malformed += 1
             return False
         self._epoch = epoch

@@ -35,7 +35,17 @@ def closing(summary: Summary) -> RenderableType:
 def last_lines(summary: Summary) -> list[RenderableType]:
     """What was dropped between nodes, and where the recording is."""
     recorded = [Text(), Text(f"recorded: {summary.recorded}")] if summary.recorded else []
-    return [*dropped(summary), *recorded]
+    return [*_holes(summary), *dropped(summary), *recorded]
+
+
+def _holes(summary: Summary) -> list[RenderableType]:
+    """Windows without a prediction, which a node that died has cost."""
+    if not summary.gaps:
+        return []
+    count = sum(last - first + 1 for first, last in summary.gaps)
+    said = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in summary.gaps[:8])
+    more = ", …" if len(summary.gaps) > 8 else ""
+    return [Text(f"{count} windows have no prediction, for a node had died: {said}{more}", style="yellow")]
 
 
 def dropped(summary: Summary) -> list[RenderableType]:

@@ -7,8 +7,9 @@ their streams and finds them by the epochs and numbers that the manifest names.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -25,12 +26,14 @@ GAP = "gap"
 windows; a JSON object ``Gap``."""
 
 
-class Gap(msgspec.Struct, frozen=True):
+class Gap(msgspec.Struct, frozen=True, omit_defaults=True):
     """Steps that nobody will ever see, both ends included, and why."""
 
     first: int = msgspec.field(name="from")
     last: int = msgspec.field(name="to")
     cause: str = ""
+    of: Literal["window", "prediction"] = "window"
+    """What is missing: the window itself, or only its prediction."""
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -83,10 +86,11 @@ class Account:
     where they arrived, not where they were sent.
     """
 
-    def __init__(self, first: int | None = 1) -> None:
+    def __init__(self, first: int | None = 1, unknown: str = "lost on the way from the align node") -> None:
         """``first`` is the step that must come first; None where whatever comes first is right (a reader that joined
-        later)."""
+        later). ``unknown`` is the cause of what nobody announced."""
         self.last = None if first is None else first - 1
+        self._unknown = unknown
         self._announced: list[Gap] = []
 
     def announce(self, gap: Gap) -> None:
@@ -102,4 +106,44 @@ class Account:
         if step == first:
             return None
         causes = [gap.cause for gap in self._announced if gap.first < step and gap.last >= first]
-        return Gap(first, step - 1, causes[-1] if causes else "lost on the way from the align node")
+        return Gap(first, step - 1, causes[-1] if causes else self._unknown)
+
+
+class Unpredicted:
+    """Windows that wait for their predictions, so that every window has one, or lies inside one gap."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[int] = deque()
+        self._last = -1
+
+    def window(self, step: int) -> None:
+        """Notes that window ``step`` came; windows come in order."""
+        if step > self._last:
+            self._waiting.append(step)
+
+    def prediction(self, step: int) -> tuple[list[Gap], bool]:
+        """Notes that the prediction of ``step`` came: the gaps before it, and whether it came for the first time."""
+        if step <= self._last:
+            return [], False
+        self._last = step
+        missing = []
+        while self._waiting and self._waiting[0] <= step:
+            missing.append(self._waiting.popleft())
+        return _ranges([k for k in missing if k != step], "the fusion node died, or it was lost on the way"), True
+
+    def end(self) -> list[Gap]:
+        """The gaps at the end of the session."""
+        missing = list(self._waiting)
+        self._waiting.clear()
+        return _ranges(missing, "the session ended before it, or the fusion node had died")
+
+
+def _ranges(steps: list[int], cause: str) -> list[Gap]:
+    """Rising numbers as gaps."""
+    gaps: list[Gap] = []
+    for step in steps:
+        if gaps and gaps[-1].last + 1 == step:
+            gaps[-1] = Gap(gaps[-1].first, step, cause, "prediction")
+        else:
+            gaps.append(Gap(step, step, cause, "prediction"))
+    return gaps

@@ -12,11 +12,14 @@ from types import TracebackType
 import msgspec
 
 from pipeline.clock import SystemClock
+from pipeline.errors import WireError
 from pipeline.prediction import Prediction
+from pipeline.steps import Account, Gap
 from pipeline.transport import subscribe_json
 
 TOPIC = "prediction"
 _POLL_MS = 100
+MISSED = "a node of the session died, or it was lost on the way"
 
 
 class Subscription:
@@ -24,7 +27,7 @@ class Subscription:
 
     Nothing is seen of what was published before, and a session that ends says nothing: the iteration then waits for
     the next session at the same endpoint, or ends after ``timeout_s`` without a prediction. ``malformed`` counts what
-    came and was no prediction.
+    came and was no prediction, ``repeated`` what came twice.
     """
 
     def __init__(self, endpoint: str, timeout_s: float | None = None) -> None:
@@ -32,6 +35,12 @@ class Subscription:
         self.endpoint, self._timeout_s = endpoint, timeout_s
         self._objects = subscribe_json(endpoint, TOPIC)
         self._foreign = 0
+        self._session = ""
+        self._account = Account(None)
+        self.gaps: list[Gap] = []
+        """Windows whose predictions never came, between those that did: every index of a session appears once, as a
+        prediction or inside one of these."""
+        self.repeated = 0
 
     @property
     def malformed(self) -> int:
@@ -42,10 +51,26 @@ class Subscription:
         found: list[Prediction] = []
         while (value := self._objects.receive(0 if found else timeout_ms)) is not None:
             try:
-                found.append(msgspec.convert(value, Prediction))
+                prediction = msgspec.convert(value, Prediction)
             except msgspec.ValidationError:
                 self._foreign += 1
+                continue
+            if self._first_time(prediction):
+                found.append(prediction)
         return found
+
+    def _first_time(self, prediction: Prediction) -> bool:
+        """Notes the gap before a prediction; False for one that came already."""
+        if prediction.session != self._session:
+            self._session, self._account = prediction.session, Account(None, MISSED)
+        try:
+            gap = self._account.take(prediction.window.index)
+        except WireError:
+            self.repeated += 1
+            return False
+        if gap is not None:
+            self.gaps.append(msgspec.structs.replace(gap, of="prediction"))
+        return True
 
     def __iter__(self) -> Iterator[Prediction]:
         silent = SystemClock()

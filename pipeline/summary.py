@@ -61,8 +61,11 @@ class Summary:
         """By node, what did not pass through its bus or its ring as it should: ``camera.overrun``, ``ring.expired``."""
         self.recorded = ""
         """Where the recording is, and what a ring has deleted."""
+        self.gaps: list[tuple[int, int]] = []
+        """Windows without a prediction between those that have one: first and last of each range."""
         self._start_ns: int | None = None
         self._end_ns = 0
+        self._index: int | None = None
 
     def add(self, prediction: Prediction) -> None:
         """Counts one prediction."""
@@ -78,6 +81,10 @@ class Summary:
         for stream, report in prediction.streams.items():
             verdict = f"{report.verdict}({report.reason})" if report.reason else report.verdict
             self.verdicts.setdefault(stream, Counter())[verdict] += 1
+        index, before = prediction.window.index, self._index
+        if before is not None and index > before + 1:
+            self.gaps.append((before + 1, index - 1))
+        self._index = index
         if self._start_ns is None:
             self._start_ns = prediction.window.end_ns
         self._end_ns = prediction.window.end_ns
@@ -100,6 +107,7 @@ class Summary:
             "latency_ms": {stage: quantiles(self.latency_ms[stage]) for stage in ordered(self.latency_ms)},
             "messages": {stream: account(counters) for stream, counters in self.counters.items()},
             "drops": self.drops,
+            "gaps": [{"from": first, "to": last} for first, last in self.gaps],
         }
 
 

@@ -186,7 +186,8 @@ def test_a_killed_align_node_begins_at_the_next_hop_and_names_the_gap(tmp_path: 
 
 
 def test_a_killed_fusion_node_comes_back(tmp_path: Path) -> None:
-    with running(tmp_path) as watched:
+    out = tmp_path / "session.mcap"
+    with running(tmp_path, record={"path": str(out)}) as watched:
         last = watched.predict_until(all_ok, "all four streams are ok").window.index
         os.kill(watched.pid("fusion"), signal.SIGKILL)
         until(lambda: watched.saw("fusion", "ready", 2), "fusion is ready again")
@@ -194,6 +195,13 @@ def test_a_killed_fusion_node_comes_back(tmp_path: Path) -> None:
         assert back.window.index > last
         got = indices(watched.predictions)
         assert got == sorted(set(got))
+    with RecordingReader(out) as reader:
+        steps = [msgspec.json.decode(data)["step"] for data, _, _ in reader.json(MANIFEST_TOPIC)]
+        predicted = [msgspec.json.decode(data)["window"]["index"] for data, _, _ in reader.json(PREDICTION_TOPIC)]
+        gaps = [gap for data, _, _ in reader.json(GAP_TOPIC) if "of" in (gap := msgspec.json.decode(data))]
+    named = [k for gap in gaps for k in range(gap["from"], gap["to"] + 1)]
+    assert sorted(predicted + named) == steps == list(range(1, steps[-1] + 1))
+    assert not named or last <= named[0] <= named[-1] < back.window.index  # the last may have been on its way only
 
 
 def test_a_killed_recorder_leaves_a_readable_file_and_starts_another(tmp_path: Path) -> None:

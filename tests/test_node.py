@@ -23,7 +23,7 @@ from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Messa
 from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
 from pipeline.source import KINDS, Reading, Source, load_kind
 from pipeline.stamper import STRAGGLERS, Stamper
-from pipeline.steps import Account, Gap, decode_step, encode_step
+from pipeline.steps import Account, Gap, Unpredicted, decode_step, encode_step
 
 MS = 1_000_000
 
@@ -449,3 +449,23 @@ def test_every_index_is_a_step_or_in_one_gap(steps: list[int], announced: list[i
     with pytest.raises(WireError, match="not used twice"):
         account.take(steps[-1])
     assert Account(first=None).take(50) is None
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.data())
+def test_every_window_has_a_prediction_or_lies_in_one_gap(predicted: list[bool], data: st.DataObject) -> None:
+    account, seen, gaps = Unpredicted(), [], []
+    waiting: list[int] = []
+    for step, there in enumerate(predicted, 1):
+        account.window(step)
+        waiting += [step] if there else []
+        while waiting and data.draw(st.booleans()):
+            index = waiting.pop(0)
+            for again in (False, True):  # a fusion node that was killed between the sending and its mark
+                found, first = account.prediction(index)
+                assert first is not again
+                gaps += found
+            seen.append(index)
+    gaps += account.end()
+    named = [k for gap in gaps for k in range(gap.first, gap.last + 1)]
+    assert sorted(seen + named) == list(range(1, len(predicted) + 1))
+    assert all(gap.of == "prediction" for gap in gaps)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pipeline.align import Counters
 from pipeline.prediction import BundleRef, Prediction, StreamReport, Timing, WindowSpan
+from pipeline.reports import closing
 from pipeline.summary import Quantiles, Summary, account, ordered
 
 
@@ -72,6 +75,16 @@ def test_predictions_are_added_up() -> None:
     assert values["labels"] == {"yes": 1, "no": 1}
     assert values["verdicts"] == {"camera": {"ok": 3}, "imu": {"missing(dead)": 3}}
     assert values["latency_ms"]["total"]["max"] == 5.0
+
+
+def test_windows_without_a_prediction_are_named() -> None:
+    summary = Summary()
+    for index in (10, 11, 40, 42):
+        summary.add(prediction(index))
+    assert summary.as_dict()["gaps"] == [{"from": 12, "to": 39}, {"from": 41, "to": 41}]
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(closing(summary))
+    assert "29 windows have no prediction, for a node had died: 12 to 39, 41" in shown.getvalue()
 
 
 def test_accuracy_is_not_claimed_where_no_truth_is_known() -> None:

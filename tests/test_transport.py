@@ -583,7 +583,10 @@ def test_a_header_of_an_impossible_layout_is_refused(layout: Layout) -> None:
         decode_header(encode_header(header))
 
 
-@pytest.mark.parametrize("wrong", [{"epoch": 1 << 60}, {"seq": 1 << 40}, {"epoch": 1 << 37, "seq": 0}])
+@pytest.mark.parametrize("wrong", [
+    {"epoch": 1 << 60},
+    {"epoch": 1 << 37, "seq": 0}, {"epoch": 2_000_000_000, "seq": 0}, {"seq": 1 << 40}, {"seq": 9999},
+])  # fmt: skip
 def test_one_damaged_header_does_not_silence_its_stream(bus: Bus, wrong: dict[str, int]) -> None:
     publisher, subscriber = pair(bus)
     for seq in range(6):
@@ -592,6 +595,15 @@ def test_one_damaged_header_does_not_silence_its_stream(bus: Bus, wrong: dict[st
     assert seqs(take(subscriber, 5)) == [0, 1, 2, 4, 5]
     counted = subscriber.counters("camera")
     assert (counted.received, counted.lost, counted.malformed) == (5, 1, 1)
+
+
+def test_a_great_loss_is_believed_when_it_is_said_twice(bus: Bus) -> None:
+    publisher, subscriber = pair(bus)
+    for seq in (0, 50_000, 50_001, 50_003, 100_000, 200_000, 50_004):
+        publisher.publish(small(seq, stream="camera"))
+    assert seqs(take(subscriber, 4)) == [0, 50_001, 50_003, 50_004]
+    counted = subscriber.counters("camera")
+    assert (counted.received, counted.lost, counted.malformed) == (4, 50_001, 3)
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -1,0 +1,32 @@
+"""A subscription's account: every window of a session once, as a prediction or inside one gap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from pipeline.steps import Gap
+from pipeline.subscriber import MISSED, Subscription
+from pipeline.transport import ZmqBus, endpoint_path
+from tests.rigs import short_folder
+from tests.test_summary import prediction
+
+
+def test_every_index_comes_once_or_lies_in_one_gap() -> None:
+    with short_folder() as folder, ZmqBus(Path(folder), "fusion") as bus:
+        publisher = bus.publisher("fusion")
+        with Subscription(endpoint_path(folder, "fusion")) as subscription:
+            got: list[tuple[str, int]] = []
+            while not got:  # until it is joined
+                publisher.publish_json("prediction", msgspec.json.encode(prediction(10)))
+                got += [(p.session, p.window.index) for p in subscription.receive(20)]
+            before = subscription.repeated
+            for session, index in (("s", 11), ("s", 11), ("s", 14), ("s", 12), ("t", 3), ("t", 5), ("t", 6)):
+                sent = msgspec.structs.replace(prediction(index), session=session)
+                publisher.publish_json("prediction", msgspec.json.encode(sent))
+            while len(got) < 6:
+                got += [(p.session, p.window.index) for p in subscription.receive(1000)]
+            assert got == [("s", 10), ("s", 11), ("s", 14), ("t", 3), ("t", 5), ("t", 6)]
+            assert subscription.repeated >= before + 2
+            assert subscription.gaps == [Gap(12, 13, MISSED, "prediction"), Gap(4, 4, MISSED, "prediction")]
