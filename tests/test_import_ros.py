@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,6 +14,8 @@ import cv2
 import numpy as np
 import pytest
 from foxglove import messages as foxglove
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from mcap.writer import IndexType
 from mcap.writer import Writer as McapWriter
 
@@ -24,7 +27,7 @@ from pipeline.messages import AudioLayout, FrameLayout, Message, SignalLayout, a
 from pipeline.recording import RecordingReader, SessionInfo, summarise
 from pipeline.wire import decode_frame
 from tests.conftest import ROOT
-from tests.ros_bags import KINDS, MS, T0, Ros, S, example, ros_of, write_bag
+from tests.ros_bags import KINDS, MS, T0, Ros, S, Stores, example, get_types_from_msg, get_typestore, ros_of, write_bag
 
 Made = list[tuple[str, int, Any]]
 
@@ -450,6 +453,43 @@ def test_a_damaged_message_is_counted(tmp_path: Path, ros: Ros) -> None:
     info, found = import_(write_bag(tmp_path, "mcap", ros, [("/imu", T0, whole), ("/imu", T0 + 1, imu(ros, T0 + 1))]))
     assert len(found["imu"]) == 1
     assert info.note == "dropped: 1 messages of imu: damaged"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, bytes]]:
+    """A bag of each kind of single file, and its bytes."""
+    made = {}
+    for kind in ("bag", "mcap", "mcap-ros1", "db3"):
+        ros, folder = ros_of(kind), tmp_path_factory.mktemp(kind)
+        messages: Made = []
+        for k in range(3):
+            messages.append(("/imu", T0 + k * MS, imu(ros, T0 + k * MS)))
+            messages.append(("/cam", T0 + k * MS, picture(ros, T0 + k * MS, np.zeros((4, 4), np.uint8), "mono8")))
+        path = write_bag(folder, kind, ros, messages)
+        path = path / "drive.db3" if kind == "db3" else path
+        made[kind] = (path, path.read_bytes())
+    return made
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(kind=st.sampled_from(["bag", "mcap", "mcap-ros1", "db3"]), data=st.data())
+def test_a_damaged_bag_is_read_or_refused(whole: dict[str, tuple[Path, bytes]], kind: str, data: st.DataObject) -> None:
+    path, content = whole[kind]
+    damaged = bytearray(content)
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    with contextlib.suppress(RecordingError, ConfigError):
+        import_(path)
+
+
+def test_a_type_of_a_known_name_with_other_fields_is_left_out(tmp_path: Path) -> None:
+    ros = Ros(2)
+    ros.types = get_typestore(Stores.EMPTY)
+    ros.types.register(get_types_from_msg("float64 pressure", "sensor_msgs/msg/Imu"))
+    path = write_bag(tmp_path, "mcap", ros, [("/imu", T0, ros.make("sensor_msgs/msg/Imu"))])
+    with pytest.raises(RecordingError, match="its fields are not those of its type"):
+        import_(path)
 
 
 def test_a_recording_of_ours_need_not_be_imported(tmp_path: Path, ros: Ros) -> None:

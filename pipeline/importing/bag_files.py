@@ -117,7 +117,7 @@ class McapBag(Bag):
         self._path = path
         self._file = path.open("rb")
         try:
-            self._reader = SeekingReader(self._file)
+            self._reader = SeekingReader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
             statistics = summary and summary.statistics
             if not summary or not statistics or (statistics.message_count and not summary.chunk_indexes):

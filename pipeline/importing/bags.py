@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.errors import ConfigError, RecordingError
-from pipeline.importing.bag_files import Bag, McapBag, RosbagsBag, Topic
+from pipeline.importing.bag_files import Bag, McapBag, Raw, RosbagsBag, Topic
 from pipeline.importing.base import ImportOptions, Opened, Piece
 from pipeline.importing.choosing import choose, stream_name
 from pipeline.importing.contents import Content, Converter
@@ -126,7 +128,7 @@ def _first(bag: Bag, name: str, converter: Converter) -> tuple[Content, int] | s
     first: tuple[Content, int] | None = None
     for raw in bag.messages([name]):
         try:
-            content = converter(raw.decode(raw.data), raw.arrival_ns)
+            content = _content(converter, raw)
         except Unusable as error:
             reasons[str(error)] += 1
             continue
@@ -134,6 +136,16 @@ def _first(bag: Bag, name: str, converter: Converter) -> tuple[Content, int] | s
         if not isinstance(converter, Position) or converter.origin is not None:
             break
     return first or next((reason for reason, _ in reasons.most_common(1)), "there are none")
+
+
+def _content(converter: Converter, raw: Raw) -> Content:
+    """Raises Unusable, also where a bag defines a type of a known name with other fields than everybody's."""
+    message = raw.decode(raw.data)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold is infinite
+            return converter(message, raw.arrival_ns)
+    except (AttributeError, TypeError, OverflowError, IndexError):
+        raise Unusable("its fields are not those of its type") from None
 
 
 def _origin(stream: str, probe: Converter) -> dict[str, str]:
@@ -191,8 +203,7 @@ def _pieces(bag: Bag, streams: dict[str, _Stream], dropped: Counter[str]) -> Ite
     for raw in bag.messages(streams.keys()):
         stream = streams[raw.topic]
         try:
-            content = stream.converter(raw.decode(raw.data), raw.arrival_ns)
-            yield stream.name, stream.piece(content, raw.arrival_ns)
+            yield stream.name, stream.piece(_content(stream.converter, raw), raw.arrival_ns)
         except Unusable as error:
             dropped[f"messages of {stream.name}: {error}"] += 1
 

@@ -16,6 +16,7 @@ from pipeline.importing.images import Unusable, compressed_frame, frame, pixels
 from pipeline.importing.ros_audio import Timeline
 from pipeline.importing.ros_messages import sweep_content
 from pipeline.messages import TextLayout
+from pipeline.wire import LARGEST
 
 TYPES = {1: "u1", 2: "i1", 3: "u2", 4: "i2", 5: "u4", 6: "i4", 7: "f4", 8: "f8"}
 """Of foxglove.PackedElementField: number -> numpy's name."""
@@ -99,7 +100,7 @@ class Sound:
 
     def __call__(self, m: Any, arrival_ns: int) -> Content:
         channels, rate_hz, size = m.number_of_channels, m.sample_rate, len(m.data)
-        if m.format != "pcm-s16" or channels < 1 or rate_hz < 1 or size % (2 * channels) or not size:
+        if m.format != "pcm-s16" or channels < 1 or not 1 <= rate_hz <= LARGEST or size % (2 * channels) or not size:
             said = f"{m.format!r}, {channels} channels at {rate_hz} Hz"
             raise Unusable(f"{size} bytes of {said}, where pcm-s16 is read")
         samples = np.frombuffer(bytes(m.data), "<i2").reshape(-1, channels)

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.importing.contents import Content, stamp_of
 from pipeline.importing.images import Unusable
 from pipeline.messages import AudioLayout
+from pipeline.wire import LARGEST
 
 AUDIO_INFO = "audio_common_msgs/msg/AudioInfo"
 
@@ -108,6 +109,6 @@ def _interleaved(samples: Array, channels: int) -> Array:
 
 
 def _rate(rate_hz: int) -> int:
-    if rate_hz < 1:
+    if not 1 <= rate_hz <= LARGEST:
         raise Unusable(f"its rate is {rate_hz} Hz")
     return int(rate_hz)
