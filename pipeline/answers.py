@@ -28,6 +28,8 @@ class Answers:
             sum(1 << self._streams.index(name) for name in key.split("+")): calibration.at(key.split("+"))
             for key in calibration.subsets
         }
+        everyone: list[tuple[int | None, Calibration]] = [(None, self._general), *self._own.items()]
+        self._biases = {code: self._bias(stated) for code, stated in everyone}
 
     def at(self, member: Array) -> Calibration:
         """What holds for one set of streams, boolean [streams]."""
@@ -36,7 +38,7 @@ class Answers:
     def probabilities(self, logits: Array, members: Array) -> Array:
         """Calibrated probabilities of logits [rows, labels], float64, by the streams [rows, streams] of each row. Rows
         that are not finite become NaN."""
-        return softmax(logits, self._temperatures(members))
+        return softmax(logits, *self._scales(members))
 
     def abstains(self, member: Array, label: int, confidence: float) -> bool:
         """Whether the model had better not answer with this label."""
@@ -63,16 +65,21 @@ class Answers:
         nothing = (codes == 0) | ~np.isfinite(confidence)
         return np.where(nothing, -1, label), abstains | nothing, inside
 
-    def _temperatures(self, members: Array) -> Any:
+    def _scales(self, members: Array) -> tuple[Any, Any]:
+        """Temperature and bias: two numbers for all rows, or an array each that has a row for each."""
         if not self._own:
-            return self._general.temperature
-        codes = (members @ self._bits).tolist()
-        return np.array([[self._own.get(code, self._general).temperature] for code in codes])
+            return self._general.temperature, self._biases[None]
+        codes = [code if code in self._own else None for code in (members @ self._bits).tolist()]
+        stated = [self._general if code is None else self._own[code] for code in codes]
+        return np.array([[one.temperature] for one in stated]), np.array([self._biases[code] for code in codes])
+
+    def _bias(self, stated: Calibration) -> Array:
+        return np.array([stated.bias.get(label, 0.0) for label in self._labels])
 
 
-def softmax(logits: Array, temperature: Any = 1.0) -> Array:
+def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0) -> Array:
     """Probabilities, float64 [rows, labels]; rows that are not finite become NaN."""
-    scaled = logits.astype(np.float64) / temperature
+    scaled = logits.astype(np.float64) / temperature + bias
     scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
     raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     result: Array = raised / raised.sum(axis=1, keepdims=True)

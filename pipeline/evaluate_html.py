@@ -74,15 +74,15 @@ def _subsets(found: Evaluation) -> str:
     heads = "".join(f'<th class="turn"><span>{escape(name)}</span></th>' for name in found.streams)
     names = (
         "%", "macro F1", "calibration<br>error", "in set", "set size", "abstains", "right if it<br>answers",
-        "can tell<br>apart: right", "cannot:<br>abstains",
+        "can tell<br>apart: right", "cannot:<br>abstains", "sure and<br>wrong",
     )  # fmt: skip
     heads += '<th class="left">accuracy, with its interval</th>' + "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(f"<tr>{_dots(one, found.streams)}{_subset(one)}</tr>" for one in found.subsets)
     about = (
         "Any stream may be missing. A bar is the accuracy of the most probable label, also where the model "
-        "abstains; the last two columns split it: over the labels that these streams can tell from every other "
-        "(beside what all streams reach on the same windows), and how often the model abstains where they "
-        "cannot."
+        "abstains; the last columns split it: over the labels that these streams can tell from every other (beside "
+        "what all streams reach on the same windows), and how often the model abstains, or is sure and wrong, where "
+        "they cannot."
     )
     return f"<h2>With any of its streams</h2>\n<p class='soft'>{about}</p>\n{_table(heads, rows)}"
 
@@ -100,7 +100,7 @@ def _subset(one: SubsetResult) -> str:
     can += "" if one.full_accuracy is None else f" <small>of {percent(one.full_accuracy)}</small>"
     cells = [percent(s.accuracy.value), percent(s.macro_f1.value), percent(s.calibration_error),
              percent(s.coverage.value), size, percent(s.abstained.value), percent(s.answered_accuracy.value), can,
-             percent(one.rest_abstained, 0)]  # fmt: skip
+             percent(one.rest_abstained, 0), percent(one.rest_wrong, 0)]  # fmt: skip
     plot = bar(s.accuracy.value, s.accuracy.low, s.accuracy.high)
     return f'<td class="barcell">{plot}</td>' + "".join(f"<td>{cell}</td>" for cell in cells)
 

@@ -85,6 +85,7 @@ def subset(passes: Sequence[Pass], column: int, streams: list[str], labels: Sequ
         reliability=Reliability(said.tolist(), found.tolist(), windows.astype(int).tolist()),
         confusion=counts.tolist(), observable_accuracy=_mean((predicted == truth)[can]),
         full_accuracy=_mean((full == truth)[can]), rest_abstained=_mean(silent[~can]),
+        rest_wrong=_mean((~silent & (predicted != truth))[~can]),
     )  # fmt: skip
 
 

@@ -47,6 +47,11 @@ def unseen(one: SubsetResult) -> list[str]:
     return [label for label, scores in one.classes.items() if scores.observable is False]
 
 
+def _hidden(found: Evaluation, one: SubsetResult) -> str:
+    names = unseen(one)
+    return "any label" if len(names) == len(found.labels) else ", ".join(names) or "–"
+
+
 def _cells(one: Scores) -> list[str]:
     size = "–" if one.set_size is None else f"{one.set_size:.2f}"
     return [
@@ -61,10 +66,12 @@ _HEADINGS = ("accuracy %", "macro F1", "calib. error", "in set", "set size", "ab
 def _subsets(found: Evaluation) -> RenderableType:
     table = numbers("streams", _HEADINGS)
     table.add_column("cannot tell apart")
-    table.add_column("abstains there", justify="right")
+    for heading in ("abstains there", "wrong, and sure"):
+        table.add_column(heading, justify="right")
     for one in found.subsets[:SHOWN]:
         name = "all" if one is found.subsets[0] else " + ".join(one.streams)
-        table.add_row(name, *_cells(one.scores), ", ".join(unseen(one)) or "–", percent(one.rest_abstained, 0))
+        rest = (percent(one.rest_abstained, 0), percent(one.rest_wrong, 0))
+        table.add_row(name, *_cells(one.scores), _hidden(found, one), *rest)
     return _with_rest(table, len(found.subsets), "sets of streams")
 
 

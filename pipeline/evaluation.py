@@ -75,9 +75,11 @@ class SubsetResult(msgspec.Struct, frozen=True, kw_only=True):
     """Truth by prediction, in the order of the labels; the last column is no label."""
     observable_accuracy: float | None
     """Accuracy over the windows of the labels that these streams can observe, beside that of all streams on the same
-    windows; and how often the model abstains on the windows of the others."""
+    windows; and on the windows of the others how often the model abstains, and how often it stands by a wrong
+    answer."""
     full_accuracy: float | None
     rest_abstained: float | None
+    rest_wrong: float | None
 
 
 class SessionResult(msgspec.Struct, frozen=True, kw_only=True):

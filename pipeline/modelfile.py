@@ -98,6 +98,7 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
     are those of ``Calibration``, and what is not stated is as there."""
 
     temperature: PositiveFloat | None = None
+    bias: dict[str, float] | None = None
     abstain_below: Share | None = None
     answer_above: dict[str, Share] | None = None
     set_threshold: Share | None = None
@@ -105,18 +106,20 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
 
 
 class Calibration(_Strict, frozen=True, omit_defaults=True):
-    """From held-out data: logits are divided by ``temperature``; below a confidence of ``abstain_below`` the model
-    abstains, and so it does when its answer is a label in ``answer_above`` and its confidence not above what stands
-    there (1: it never answers with that label). The prediction set is the most probable label, those of at least
-    ``set_threshold``, and those before which the more probable ones have together no more than ``set_mass``; one of the
-    two is measured, so that the set holds the truth in a share ``set_coverage`` of cases. A mass adapts better where
-    streams may be missing: sets then grow with every label that becomes possible, even if each of them is improbable.
+    """From held-out data: logits are divided by ``temperature``, and the ``bias`` of their label is added, where one is
+    stated. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
+    ``answer_above`` and its confidence not above what stands there (1: it never answers with that label). The
+    prediction set is the most probable label, those of at least ``set_threshold``, and those before which the more
+    probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds the truth
+    in a share ``set_coverage`` of cases. A mass adapts better where streams may be missing: sets then grow with every
+    label that becomes possible, even if each of them is improbable.
 
     A model that lacks a sensor is wrong in its own way, so ``subsets`` may state all of it anew for each set of streams
     that may be left. Its keys are the names of the streams that are there, sorted and joined by ``+``
     (``camera+imu``)."""
 
     temperature: PositiveFloat = 1.0
+    bias: dict[str, float] = {}
     abstain_below: Share = 0.0
     answer_above: dict[str, Share] = {}
     set_threshold: Share = 1.0
@@ -318,7 +321,7 @@ def _check_model(document: Document, model: ModelFile) -> None:
 def _check_calibration(document: Document, model: ModelFile) -> None:
     """Every subset is one of the bundle's streams, written as it is looked up; every label is one of the bundle's."""
     at: tuple[str, ...] = ("calibration",)
-    _check_limits(document, model, at, model.calibration.answer_above)
+    _check_labels(document, model, at, model.calibration)
     for key, own in model.calibration.subsets.items():
         where = (*at, "subsets", key)
         names = key.split("+")
@@ -331,14 +334,17 @@ def _check_calibration(document: Document, model: ModelFile) -> None:
             )
         if key != subset_key(set(names)):
             raise document.error(where, f"write this subset as `{subset_key(set(names))}`: sorted, each name once.")
-        _check_limits(document, model, where, own.answer_above or {})
+        _check_labels(document, model, where, own)
 
 
-def _check_limits(document: Document, model: ModelFile, at: tuple[str, ...], limits: dict[str, float]) -> None:
-    for label in limits:
-        if label not in model.labels:
-            raise document.error(
-                (*at, "answer_above", label),
-                f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
-                f"{nearest(label, model.labels)}",
-            )
+def _check_labels(
+    document: Document, model: ModelFile, at: tuple[str, ...], stated: Calibration | SubsetCalibration
+) -> None:
+    for key, by_label in (("bias", stated.bias or {}), ("answer_above", stated.answer_above or {})):
+        for label in by_label:
+            if label not in model.labels:
+                raise document.error(
+                    (*at, key, label),
+                    f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
+                    f"{nearest(label, model.labels)}",
+                )

@@ -24,6 +24,7 @@ from pipeline.scoring import (
     fit_calibration,
     fit_limits,
     fit_mass,
+    fit_scale,
     fit_temperature,
     fit_threshold,
     macro_f1,
@@ -163,6 +164,22 @@ def test_the_temperature_undoes_what_was_done_to_the_logits(sharp: float) -> Non
     assert loss(found) <= min(loss(t) for t in np.geomspace(0.1, 10, 200)) + 1e-6
 
 
+def test_biases_mend_what_a_temperature_cannot() -> None:
+    logits, truth = world(6, 20_000)
+    wrong = logits / 2 - np.array([1.0, 0.0, 0.0, -1.0])
+    temperature, bias = fit_scale(wrong, truth)
+    assert temperature == pytest.approx(0.5, rel=0.05)
+    assert bias - bias.mean() == pytest.approx([2.0, 0.0, 0.0, -2.0], abs=0.1)
+    right = softmax(wrong, temperature, bias)
+    assert np.abs(right - softmax(logits)).max() < 0.05
+    few = fit_scale(wrong[:40], truth[:40])[1]
+    assert np.abs(few).max() < 1.0  # few windows hold them to zero
+    perfect = fit_scale(np.eye(4)[truth[:400]] * 3, truth[:400])
+    assert perfect[0] > 0.2
+    assert np.abs(perfect[1]).max() < 0.5
+    assert fit_scale(logits[:0], truth[:0])[0] == 1.0
+
+
 def test_a_temperature_of_a_perfect_model_stays_finite() -> None:
     truth = np.arange(200) % 4
     assert 0.02 <= fit_temperature(np.eye(4)[truth] * 3, truth) < 1
@@ -259,7 +276,8 @@ def test_every_subset_is_calibrated_by_itself() -> None:
     assert found.at(["y"]) == found.at([]) != found
     assert (found.set_coverage, found.at(["x"]).set_coverage, found.at(["x"]).abstain_below) == (0.8, 0.8, 0.2)
     for streams in (["x"], ["x", "y"]):
-        p = softmax(given_[frozenset(streams)], found.at(streams).temperature)
+        members = np.tile(["x" in streams, "y" in streams], (3000, 1))
+        p = Answers(found, LABELS, ("x", "y")).probabilities(given_[frozenset(streams)], members)
         assert coverage_of(p[10:], truth[10:], found.at(streams))[0] == pytest.approx(0.8, abs=0.01)
     with pytest.raises(ValueError, match="no held-out window"):
         fit_calibration({frozenset({"x"}): logits}, np.full(3000, -1), LABELS)
@@ -269,13 +287,17 @@ def test_every_subset_is_calibrated_by_itself() -> None:
 
 
 def test_each_row_is_calibrated_by_the_streams_that_it_was_made_from() -> None:
-    own = {"x": SubsetCalibration(temperature=3.0), subset_key({"y", "x"}): SubsetCalibration(abstain_below=0.4)}
+    own = {
+        "x": SubsetCalibration(temperature=3.0, bias={"c": 0.5}),
+        subset_key({"y", "x"}): SubsetCalibration(abstain_below=0.4),
+    }
     answers = Answers(Calibration(temperature=2.0, set_mass=0.5, subsets=own), LABELS, ("x", "y"))
     members = np.array([[False, False], [True, False], [False, True], [True, True]])
     logits = np.tile([1.0, 0.0, -1.0, 3.0], (4, 1))
     found = answers.probabilities(logits, members)
     for row, temperature in zip(found, (2.0, 3.0, 2.0, 2.0), strict=True):
-        assert row.tolist() == softmax(logits[:1], temperature)[0].tolist()
+        bias = np.array([0.0, 0.0, 0.5 if temperature == 3.0 else 0.0, 0.0])
+        assert row.tolist() == softmax(logits[:1], temperature, bias)[0].tolist()
     assert answers.abstains(members[3], 0, 0.39)
     assert not answers.abstains(members[1], 0, 0.39)
     assert answers.prediction_set(members[1], np.array([0.3, 0.1, 0.4, 0.2])) == ["c", "a"]
