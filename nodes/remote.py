@@ -128,6 +128,7 @@ class Remote:
         leaving = SystemClock()
         while self.present() and self.state() != "ended" and leaving.now_ns() < LEAVE_NS:
             self.turn()
+        self.life.report(self._report())  # that its streams ended, and did not die
 
     def turn(self) -> None:
         """Takes what has come, and reports."""

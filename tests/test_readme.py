@@ -29,7 +29,7 @@ CI = ("make test", "make lint")
 ACTIVATE = ". .venv/bin/activate"
 """What puts the environment's programs first, as these tests do anyway."""
 BACKGROUND = f"sensorium run configs/synthetic.yaml --predictions tcp://127.0.0.1:{PORT}"
-WATCHING = ("sensorium subscribe", "python watch.py", "cc examples/subscriber.c", "node examples/subscriber.mjs")
+WATCHING = ("sensorium subscribe", "sensorium explain --count", "python watch.py", "cc examples/subscriber.c", "node examples/subscriber.mjs")
 """Commands that need the one in the background."""
 
 
@@ -102,7 +102,7 @@ def test_the_readme_has_all_of_its_parts() -> None:
     assert len(COMMANDS) >= 12
     assert BACKGROUND in COMMANDS
     assert all(any(command.startswith(start) for command in COMMANDS) for start in WATCHING)
-    assert len(re.findall(r"^# \S+\.(?:py|yaml)$", README, re.MULTILINE)) == 4
+    assert len(re.findall(r"^# \S+\.(?:py|yaml)$", README, re.MULTILINE)) == 5
 
 
 def test_the_pasted_table_has_the_columns_of_the_real_one() -> None:
@@ -164,7 +164,7 @@ def test_a_subscriber_sees_the_running_session(session: tuple[Path, str], comman
     place, port = session
     command = command.replace(PORT, port)
     seen = run(place, command) if "--count" in command else first_line(place, command)
-    assert re.search(r"calm|shake|tone|approach|flash|None|null", seen), seen
+    assert re.search(r"calm|shake|tone|approach|flash|None|null|balanced: sent", seen), seen
 
 
 def missing_for(command: str) -> str | None:
