@@ -357,7 +357,7 @@ def import_(
     (pcap, pcapng) of a Velodyne or an Ouster; a folder of pictures with a CSV of their times.
 
     \b
-    Examples:
+    Example:
       sensorium import holiday.mp4 -o holiday.mcap
       sensorium import drive.bag -o drive.mcap --streams imu=/imu/data,lidar=/velodyne_points
     """

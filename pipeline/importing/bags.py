@@ -1,7 +1,8 @@
 """Bags of ROS and MCAP files of other programs: every topic that has a payload here becomes a stream.
 
 One message there is one message here. The stamp in its header is its capture and its time in the bag its arrival, so
-that a session knows how late everything came. Where a message has no stamp its arrival is all that is known.
+that a session knows how late everything came. Where a message has no stamp its arrival is all that is known. How good a
+stamp is no bag tells, so the uncertainty of a stamped message is 0 unless it was worked out here.
 
 **Two clocks.** Stamps are believed as they are while they agree with the bag's own clock to ``FAR_NS``. A topic whose
 first stamp does not (a sensor that counts from its start, simulated time) is on a clock of its own, which is mapped
