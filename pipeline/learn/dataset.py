@@ -68,8 +68,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        moved = ({name: value.to(device) for name, value in part.items()} for part in self[:2])
-        return Batch(*moved, self.truth.to(device), self.places)
+        prepared = {name: value.to(device) for name, value in self.prepared.items()}
+        present = {name: value.to(device) for name, value in self.present.items()}
+        return Batch(prepared, present, self.truth.to(device), self.places)
 
 
 def label_sessions(

@@ -69,7 +69,8 @@ def _export(
         raise BundleError(
             f"{type(module).__name__} cannot be exported to ONNX: {type(error).__name__}: {why[0] if why else ''}"
         ) from error
-    return _plain(program.model_proto).SerializeToString(deterministic=True)
+    data: bytes = _plain(program.model_proto).SerializeToString(deterministic=True)
+    return data
 
 
 @contextlib.contextmanager

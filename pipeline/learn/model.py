@@ -46,7 +46,7 @@ class Model(nn.Module):
         return self
 
     def encoder(self, name: str) -> StreamEncoder:
-        found: Any = self.encoders[name]
+        found: StreamEncoder = self.encoders[name]  # type: ignore[assignment]
         return found
 
     def tokens(self, prepared: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -70,7 +70,15 @@ class Recipe(msgspec.Struct, frozen=True):
         own = {inspect.getfile(base) for base in classes if issubclass(base, StreamEncoder)}
         for file in sorted(own | {__file__}):
             state.update(Path(file).read_bytes())
-        said = [_FORMAT, self.hop_ns, self.steps, self.mode, str(torch.__version__), np.__version__, cv2.__version__]
+        said: list[Any] = [
+            _FORMAT,
+            self.hop_ns,
+            self.steps,
+            self.mode,
+            str(torch.__version__),
+            np.__version__,
+            cv2.__version__,
+        ]
         for name, stream in self.streams.items():
             said += [name, self.names[name], repr(stream), self.encoders[name].shape, self.settings.get(name)]
         state.update(msgspec.json.encode(said, order="deterministic"))
@@ -212,11 +220,11 @@ def _write(session: Session, recipe: Recipe, folder: Path) -> None:
     _check_written(session, recipe, known)
     flat_samples = {f"{name}/{i}/{key}": value for name, samples in known.samples.items()
                     for i, sample in enumerate(samples) for key, value in sample.items()}  # fmt: skip
-    np.savez(folder / "samples.npz", **flat_samples)
+    np.savez(folder / "samples.npz", **flat_samples)  # type: ignore[arg-type]
     facts = np.frombuffer(msgspec.json.encode({"digests": known.digests, "verdicts": known.verdicts}), np.uint8)
     present = {f"present.{name}": np.array(rows, bool) for name, rows in known.present.items()}
-    np.savez(folder / "steps.npz", step=np.array(known.step, np.int64), end_ns=np.array(known.end_ns, np.int64),
-             facts=facts, **present)  # fmt: skip
+    steps = {"step": np.array(known.step, np.int64), "end_ns": np.array(known.end_ns, np.int64), "facts": facts}
+    np.savez(folder / "steps.npz", **steps, **present)  # type: ignore[arg-type]
 
 
 def _cross_gap(

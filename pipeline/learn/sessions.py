@@ -33,10 +33,15 @@ class Given(NamedTuple):
 class Session(Protocol):
     """A labelled session. ``sha256`` identifies all that its steps and labels are made of."""
 
-    name: str
-    sha256: dict[str, str]
-    """File -> SHA-256; the first is that of what the steps are made of."""
-    attributes: Mapping[str, str]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> Mapping[str, str]:
+        """File -> SHA-256; the first is that of what the steps are made of."""
+
+    @property
+    def attributes(self) -> Mapping[str, str]: ...
 
     def layouts(self) -> Mapping[str, Layout]:
         """The layout of each stream's first message."""
