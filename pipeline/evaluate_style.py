@@ -35,7 +35,8 @@ th.turn { padding: 4px 3px; text-align: center; } th.turn span { writing-mode: v
 .bar { fill: var(--s0); opacity: .75; } .whisker { stroke: var(--ink); stroke-width: 1.4; fill: none;
   vector-effect: non-scaling-stroke; }
 .heat td { text-align: center; min-width: 58px; border: 2px solid var(--card); border-radius: 6px; }
-.heat td.has { min-width: 0; background: none; } .heat td.strong { color: #fff; } .heat th { text-align: center; } .heat th:first-child { text-align: left; }
+.heat td.has { min-width: 0; }
+.heat td.strong { color: #fff; } .heat th { text-align: center; } .heat th:first-child { text-align: left; }
 .heat td.cannot { outline: 2px dashed var(--s1); outline-offset: -4px; }
 .fit table { width: auto; } .fit { width: fit-content; max-width: 100%; }
 .good { color: var(--s2); } .bad { color: var(--bad); }

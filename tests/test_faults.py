@@ -55,7 +55,6 @@ KINDS = {
     "duplicate": "{kind: duplicate, share: 0.2}",
     "offset": "{kind: offset, streams: [imu], offset_ms: -40}",
     "drift": "{kind: drift, streams: [imu], drift_ppm: -2000}",
-    "noise": "{kind: noise, streams: [imu], level: 2}",
     "jump": "{kind: jump, streams: [camera], at_s: 5, jump_ms: 700}",
     "freeze": "{kind: freeze, streams: [camera], start_s: 3, end_s: 6}",
     "restart": "{kind: restart, streams: [imu], at_s: 4, away_s: 2}",
