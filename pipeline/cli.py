@@ -148,10 +148,12 @@ def subscribe(
     session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
     json: Json = False,
     count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="stop after N predictions")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FILE", help="this host's own secret key")] = None,
+    hub_key: Annotated[Path | None, typer.Option(metavar="FILE", help="the public key of who publishes")] = None,
 ) -> None:
     """Show the predictions of a running session.
 
-    The only session of this machine, or the one named, or whatever publishes at an endpoint.
+    The only session of this machine, or the one named, or whatever publishes at an endpoint; on another host with keys.
 
     \b
     Example:
@@ -160,7 +162,7 @@ def subscribe(
     """
     from pipeline import commands
 
-    commands.subscribe(endpoint, session, json=json, count=count)
+    commands.subscribe(endpoint, session, json=json, count=count, key=key, hub_key=hub_key)
 
 
 @app.command()

@@ -269,7 +269,15 @@ def _say(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: int | None) -> None:
+def subscribe(
+    endpoint: str | None,
+    session: str | None,
+    *,
+    json: bool,
+    count: int | None,
+    key: Path | None = None,
+    hub_key: Path | None = None,
+) -> None:
     """``sensorium subscribe``."""
     from pipeline.clock import SystemClock
     from pipeline.show import POLL_MS, output_for, print_summary
@@ -279,7 +287,7 @@ def subscribe(endpoint: str | None, session: str | None, *, json: bool, count: i
     title, endpoint, folder = _session(endpoint, session)
     summary, waiting = Summary(), SystemClock()
     told = folder is not None
-    with Subscription(endpoint) as subscription:
+    with Subscription(endpoint, key=key, hub_key=hub_key) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)
         try:
             while (count is None or summary.predictions < count) and (folder is None or folder.exists()):

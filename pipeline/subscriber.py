@@ -7,15 +7,16 @@ package.)
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 
 import msgspec
 
 from pipeline.clock import SystemClock
-from pipeline.errors import WireError
+from pipeline.errors import ConfigError, WireError
 from pipeline.prediction import Prediction
 from pipeline.steps import Account, Gap
-from pipeline.transport import subscribe_json
+from pipeline.transport import load_curve_client, subscribe_json
 
 TOPIC = "prediction"
 _POLL_MS = 100
@@ -30,10 +31,22 @@ class Subscription:
     came and was no prediction, ``repeated`` what came twice.
     """
 
-    def __init__(self, endpoint: str, timeout_s: float | None = None) -> None:
-        """ConfigError if ``endpoint`` is none, or lies beyond this host."""
+    def __init__(
+        self,
+        endpoint: str,
+        timeout_s: float | None = None,
+        *,
+        key: Path | str | None = None,
+        hub_key: Path | str | None = None,
+    ) -> None:
+        """``key`` is the file of this host's own secret key, ``hub_key`` that of the publisher's public one: beyond
+        this host there is nothing to be had without (`sensorium keys`). ConfigError if ``endpoint`` is none, or lies
+        beyond this host and the keys are not both there."""
         self.endpoint, self._timeout_s = endpoint, timeout_s
-        self._objects = subscribe_json(endpoint, TOPIC)
+        if (key is None) != (hub_key is None):
+            raise ConfigError("keys are needed both or not at all: this host's own secret one and the hub's public one.")
+        curve = None if key is None or hub_key is None else load_curve_client(Path(key), Path(hub_key))
+        self._objects = subscribe_json(endpoint, TOPIC, curve)
         self._foreign = 0
         self._session = ""
         self._account = Account(None)
@@ -91,7 +104,13 @@ class Subscription:
         self.close()
 
 
-def subscribe(endpoint: str, timeout_s: float | None = None) -> Subscription:
+def subscribe(
+    endpoint: str,
+    timeout_s: float | None = None,
+    *,
+    key: Path | str | None = None,
+    hub_key: Path | str | None = None,
+) -> Subscription:
     """The predictions published at ``endpoint``, such as ``tcp://127.0.0.1:5599`` or ``ipc:///path``; see
     ``Subscription``. ``sensorium run`` says which endpoint its session has. Raises ConfigError."""
-    return Subscription(endpoint, timeout_s)
+    return Subscription(endpoint, timeout_s, key=key, hub_key=hub_key)

@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
 COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "recalibrate",
-            "import", "schema", "keys", "node")  # fmt: skip
+            "train", "import", "simulate", "evaluate", "schema", "keys", "node")  # fmt: skip
 PATIENCE_S = 60
 
 RIG = f"""

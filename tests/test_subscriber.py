@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from pipeline.errors import ConfigError
 from pipeline.steps import Gap
-from pipeline.subscriber import MISSED, Subscription
-from pipeline.transport import ZmqBus, endpoint_path
+from pipeline.subscriber import MISSED, Subscription, subscribe
+from pipeline.transport import ZmqBus, endpoint_path, load_curve_server, make_curve_keys
 from tests.rigs import short_folder
+from tests.test_link import free_port
 from tests.test_summary import prediction
 
 
@@ -30,3 +33,19 @@ def test_every_index_comes_once_or_lies_in_one_gap() -> None:
             assert got == [("s", 10), ("s", 11), ("s", 14), ("t", 3), ("t", 5), ("t", 6)]
             assert subscription.repeated >= before + 2
             assert subscription.gaps == [Gap(12, 13, MISSED, "prediction"), Gap(4, 4, MISSED, "prediction")]
+
+
+def test_a_subscription_from_another_host_needs_both_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="both or not at all"):
+        Subscription("tcp://127.0.0.1:5599", key=tmp_path / "me.key_secret")
+    public = {name: make_curve_keys(tmp_path, name)[0] for name in ("hub", "me")}
+    own = load_curve_server(tmp_path / "hub.key_secret", [public["me"]])
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with short_folder() as folder, ZmqBus(Path(folder), "fusion") as bus:
+        publisher = bus.publisher("fusion", tcp=address, curve=own)
+        with subscribe(address, key=tmp_path / "me.key_secret", hub_key=public["hub"]) as subscription:
+            got: list[int] = []
+            while not got:
+                publisher.publish_json("prediction", msgspec.json.encode(prediction(10)))
+                got += [p.window.index for p in subscription.receive(20)]
+    assert got[0] == 10
