@@ -44,7 +44,7 @@ class Subscription:
         beyond this host and the keys are not both there."""
         self.endpoint, self._timeout_s = endpoint, timeout_s
         if (key is None) != (hub_key is None):
-            raise ConfigError("keys are needed both or not at all: this host's own secret one and the hub's public one.")
+            raise ConfigError("keys are needed both or not at all: this host's secret one and the hub's public one.")
         curve = None if key is None or hub_key is None else load_curve_client(Path(key), Path(hub_key))
         self._objects = subscribe_json(endpoint, TOPIC, curve)
         self._foreign = 0
