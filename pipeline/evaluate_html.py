@@ -192,7 +192,7 @@ def _contributions(found: Evaluation) -> str:
     heads = '<th class="left">label</th>' + "".join(f"<th>{escape(name)}</th>" for name in found.streams)
     rows = ""
     for label, shares in found.contributions.items():
-        cells = "".join(_heat(shares[name], words=f"{shares[name]:+.2f}") for name in found.streams)
+        cells = "".join(_heat(shares[name], words=f"{round(shares[name], 2) + 0.0:+.2f}") for name in found.streams)
         rows += f"<tr><th>{escape(label)}</th>{cells}</tr>"
     about = (
         "Mean share of each stream in the confidence (Shapley values), over the windows of a label that were "

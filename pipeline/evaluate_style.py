@@ -2,10 +2,11 @@
 
 STYLE = """
 :root { color-scheme: light dark; --back: #f7f8fa; --card: #fff; --ink: #1b2430; --soft: #5d6875; --line: #dde2e8;
-  --s0: #2563c9; --s1: #c2570c; --s2: #0f8a5f; --bad: #c62f45; --heat: 37 99 201; --warn: #fff4d6; --warnink: #6b4e00; }
+  --s0: #2563c9; --s1: #c2570c; --s2: #0f8a5f; --bad: #c62f45; --heat: 37 99 201; --warn: #fff4d6;
+  --warnink: #6b4e00; --on: #fff; }
 @media (prefers-color-scheme: dark) { :root { --back: #12161c; --card: #1b2129; --ink: #e6eaf0; --soft: #9aa6b4;
   --line: #303944; --s0: #6ea8ff; --s1: #ffa566; --s2: #57d19f; --bad: #ff7a8a; --heat: 110 168 255; --warn: #3a3010;
-  --warnink: #ffe19a; } }
+  --warnink: #ffe19a; --on: #0b1524; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
   font-variant-numeric: tabular-nums; }
@@ -36,7 +37,7 @@ th.turn { padding: 4px 3px; text-align: center; } th.turn span { writing-mode: v
   vector-effect: non-scaling-stroke; }
 .heat td { text-align: center; min-width: 58px; border: 2px solid var(--card); border-radius: 6px; }
 .heat td.has { min-width: 0; }
-.heat td.strong { color: #fff; } .heat th { text-align: center; } .heat th:first-child { text-align: left; }
+.heat td.strong { color: var(--on); } .heat th { text-align: center; } .heat th:first-child { text-align: left; }
 .heat td.cannot { outline: 2px dashed var(--s1); outline-offset: -4px; }
 .fit table { width: auto; } .fit { width: fit-content; max-width: 100%; }
 .good { color: var(--s2); } .bad { color: var(--bad); }

@@ -88,7 +88,7 @@ def _labels(found: Evaluation) -> Table:
     for label, one in found.subsets[0].classes.items():
         resembles = "–" if one.resembles is None else f"{one.resembles} ({one.apart:.2f})"
         shares = found.contributions.get(label, {})
-        cells = [f"{shares[s]:+.2f}" if s in shares else "–" for s in found.streams]
+        cells = [f"{round(shares[s], 2) + 0.0:+.2f}" if s in shares else "–" for s in found.streams]
         table.add_row(label, str(one.windows), percent(one.recall), percent(one.f1), percent(one.abstained),
                       percent(one.wrong), resembles, *cells)  # fmt: skip
     return table

@@ -58,7 +58,7 @@ def reliability(said: Sequence[float], found: Sequence[float], title: str) -> st
 def curves(series: Sequence[Series], steps: Sequence[str], floor: float | None, title: str) -> str:
     """Shares over steps of equal distance: a line each, what they all begin with at the left, and ``floor`` as a dashed
     line across."""
-    width, height, left, top = 190.0, 130.0, 36.0, 8.0
+    width, height, left, top = 190.0, 130.0, 42.0, 8.0
     right = max(len(steps) - 1, 1)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def curves(series: Sequence[Series], steps: Sequence[str], floor: float | None, 
         parts += [_dot(x, y, i) for x, y in places]
     parts += [_text(left - 5, top + height * (1 - v) + 4, f"{v:.0%}", "end") for v in (0, 0.5, 1)]
     parts += [_text(at(i, 0)[0], top + height + 16, step, "middle") for i, step in enumerate(steps)]
-    return _svg(left + width + 12, top + height + 24, parts, title)
+    return _svg(left + width + 22, top + height + 24, parts, title)
 
 
 def key(i: int) -> str:
