@@ -35,6 +35,8 @@ _PATIENCE_S = 0.05
 _SO_TIMESTAMPNS, _SO_RXQ_OVFL, _SO_RCVBUFFORCE = 35, 40, 33
 _QUEUE_BYTES = 8 << 20
 _LARGEST_PACKET = 65536
+_GATHER_NS = 5 * _MS
+"""Packets are taken this often at most: the kernel has stamped them, and waking for each costs more than decoding."""
 _AT_ONCE = 512
 """So many packets are taken in one go; more than the largest sweep of a tenth of a second has at any moment."""
 _OLDEST_NS = 10_000_000_000
@@ -220,7 +222,7 @@ class _Packets:
         self._socket = _Socket(settings.bind, self._port, context.clock)
         self._counters = _Counters(context)
         self._foreign = 0
-        self._heard_ns = self._last_ns = context.clock.now_ns()
+        self._heard_ns = self._last_ns = self._next_ns = context.clock.now_ns()
 
     @staticmethod
     def _protocol(settings: Lidar.Settings) -> Any:
@@ -233,7 +235,9 @@ class _Packets:
 
     def read(self) -> list[Sweep]:
         found: list[Sweep] = []
+        self._context.clock.wait_until(self._next_ns)
         self._socket.wait(_PATIENCE_S)
+        self._next_ns = self._context.clock.now_ns() + _GATHER_NS
         for _ in range(_AT_ONCE):
             packet = self._socket.receive()
             if packet is None:
