@@ -1,6 +1,6 @@
 """What one prediction of the demo bundle costs. Prints a table; ``--json`` prints the same rows.
 
-    python benchmarks/inference.py [--json] [--steps 300] [--attention]
+    python benchmarks/inference.py [--json] [--steps 300] [--attention] [--learned]
 
 Four streams with new content in every step: a raw 1280 x 720 frame, 100 ms of audio at 16 kHz, 10 IMU samples, a sweep
 of 1440 points. One thread, spinning off, as live. Measured around ``Fuser.step``, after the window has filled:
@@ -12,8 +12,10 @@ of 1440 points. One thread, spinning off, as live. Measured around ``Fuser.step`
 
 ``contributions`` evaluates the model with all 16 subsets of the streams. The rows of 300 steps are a window of 30 s on
 the same bundle: encoding costs the same, since only what is new is encoded. ``attention`` replaces the demo's fusion
-with two layers of self-attention, 64 wide, over all tokens of the window (random weights): what a learned model costs.
-It needs the package ``onnx``.
+with two layers of self-attention, 64 wide, over all tokens of the window (random weights): what a plain learned model
+would cost. It needs the package ``onnx``. ``--learned`` measures what ``sensorium train`` makes: its encoders of the
+four payloads and each fusion strategy, with their default sizes and random weights, for windows of 1, 10 and 30 s. It
+needs torch, and takes some minutes, most of which go into the export.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import yaml
 
-from pipeline.align import Manifest, StreamManifest
+from pipeline.align import Manifest, Resample, StreamManifest
 from pipeline.bundle import SHIPPED, load_bundle
 from pipeline.inference import FuseOptions, Fuser
 from pipeline.messages import FrameLayout, Header, Layout, Message, SweepLayout
@@ -128,6 +132,57 @@ def attention(
     return data
 
 
+LEARNED: dict[str, dict[str, Any]] = {
+    "camera": {},
+    "microphone": {"context_ms": 100.0},
+    "imu": {"context_ms": 400.0},
+    "lidar": {},
+}
+"""The demo's streams as a learned model has them: with some of the past, where a step is short."""
+TOKEN = 32
+
+
+def learned(folder: Path, windows: tuple[int, ...]) -> Iterator[tuple[Path, str]]:
+    """Bundles of learned encoders and fusion models with random weights, and their names."""
+    import torch
+
+    from pipeline.learn.fusion import STRATEGIES, build_fusion
+    from pipeline.learn.graphs import encoder_graph, fusion_graph
+    from pipeline.learn.model import build_encoders
+
+    torch.manual_seed(0)
+    model = yaml.safe_load((SHIPPED / "demo" / "model.yaml").read_text(encoding="utf-8"))
+    for name, more in LEARNED.items():
+        model["streams"][name] |= {"token": TOKEN, **more}
+    streams = {}
+    for name, stream in load_bundle(SHIPPED / "demo").streams.items():
+        rate = stream.rule.rate_hz if isinstance(stream.rule, Resample) else 0
+        context = round(LEARNED[name].get("context_ms", 0) * rate / 1000)
+        streams[name] = msgspec.structs.replace(stream, token=TOKEN, context=context)
+    examples = {"frame": np.zeros((48, 64, 3), np.uint8), "sweep": np.ones((64, 5), np.float32)}
+    files = {}
+    for name, encoder in build_encoders(streams, {}).items():
+        s = streams[name]
+        given = {"x": examples.get(s.payload, np.zeros((s.context + s.samples, s.channels), np.float32))}
+        files[f"encoder.{name}.onnx"] = encoder_graph(
+            encoder, s, given | ({"valid": np.ones(s.context + s.samples, np.float32)} if s.samples else {})
+        )
+    for strategy in STRATEGIES:
+        for steps in windows:
+            fusion = build_fusion(strategy, dict.fromkeys(streams, TOKEN), steps, len(model["labels"]), {})
+            yield _written(folder / f"{strategy}{steps}", model, files | {"fusion.onnx": fusion_graph(fusion)}, steps)
+
+
+def _written(folder: Path, model: dict[str, Any], files: dict[str, bytes], steps: int) -> tuple[Path, str]:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    text = model | {"window": {"hop_ms": 100, "steps": steps}, "lineage": {"files": digests}}
+    (folder / "model.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
+    return folder, f"learned {folder.name.rstrip('0123456789')}"
+
+
 class CpuClock:
     """The CPU time of this process, as a session clock."""
 
@@ -165,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--steps", type=int, default=300, help="predictions measured per row")
+    parser.add_argument("--learned", action="store_true", help="also with what `sensorium train` makes; needs torch")
     parser.add_argument("--attention", action="store_true", help="also with a fusion model as large as a learned one")
     options = parser.parse_args()
     rows = []
@@ -172,16 +228,18 @@ def main() -> None:
         cases = [(variant(Path(scratch, f"demo{n}"), n), "demo") for n in (10, 300)]
         if options.attention:
             streams = load_bundle(SHIPPED / "demo").streams
-            learned = attention({n: s.token for n, s in streams.items()}, 10, 5)
-            cases.append((variant(Path(scratch, "attention"), 10, learned), "attention"))
+            plain = attention({n: s.token for n, s in streams.items()}, 10, 5)
+            cases.append((variant(Path(scratch, "attention"), 10, plain), "attention"))
+        if options.learned:
+            cases += learned(Path(scratch), (10, 100, 300))
         for folder, name in cases:
             rows += [measure(folder, name, contributions, options.steps) for contributions in (False, True)]
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    print(" ".join(f"{key:>13}" for key in rows[0]))
+    print(" ".join(f"{key:>14}" for key in rows[0]))
     for row in rows:
-        print(" ".join(f"{value!s:>13}" for value in row.values()))
+        print(" ".join(f"{value!s:>14}" for value in row.values()))
 
 
 if __name__ == "__main__":
