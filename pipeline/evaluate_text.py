@@ -17,7 +17,7 @@ def evaluation_text(found: Evaluation) -> RenderableType:
     """All of it: sets of streams, labels, sessions, groups, faults, and what to know before believing any of it."""
     full = found.subsets[0].scores
     sessions = "1 session" if len(found.sessions) == 1 else f"{len(found.sessions)} sessions"
-    head = f"{found.bundle.name} on {sessions}, {full.windows} windows with a label"
+    head = f"{found.bundle.name} on {sessions}, {full.windows} windows with a label, in per cent"
     intervals = "  (in brackets: 95 % intervals over sessions)" if full.accuracy.low is not None else ""
     parts: list[RenderableType] = [Text.assemble((head, "bold"), (intervals, "dim")), Text(), _subsets(found), Text()]
     parts += [_labels(found), Text()]
@@ -60,13 +60,14 @@ def _cells(one: Scores) -> list[str]:
     ]  # fmt: skip
 
 
-_HEADINGS = ("accuracy %", "macro F1", "calib. error", "in set", "set size", "abstains", "right if not")
+_HEADINGS = ("accuracy", "macro\nF1", "calib.\nerror", "in\nset", "set\nsize", "abstains", "right\nif not")
+"""In per cent. Short, so that a row with intervals stays one line in a pipe, too."""
 
 
 def _subsets(found: Evaluation) -> RenderableType:
     table = numbers("streams", _HEADINGS)
-    table.add_column("cannot tell apart")
-    for heading in ("abstains there", "wrong, and sure"):
+    table.add_column("cannot tell apart", no_wrap=True)
+    for heading in ("abstains\nthere", "sure and\nwrong"):
         table.add_column(heading, justify="right")
     for one in found.subsets[:SHOWN]:
         name = "all" if one is found.subsets[0] else " + ".join(one.streams)
@@ -81,7 +82,7 @@ def _with_rest(table: Table, rows: int, what: str) -> RenderableType:
 
 
 def _labels(found: Evaluation) -> Table:
-    table = numbers("label, with all", ("windows", "recall %", "F1", "abstains", "wrong, and sure"))
+    table = numbers("label, with all", ("windows", "recall", "F1", "abstains", "sure and wrong"))
     table.add_column("most like")
     for stream in found.streams:
         table.add_column(f"{stream}'s share", justify="right")
