@@ -20,10 +20,11 @@ pytest.importorskip("onnxscript", reason="the package onnxscript is missing: pip
 
 from pipeline.learn.blocks import Moments, Normalise, averaging, pooled, statistics  # noqa: E402
 from pipeline.learn.encoders import SETTINGS, StepGraph, StreamEncoder, build_encoder, encode_steps  # noqa: E402
-from pipeline.learn.fusion import STRATEGIES, Fusion, build_fusion, spans  # noqa: E402
+from pipeline.learn.fusion import STRATEGIES, Fusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import encoder_graph, fusion_graph  # noqa: E402
 from pipeline.learn.pictures import TURN, azimuths  # noqa: E402
 from pipeline.learn.sound import fourier, triangles  # noqa: E402
+from pipeline.learn.summaries import spans  # noqa: E402
 
 ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "frame": ("frame", {"size": 32, "widths": [8, 16]}, {}),

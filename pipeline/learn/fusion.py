@@ -15,8 +15,9 @@ classes' prior. What is masked is replaced by zeros before anything is computed:
 **Product of experts.** If streams were independent given the label, log p(y | x) = log p(y) + sum of log p(y | x_m) -
 log p(y) (Hinton, 2002; log-linear pooling). They are not, and sensors fail unnoticed. So each stream's evidence has a
 weight, its *reliability*, estimated for every window from the data: from the stream's own summary, from how sure its
-head is and whether the other heads agree, and from how far its summary is from what the others let expect. A stream
-that is noisy, late or frozen without anybody having noticed loses its weight.
+head is and whether the other heads agree, and from how far its summary is from what the others let expect. A model
+that has met broken streams in training (``robust``) gives one that is noisy, late or frozen unnoticed less to say: for
+the most part since its head has learnt to be unsure of such content, for the rest by a lower weight.
 
 **Time.** Cost must not grow with the window. The newest steps are looked at one by one, older ones as means of 2, 4, 8
 ... steps (``spans``): a window of 300 steps has 40 of them. A convolution over them sees change; attention by a few
@@ -32,13 +33,10 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import ConfigError
+from pipeline.learn.summaries import HIDDEN, Condense, Each, Perceptron, Summary, normed
 from pipeline.strict import listed, nearest
-
-HIDDEN = -1e4
-"""Added to the scores of what attention must not see."""
 
 
 class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,125 +61,6 @@ class FusionOut(NamedTuple):
     stream_logits: dict[str, Tensor]
     reliability: dict[str, Tensor]
     extra_losses: dict[str, Tensor]
-
-
-def spans(steps: int, fine: int) -> list[tuple[int, int]]:
-    """How many parts of which length a window is looked at in, oldest first: ``[(parts, length), ...]``. The newest
-    ``fine`` steps are parts of 1; then half as many of 2, of 4, and so on. The oldest part may be shorter.
-
-    >>> spans(10, 12), spans(40, 12)
-    ([(10, 1)], [(1, 4), (6, 4), (6, 2), (12, 1)])
-    """
-    found, left, length, parts = [], steps, 1, fine
-    while left > 0:
-        whole = min(parts, left // length)
-        if whole:
-            found.append((whole, length))
-        left -= whole * length
-        if whole < parts and left:
-            found.append((1, left))
-            left = 0
-        length, parts = length * 2, max(1, fine // 2)
-    return found[::-1]
-
-
-class Condense(nn.Module):
-    """Steps [B, S, d] and their mask [B, S] to parts (see ``spans``): the mean of what is not masked [B, P, d], and the
-    share that is not [B, P]. Masked steps count as zeros, whatever they hold."""
-
-    def __init__(self, steps: int, fine: int) -> None:
-        super().__init__()
-        self.spans = spans(steps, fine)
-        self.parts = sum(n for n, _ in self.spans)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        there = (mask > 0).to(tokens)
-        tokens = torch.where(there[..., None] > 0, tokens, 0.0)
-        means, shares, at = [], [], 0
-        for parts, length in self.spans:
-            here, some = tokens[:, at : at + parts * length], there[:, at : at + parts * length]
-            if length > 1:
-                count = torch.unflatten(some, 1, (parts, length)).sum(2)
-                here = torch.unflatten(here, 1, (parts, length)).sum(2) / count.clamp(min=1)[..., None]
-                some = count / length
-            means.append(here)
-            shares.append(some)
-            at += parts * length
-        return torch.cat(means, 1), torch.cat(shares, 1)
-
-
-class Each(nn.Module):
-    """A linear layer of its own for each of M streams, all at once: [M, ..., n] to [M, ..., m]."""
-
-    def __init__(self, streams: int, inner: int, outer: int) -> None:
-        super().__init__()
-        bound = inner**-0.5  # as torch.nn.Linear begins
-        self.weight = nn.Parameter(torch.empty(streams, inner, outer).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(streams, 1, outer).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
-            return x @ self.weight + self.bias
-        return torch.unflatten(x.flatten(1, 2) @ self.weight + self.bias, 1, (-1, x.shape[2]))
-
-
-def normed(x: Tensor) -> Tensor:
-    """Layer normalisation without weights; the layer that follows has them."""
-    return functional.layer_norm(x, (x.shape[-1],))
-
-
-class Change(nn.Module):
-    """A residual block over time, [M, B, P, width]: each channel is convolved along the parts, then channels mix. Parts
-    without content stay zeros."""
-
-    def __init__(self, streams: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.width, channels = width, streams * width
-        self.along = nn.Conv1d(channels, channels, 5, padding=2, groups=channels)
-        self.drop = nn.Dropout(dropout)
-        self.mix = Each(streams, width, width)
-
-    def forward(self, x: Tensor, known: Tensor) -> Tensor:
-        inner = self.along((normed(x) * known).permute(1, 0, 3, 2).flatten(1, 2))
-        inner = torch.unflatten(inner, 1, (-1, self.width)).permute(1, 0, 3, 2)
-        found: Tensor = (x + self.mix(self.drop(functional.relu(inner)))) * known
-        return found
-
-
-class Summary(nn.Module):
-    """Parts [M, B, P, width] with their shares [M, B, P] to ``queries`` summaries of each stream, flat [M, B, queries *
-    width], by attention with learned queries that know how old each part is."""
-
-    def __init__(self, streams: int, settings: FusionSettings, parts: int, blocks: int) -> None:
-        super().__init__()
-        width, queries = settings.width, settings.queries
-        self.when = nn.Parameter(torch.randn(streams, 1, parts, width) * 0.1)
-        self.share = nn.Parameter(torch.randn(streams, 1, 1, width) * 0.1)
-        self.blocks = nn.ModuleList(Change(streams, width, settings.dropout) for _ in range(blocks))
-        self.query = Each(streams, width, queries)
-        self.age = nn.Parameter(torch.zeros(streams, 1, parts, queries))
-
-    def forward(self, x: Tensor, shares: Tensor) -> Tensor:
-        known = (shares > 0).to(x)[..., None]
-        x = (x + self.when + shares[..., None] * self.share) * known
-        for block in self.blocks:
-            x = block(x, known)
-        weights = (self.query(x) + self.age + (1 - known) * HIDDEN).softmax(2) * known
-        found: Tensor = (weights.transpose(2, 3) @ x).flatten(2)
-        return found
-
-
-class Perceptron(nn.Module):
-    """Two layers for each of M streams, [M, B, n] to [M, B, m]."""
-
-    def __init__(self, streams: int, inner: int, hidden: int, outer: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.first, self.second = Each(streams, inner, hidden), Each(streams, hidden, outer)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.second(self.drop(functional.relu(self.first(x))))
-        return found
 
 
 class Found(NamedTuple):
@@ -258,7 +137,7 @@ class EarlyFusion(Fusion):
         s = settings
         self.there = nn.Linear(len(self.tokens), s.width, bias=False)
         self.joined = nn.Sequential(nn.ReLU(), nn.Dropout(s.dropout), nn.Linear(s.width, s.width))
-        self.summary = Summary(1, s, self.condense.parts, 2)
+        self.summary = Summary(1, self.condense.parts, s.width, s.queries, 2, s.dropout)
         self.head = Perceptron(1, s.queries * s.width, s.width, labels, s.dropout)
 
     def fused(self, x: Tensor, shares: Tensor) -> Found:
@@ -276,7 +155,7 @@ class LateFusion(Fusion):
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__(tokens, steps, labels, settings)
         s, m, size = settings, len(self.tokens), settings.queries * settings.width
-        self.summary = Summary(m, s, self.condense.parts, 1)
+        self.summary = Summary(m, self.condense.parts, s.width, s.queries, 1, s.dropout)
         self.head = Perceptron(m, size, s.width, labels, s.dropout)
         self.trust = Perceptron(m, size + 5, 32, 1)
         nn.init.zeros_(self.trust.second.weight)  # all are trusted alike to begin with
@@ -346,7 +225,7 @@ class HybridFusion(LateFusion):
             raise ConfigError(f"a fusion `width` of {s.width} is no multiple of its {s.heads} `heads`; make it one.")
         self.which = nn.Parameter(torch.randn(m, 1, s.queries, s.width) * 0.1)
         self.reader = nn.Parameter(torch.randn(1, 1, s.width) * 0.1)
-        self.imputed = nn.Parameter(torch.randn(m, 1, 1, s.width) * 0.1 if self.read is not None else torch.zeros(0))
+        self.imputed = None if self.read is None else nn.Parameter(torch.randn(m, 1, 1, s.width) * 0.1)
         self.across = nn.ModuleList(Attention(s.width, s.heads, s.dropout) for _ in range(s.layers))
         self.joint = Perceptron(1, s.width, s.width, labels, s.dropout)
 
@@ -356,7 +235,7 @@ class HybridFusion(LateFusion):
         assert found.reliability is not None
         any_, shape = present.amax(0), (self.settings.queries, self.settings.width)
         sets, seen = torch.unflatten(summaries * found.reliability, 2, shape), present
-        if expected is not None:
+        if expected is not None and self.imputed is not None:
             here = present[..., None]
             sets = here * sets + (1 - here) * (torch.unflatten(expected, 2, shape) + self.imputed)
             seen = any_.expand_as(present)

@@ -13,7 +13,6 @@ serves all L steps of a chunk. ``disturb`` gives what a bad sensor would have de
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,3 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
 def spread(strength: Tensor, like: Tensor) -> Tensor:
     """``strength`` [B, L] with dimensions of 1 behind it, to multiply ``like`` [B, L, ...]."""
     return strength.reshape(*strength.shape, *(1,) * (like.dim() - strength.dim())).to(like)
-
-
-Settings = dict[str, Any]
-"""What a training file says of one encoder."""
