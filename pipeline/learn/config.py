@@ -71,7 +71,7 @@ class SplitEntry(_Strict, frozen=True):
 
 class TrainEntry(_Strict, frozen=True):
     """The loop: AdamW with one cycle of the learning rate (up over ``warm_up`` of all steps, then down along a cosine).
-    A chunk of ``chunk_steps`` is encoded once and gives all windows that end in it (default: four windows' length);
+    A chunk of ``chunk_steps`` is encoded once and gives all windows that end in it (default: six windows' length);
     ``batch_windows`` are seen between two changes of the weights. ``ema`` is the share that the mean of the weights,
     which is what is exported, keeps at each change. ``stream_loss`` weighs what each stream says by itself."""
 

@@ -170,7 +170,7 @@ def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
 def _dataset(config: Config, sessions: Sequence[Labelled], labels: tuple[str, ...]) -> Dataset:
     steps = config.file.window.steps
     longest = max((len(session) for session in sessions), default=1) + steps - 1
-    chunk = config.file.train.chunk_steps or (1 if steps == 1 else 4 * steps)
+    chunk = config.file.train.chunk_steps or (1 if steps == 1 else 6 * steps)
     return Dataset(sessions, steps, min(chunk, longest), labels)
 
 
