@@ -539,8 +539,11 @@ def train(
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
     tell = _print_line if json else None
-    with Bars(console(sys.stderr), tell) as bars:
-        trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars)
+    try:
+        with Bars(console(sys.stderr), tell) as bars:
+            trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars)
+    except KeyboardInterrupt:
+        raise SensoriumError(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return

@@ -225,6 +225,16 @@ def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase
     assert same_weights(whole, resumed)
 
 
+def test_pretraining_takes_sessions_that_nobody_labelled(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, PAIR, train={"epochs": 1}, pretrain={"epochs": 1})
+    more = scenes.record(tmp_path / "more.mcap", 77, 4.0, [], streams=PAIR)
+    plain = learn.train(config, recorded(config), device="cpu")
+    richer = learn.train(config, recorded(config), device="cpu", unlabelled=[learn.Recorded(more)])
+    assert [row["phase"] for row in richer.curves] == ["pretraining", "training"]
+    assert not same_weights(plain, richer)
+    assert len(richer.split.groups) == SESSIONS
+
+
 def test_another_trainings_state_is_not_gone_on_from(sessions: Path, tmp_path: Path) -> None:
     config = configured(sessions)
     with pytest.raises(Interrupted):

@@ -153,7 +153,7 @@ class Phase:
         self.curves: list[dict[str, Any]] = []
         self._module, self._clip, self._rate, self._warm_up = module, clip_norm, learning_rate, warm_up
         self.mean = Mean(module, average, ema)
-        self._optimiser = torch.optim.AdamW(decayed(module, weight_decay), lr=learning_rate)
+        self._optimiser = torch.optim.AdamW(decayed(module, weight_decay), lr=learning_rate, fused=True)
 
     def run(
         self,
@@ -253,8 +253,3 @@ class Checkpoints:
             part = self._folder / f"{CHECKPOINT}.part"
             torch.save({"identity": self._identity, **state}, part)
             os.replace(part, self._folder / CHECKPOINT)
-
-    def remove(self) -> None:
-        """Training is done."""
-        if self._folder is not None:
-            (self._folder / CHECKPOINT).unlink(missing_ok=True)

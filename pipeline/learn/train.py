@@ -218,7 +218,6 @@ class _Run:
         )  # fmt: skip
         self._curves = earlier + phase.curves
         self._model.load_state_dict(phase.mean.module.state_dict())
-        checkpoints.remove()
 
     def _phase(self, name: str, module: nn.Module, epochs: int, learning_rate: float, weight_decay: float) -> Phase:
         entry = self._config.file.train

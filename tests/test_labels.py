@@ -1,0 +1,106 @@
+"""Labels and attributes of sessions, from recordings and from the tables beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError, RecordingError
+from pipeline.labels import checked, read_sessions, session_attributes, session_labels
+from pipeline.recording import Label, RecordingWriter, SessionInfo
+
+NS = 1_000_000_000
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """Three seconds of nothing, labelled."""
+    path = tmp_path / "walk.mcap"
+    with RecordingWriter(path, SessionInfo(session="walk", extra={"person": "ada", "day": "1"})) as writer:
+        writer.write_label(Label(2 * NS, 3 * NS, "stand"), 0)
+        writer.write_label(Label(0, 2 * NS, "walk"), 0)
+    return path
+
+
+def test_labels_of_the_recording_in_order(recording: Path) -> None:
+    assert session_labels(recording) == [Label(0, 2 * NS, "walk"), Label(2 * NS, 3 * NS, "stand")]
+    with pytest.raises(RecordingError, match=r"`stand` from 2.000 s to 3.000 s is none of `walk`, `run`"):
+        session_labels(recording, ("walk", "run"))
+
+
+def test_the_sidecar_wins(recording: Path) -> None:
+    sidecar = recording.with_name("walk.labels.csv")
+    sidecar.write_text("start_s,end_s,label\n0.5,1.25,run\n")
+    assert session_labels(recording) == [Label(NS // 2, 5 * NS // 4, "run")]
+    sidecar.write_text("start_s,end_s,label\n0,2,run\n1.5,3,walk\n")
+    with pytest.raises(
+        RecordingError, match=r"walk.labels.csv: the label `walk` from 1.500 s to 3.000 s overlaps `run`"
+    ):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n")
+    with pytest.raises(RecordingError, match=r"walk.labels.csv has no labels"):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n2,1,run\n")
+    with pytest.raises(ConfigError, match="row 1"):
+        session_labels(recording)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (Label(NS, NS, "a"), "ends before it begins"),
+        (Label(2 * NS, NS, "a"), "ends before it begins"),
+        (Label(0, NS, ""), "has no name"),
+        (Label(5 * NS, 6 * NS, "a"), "begins after the session's end at 4.000 s"),
+    ],
+)
+def test_a_label_that_means_nothing(label: Label, said: str) -> None:
+    with pytest.raises(RecordingError, match=f"^here: .*{said}"):
+        checked([label], "here", end_ns=4 * NS)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), max_size=6))
+def test_what_passes_has_one_truth_at_every_moment(spans: list[tuple[int, int]]) -> None:
+    labels = [Label(start, start + length, f"l{i}") for i, (start, length) in enumerate(spans)]
+    alone = all(sum(label.start_ns <= t < label.end_ns for label in labels) <= 1 for t in range(50))
+    try:
+        found = checked(labels, "here")
+    except RecordingError:
+        assert not alone
+    else:
+        assert alone
+        assert found == sorted(labels, key=lambda label: label.start_ns)
+
+
+def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:
+    assert session_attributes(recording) == {"person": "ada", "day": "1"}
+    table = recording.with_name("sessions.csv")
+    table.write_text("file, person ,room\nwalk.mcap, bob ,lab\nother.mcap,eve,hall\n")
+    assert session_attributes(recording) == {"person": "bob", "day": "1", "room": "lab"}
+    table.write_text("file,person\nother.mcap,eve\n")
+    assert session_attributes(recording)["person"] == "ada"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name,person\nwalk.mcap,bob\n", "line 2: it needs a `file`"),
+        ("file,person\nwalk.mcap\n", "line 2: it needs"),
+        ("file,person\nwalk.mcap,bob,2\n", "line 2: it needs"),
+        ("file,person\nwalk.mcap,bob\nwalk.mcap,eve\n", "line 3: `walk.mcap` has a line already"),
+    ],
+)
+def test_a_wrong_table(tmp_path: Path, text: str, said: str) -> None:
+    table = tmp_path / "sessions.csv"
+    table.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_sessions(table)
+
+
+def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "sessions.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_sessions(tmp_path / "sessions.csv")
