@@ -22,6 +22,12 @@ from pipeline.learn.blocks import TINY, Moments, Normalise, ResidualNet, pooled,
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
 GRAVITY = 9.80665
+LIMIT = 6.0
+"""Standard deviations beyond which a value is as good as any other: a wild sample must not rule a whole batch."""
+SHORTEST = 0.05
+"""No unit of length is taken to be less, summed over a step."""
+LEAST = 0.2
+"""Of the median scale of all points: what hardly moves (a spine) is noise, and is not made as large as a hand."""
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Range = Annotated[float, msgspec.Meta(ge=0)]
@@ -35,10 +41,10 @@ class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ``stride`` is the network's first (0: so that it looks at about 128 points).
 
     Augmentation in training: ``warp`` (share of the length that may be cut off at either end, the rest being
-    stretched), ``bend`` (how unevenly time may pass in between: 0.5 is up to about half as fast again), ``scale``
-    (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise relative to the standard deviation), ``hide``
-    (greatest share of a step that stands still at its mean), ``thin`` (greatest share of samples that are lost and
-    bridged by straight lines, in one step of four)."""
+    stretched, or by which the ends may stand still), ``bend`` (how unevenly time may pass in between: 0.5 is up to
+    about half as fast again), ``scale`` (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise and an offset
+    relative to the standard deviation), ``hide`` (greatest share of a step that stands still at its mean), ``thin``
+    (greatest share of samples that are lost and bridged by straight lines, in one step of four)."""
 
     widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
     kernel: Count = 5
@@ -67,13 +73,15 @@ class ImuSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_on
 class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``dims``: channels a point, for channels that are the coordinates of points (3 for a skeleton). Then ``origin``
     is the point that the others are relative to, ``pairs`` are points whose distance is a channel, and ``axis`` the
-    coordinate about which ``turn_deg`` rotates. With ``parents``, the point that each hangs on (-1: on none), each
+    coordinate about which ``turn_deg`` rotates. ``unit``: two points whose mean distance is the unit of length, so that
+    a tall person is like a small one. With ``parents``, the point that each hangs on (-1: on none), each
     link's length varies in training by ``limbs`` (relative standard deviation), as it does from person to person."""
 
     dims: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     origin: Annotated[int, msgspec.Meta(ge=0)] | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
+    unit: tuple[int, int] | None = None
     parents: tuple[int, ...] = ()
     limbs: Range = 0.0
 
@@ -143,11 +151,15 @@ class SeriesEncoder(StreamEncoder):
             derived.add(values, weight[:, :1])
         self.raw.take(raw)
         self.normalise.take(derived)
+        self._level()
+
+    def _level(self) -> None:
+        """Called when scales were taken; a place for what channels have in common."""
 
     def forward(self, prepared: Tensor) -> Tensor:
         values, weight = self.features(prepared)
         valid = weight[:, :1]
-        normal = self.normalise(values) * weight
+        normal = self.normalise(values).clamp(-LIMIT, LIMIT) * weight
         parts = [pooled(self.net(torch.cat([normal, valid], 1)), valid)]
         if self.settings.statistics:
             parts.append(statistics(normal, valid))
@@ -169,18 +181,19 @@ class SeriesEncoder(StreamEncoder):
             values = self._hidden(values, generator)
         if settings.jitter:
             noise = normal(tuple(values.shape), generator, values) * self.raw.scale
-            values = values + settings.jitter * noise
+            offset = normal((*values.shape[:1], 1, values.shape[2], 1), generator, values) * self.raw.scale
+            values = values + settings.jitter * (noise + offset)
         return torch.cat([values * valid, valid], 2)
 
     def _warped(self, values: Tensor, valid: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A part of each step, stretched to its length."""
+        """A part of each step, stretched to its length, or the step with its ends repeated."""
         lots, warp, last = len(values), self.settings.warp, self.points - 1
-        first = uniform((lots, 1), 0, warp, generator, values) * last
-        end = last - uniform((lots, 1), 0, warp, generator, values) * last
+        first = uniform((lots, 1), -warp, warp, generator, values) * last
+        end = last - uniform((lots, 1), -warp, warp, generator, values) * last
         share = torch.linspace(0, 1, self.points).to(values)
         sway = uniform((lots, 2), -1, 1, generator, values) * self.settings.bend / (2 * math.pi)
         bent = share + sway[:, :1] * (math.pi * share).sin() + sway[:, 1:] * (2 * math.pi * share).sin()
-        at = first + (end - first) * bent.clamp(0, 1)
+        at = (first + (end - first) * bent).clamp(0, last)
         left = at.floor().long().clamp(max=last - 1)
         part = (at - left)[:, None, None]
         both = torch.cat([values, valid], 2)
@@ -292,7 +305,17 @@ class SignalEncoder(SeriesEncoder):
         if self.settings.pairs:
             first, second = (list(side) for side in zip(*self.settings.pairs, strict=True))
             parts.append(length((points[:, first] - points[:, second]).transpose(1, 2)).squeeze(1))
-        return torch.cat(parts, 1), valid
+        channels = torch.cat(parts, 1)
+        if self.settings.unit is not None:
+            one, two = self.settings.unit
+            unit = (length(points[:, one] - points[:, two]) * valid).sum(2, keepdim=True)
+            channels = channels * (valid.sum(2, keepdim=True).clamp(min=1) / unit.clamp(min=SHORTEST))
+        return channels, valid
+
+    def _level(self) -> None:
+        if self.settings.dims:
+            for scale in self.normalise.scale.split(self.known, 1):
+                scale.clamp_(min=LEAST * float(scale.median()))
 
     def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         dims, lots = self.settings.dims, len(values)
@@ -323,7 +346,12 @@ class SignalEncoder(SeriesEncoder):
 
 def _check_points(settings: SignalSettings, channels: int) -> None:
     dims, origin = settings.dims, () if settings.origin is None else (settings.origin,)
-    named = [*origin, *itertools.chain(*settings.pairs), *(p for p in settings.parents if p != -1)]
+    named = [
+        *origin,
+        *(settings.unit or ()),
+        *itertools.chain(*settings.pairs),
+        *(p for p in settings.parents if p != -1),
+    ]
     if not dims and named:
         raise ConfigError("`origin` and `pairs` name points, so that `dims` (channels a point) is needed beside them.")
     if dims and channels % dims:
