@@ -1,0 +1,324 @@
+"""Learned fusion against published numbers: UTD-MHAD through aligner, training and fusion as everything else goes.
+
+    python benchmarks/utd_mhad.py [FOLDER] [--seeds 5] [--strategies late early hybrid] [--quick] [--json] [--loso]
+
+Subjects 1, 3, 5, 7 are trained on, 2, 4, 6, 8 tested on, as in every published table; ``--swap`` adds the opposite
+split as a guard against settings that suit one half. Settings (``STREAMS``, ``TRAIN``, ``ROBUST``) and the fusion rule
+were chosen by leaving out one training subject at a time (``--loso`` does just that, and never looks at 2, 4, 6, 8).
+
+Every number is that of single models: a mean over seeds, their standard deviation, and an interval of the mean by
+bootstrap over the test sequences (``pipeline.scoring``). One trained model answers for all subsets of its streams; a
+subset of one stream is that model with the other streams missing. Rows: ``split``, ``strategy``, ``streams`` (trained
+on), ``subset`` (used), ``accuracy``, ``sd``, ``low``, ``high`` in %, ``by_subject``; with ``corruption`` where streams
+were spoiled without anybody saying so (see ``utd_mhad_data``).
+
+``--depth`` adds a model with the depth camera as a third stream. ``--quick`` trains a few epochs, to see it run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from utd_mhad_data import ACTIONS, SPAN_NS, Clip, Corruption, corrupted, load_clips, session
+
+from pipeline.clock import SystemClock
+from pipeline.learn import Config, Made, Trained, check_config, train
+from pipeline.learn.dataset import Dataset
+from pipeline.learn.model import say, subsets_of
+from pipeline.learn.train import prepare_all
+from pipeline.scoring import bootstrap
+from pipeline.strict import Document
+
+Array = np.ndarray[Any, Any]
+FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "utd_mhad"
+ODD, EVEN = (1, 3, 5, 7), (2, 4, 6, 8)
+STRATEGIES = ("late", "early", "hybrid")
+CHOSEN = "late"
+"""By leaving out one training subject at a time; see ``benchmarks/README.md``."""
+PAIR = ("skeleton", "inertial")
+ALL = (*PAIR, "depth")
+_GRID = {"kind": "resample", "max_gap_ms": SPAN_NS / 1e6}
+_BODY = {
+    "dims": 3, "origin": 3, "unit": [1, 3],
+    "parents": [1, 2, 3, -1, 1, 4, 5, 6, 1, 8, 9, 10, 3, 12, 13, 14, 3, 16, 17, 18],
+    "pairs": [[7, 11], [7, 0], [11, 0], [7, 3], [11, 3], [6, 10], [7, 15], [11, 19], [15, 19], [13, 17]],
+}  # fmt: skip
+_NET = {"widths": [64, 96, 128], "kernel": 5, "stride": 2, "dropout": 0.0, "statistics": False}
+_TIME = {"warp": 0.15, "bend": 0.6, "hide": 0.3}
+STREAMS: dict[str, dict[str, Any]] = {
+    "skeleton": {
+        "rule": {**_GRID, "rate_hz": 15},
+        "token": 96,
+        "encoder": {**_NET, **_TIME, **_BODY, "limbs": 0.05, "scale": 0.15, "turn_deg": 25, "jitter": 0.03},
+    },
+    "inertial": {
+        "payload": "imu",
+        "rule": {**_GRID, "rate_hz": 20},
+        "token": 96,
+        "encoder": {**_NET, **_TIME, "frame": "both", "scale": 0.2, "turn_deg": 30, "jitter": 0.05},
+    },
+    "depth": {
+        "rule": {**_GRID, "rate_hz": 5},
+        "token": 64,
+        "encoder": {**_NET, **_TIME, "widths": [32, 64, 96], "kernel": 3, "stride": 1, "scale": 0.1, "jitter": 0.1,
+                    "dropout": 0.3},
+    },
+}  # fmt: skip
+TRAIN = {
+    "epochs": 60, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
+    "label_smoothing": 0.1, "class_weights": "none", "stream_loss": 1.0,
+}  # fmt: skip
+ROBUST = {
+    "noise": 0.08, "noise_strength": 1.0, "shift": 0.08, "shift_steps": 2.5, "freeze": 0.0, "blank": 0.0,
+    "drop_steps": 0.0, "outage": 0.0,
+}  # fmt: skip
+CORRUPTIONS = {"noise": (0.25, 0.5, 1.0, 2.0), "shift": (0.05, 0.1, 0.2, 0.4), "loss": (0.5, 0.8, 0.9, 0.95)}
+SPOILED = (("skeleton",), ("inertial",), PAIR)
+
+
+class Run(NamedTuple):
+    """What to train: on which subjects' clips, with which streams, and on whom to test."""
+
+    strategy: str
+    streams: tuple[str, ...]
+    train: tuple[int, ...]
+    test: tuple[int, ...]
+
+    @property
+    def split(self) -> str:
+        return f"{''.join(map(str, self.train))}>{''.join(map(str, self.test))}"
+
+
+class Outcome(NamedTuple):
+    """One model on the clips of its test subjects: right or wrong, bool [n], by what it was given."""
+
+    subjects: Array
+    right: dict[tuple[str, Corruption | None], Array]
+
+
+def configuration(run: Run, seed: int, epochs: int | None) -> Config:
+    """The training file of a run."""
+    file = {
+        "name": "utd-mhad",
+        "window": {"hop_ms": SPAN_NS / 1e6, "steps": 1},
+        "labels": list(ACTIONS),
+        "strategy": run.strategy,
+        "streams": {name: STREAMS[name] for name in run.streams},
+        "split": {"by": "subject", "held_out": 0.0, "test": [str(subject) for subject in run.test]},
+        "train": {**TRAIN, **({} if epochs is None else {"epochs": epochs})},
+        "robust": ROBUST,
+        "windows": "event_time",
+        "seed": seed,
+    }
+    return check_config(Document(yaml.safe_dump(file), "utd_mhad.yaml"))
+
+
+class Clips:
+    """The data, as sessions with these streams, clean or spoiled, each made once."""
+
+    def __init__(self, clips: Sequence[Clip], cache: Path) -> None:
+        self.clips, self.cache = list(clips), cache
+        self._spoiled: dict[tuple[Any, ...], list[Any]] = {}
+        self._sessions: dict[tuple[tuple[str, ...], int], list[Made]] = {}
+
+    def sessions(self, streams: tuple[str, ...], subjects: Iterable[int]) -> list[Made]:
+        """Clean sessions of the subjects."""
+        found: list[Made] = []
+        for subject in subjects:
+            key = (streams, subject)
+            if key not in self._sessions:
+                self._sessions[key] = [session(clip, streams) for clip in self._of((subject,))]
+            found += self._sessions[key]
+        return found
+
+    def spoiled(self, trained: Trained, run: Run, corruption: Corruption) -> Dataset:
+        """The test subjects' clips, spoiled. ``scale`` is that of the subjects trained on."""
+        key = (run.streams, run.split, corruption)
+        if key not in self._spoiled:
+            known = self._of(run.train)
+            scale = {name: np.concatenate([clip.rows[name] for clip in known]).std(axis=0) for name in run.streams}
+            change = corrupted(corruption, scale)
+            made = [session(clip, run.streams, change) for clip in self._of(run.test)]
+            self._spoiled[key] = prepare_all(trained.config, made, self.cache).sessions
+            for one in self._spoiled[key]:
+                one.hold()
+        return trained.dataset(self._spoiled[key])
+
+    def _of(self, subjects: Iterable[int]) -> list[Clip]:
+        wanted = set(subjects)
+        return [clip for clip in self.clips if clip.subject in wanted]
+
+
+def evaluate(
+    clips: Clips, run: Run, seed: int, epochs: int | None, corruptions: Sequence[Corruption], device: str
+) -> Outcome:
+    """Trains one model and tests it once."""
+    sessions = clips.sessions(run.streams, (*run.train, *run.test))
+    trained = train(configuration(run, seed, epochs), sessions, cache=clips.cache, device=device)
+    everything = frozenset(run.streams)
+    cpu = torch.device("cpu")
+    said = say(trained.model, trained.dataset(trained.split.test), subsets_of(run.streams), cpu)
+    subjects = np.array([int(s.session.attributes["subject"]) for s in trained.split.test])[said.session]
+    right: dict[tuple[str, Corruption | None], Array] = {
+        (named(subset, run.streams), None): logits.argmax(1) == said.truth for subset, logits in said.logits.items()
+    }
+    for corruption in corruptions:
+        spoiled = say(trained.model, clips.spoiled(trained, run, corruption), [everything], cpu)
+        given = spoiled.logits[everything].argmax(1) == spoiled.truth
+        right[named(everything, run.streams), corruption] = given
+    return Outcome(subjects, right)
+
+
+def named(subset: frozenset[str], order: Sequence[str]) -> str:
+    return "+".join(name for name in order if name in subset)
+
+
+def rows_of(run: Run, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """A row for each subset and corruption: means over seeds (or folds' clips joined, one outcome a seed)."""
+    rows = []
+    for (subset, corruption), _ in outcomes[0].right.items():
+        right = np.stack([o.right[subset, corruption] for o in outcomes]).astype(np.float64)
+        each = 100 * right.mean(axis=1)
+        clips = right.shape[1]
+        interval = bootstrap(right.mean(axis=0)[:, None], lambda sums, n=clips: 100 * sums[:, 0] / n)
+        by = {int(s): _percent(right[:, outcomes[0].subjects == s].mean()) for s in np.unique(outcomes[0].subjects)}
+        row = {
+            "split": run.split,
+            "strategy": run.strategy,
+            "streams": "+".join(run.streams),
+            "subset": subset,
+            "accuracy": round(float(each.mean()), 2),
+            "sd": round(float(each.std(ddof=1)), 2) if len(each) > 1 else None,
+            "low": None if interval is None else round(interval[0], 2),
+            "high": None if interval is None else round(interval[1], 2),
+            "seeds": len(each),
+            "by_seed": [round(float(value), 2) for value in each],
+            "by_subject": by,
+        }
+        if corruption is not None:
+            row["corruption"] = {
+                "kind": corruption.kind, "severity": corruption.severity, "streams": "+".join(corruption.streams)
+            }  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _percent(share: Any) -> float:
+    return round(100 * float(share), 1)
+
+
+def joined(folds: Sequence[Outcome]) -> Outcome:
+    """Several models, each tested on others, as if they were one."""
+    right = {key: np.concatenate([fold.right[key] for fold in folds]) for key in folds[0].right}
+    return Outcome(np.concatenate([fold.subjects for fold in folds]), right)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'split':>9} {'strategy':>8} {'trained on':>23} {'given':>23} {'spoiled':>28} {'accuracy':>8} {'sd':>5} "
+             f"{'interval':>13}  by subject"]  # fmt: skip
+    for row in rows:
+        spoiled = row.get("corruption")
+        what = f"{spoiled['streams']}: {spoiled['kind']} {spoiled['severity']:g}" if spoiled else "-"
+        sd = "-" if row["sd"] is None else f"{row['sd']:.2f}"
+        interval = "-" if row["low"] is None else f"{row['low']:.1f} - {row['high']:.1f}"
+        by = " ".join(f"{subject}:{value:.1f}" for subject, value in row["by_subject"].items())
+        lines.append(
+            f"{row['split']:>9} {row['strategy']:>8} {row['streams']:>23} {row['subset']:>23} {what:>28} "
+            f"{row['accuracy']:8.2f} {sd:>5} {interval:>13}  {by}"
+        )
+    return "\n".join(lines)
+
+
+def plan(options: argparse.Namespace) -> list[tuple[Run, tuple[Corruption, ...]]]:
+    """What to train, in order, and how to spoil its test clips."""
+    if options.loso:
+        return [
+            (Run(strategy, streams, tuple(s for s in ODD if s != out), (out,)),
+             _corruptions(options, strategy, streams))
+            for strategy in options.strategies
+            for streams in ((PAIR, ALL) if options.depth else (PAIR,))
+            for out in ODD
+        ]
+    runs = [Run(strategy, PAIR, ODD, EVEN) for strategy in options.strategies]
+    runs += [Run(options.strategies[0], ALL, ODD, EVEN)] if options.depth else []
+    runs += [Run(options.strategies[0], PAIR, EVEN, ODD)] if options.swap else []
+    return [(run, _corruptions(options, run.strategy, run.streams) if run.test == EVEN else ()) for run in runs]
+
+
+def _corruptions(options: argparse.Namespace, strategy: str, streams: tuple[str, ...]) -> tuple[Corruption, ...]:
+    if not options.corrupt or strategy != options.strategies[0] or streams != PAIR:
+        return ()
+    return tuple(
+        Corruption(kind, severity, spoiled)
+        for kind, severities in CORRUPTIONS.items()
+        for spoiled in SPOILED
+        for severity in severities
+    )
+
+
+def measure(options: argparse.Namespace, clips: Clips) -> list[dict[str, Any]]:
+    """All rows. What is done so far is told on stderr."""
+    found: dict[Run, list[Outcome]] = {}
+    runs = plan(options)
+    clock, epochs = SystemClock(), 3 if options.quick else options.epochs
+    begun_ns = clock.now_ns()
+    for seed in range(options.seeds):
+        folds: dict[tuple[str, tuple[str, ...]], list[Outcome]] = {}
+        for run, corruptions in runs:
+            outcome = evaluate(clips, run, seed, epochs, corruptions, options.device)
+            said = ", ".join(f"{k[0]} {100 * v.mean():.2f}" for k, v in outcome.right.items() if k[1] is None)
+            spent_s = (clock.now_ns() - begun_ns) / 1e9
+            print(f"{spent_s:6.0f} s  {run.split} {run.strategy} seed {seed}: {said}", file=sys.stderr, flush=True)
+            if options.loso:
+                folds.setdefault((run.strategy, run.streams), []).append(outcome)
+            else:
+                found.setdefault(run, []).append(outcome)
+        for (strategy, streams), parts in folds.items():
+            found.setdefault(Run(strategy, streams, ODD, ODD), []).append(joined(parts))
+        if options.write:
+            options.write.write_text(json.dumps(_rows(found), indent=1))
+    return _rows(found)
+
+
+def _rows(found: Mapping[Run, Sequence[Outcome]]) -> list[dict[str, Any]]:
+    return [row for run, outcomes in found.items() for row in rows_of(run, outcomes)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER, help="where the two archives are")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES),
+                        help="the first is the one for depth, swapped split and corruption")  # fmt: skip
+    parser.add_argument("--depth", action="store_true", help="also with the depth camera as a third stream")
+    parser.add_argument("--swap", action="store_true", help="also trained on 2, 4, 6, 8 and tested on 1, 3, 5, 7")
+    parser.add_argument("--corrupt", action="store_true", help="also with streams spoiled, rising")
+    parser.add_argument("--loso", action="store_true",
+                        help="leave out one of 1, 3, 5, 7 at a time; no test subject is seen")  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="three epochs")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache", type=Path, help="keeps prepared clips between runs")
+    parser.add_argument("--write", type=Path, help="a file for the rows so far, after every seed")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    clips = load_clips(options.folder, options.depth)
+    if options.loso:
+        clips = [clip for clip in clips if clip.subject in ODD]
+    with tempfile.TemporaryDirectory(prefix="utd-mhad-") as scratch:
+        rows = measure(options, Clips(clips, options.cache or Path(scratch)))
+    print(json.dumps(rows, indent=1) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()
