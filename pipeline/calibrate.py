@@ -176,6 +176,30 @@ def _ways(of_x: list[Track], of_y: list[Track]) -> list[list[tuple[Track, Track]
 
 
 def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], within_ns: int) -> Offset:
+    """The second stream against the first; of rotation always that with more axes against that with fewer. What is
+    fitted is then the whole motion to a part of it that a camera sees: the other way round, the axis that it does not
+    see and the noise of its picture would stay in the rest, and pull at the lag."""
+    first, second = pairs[0] if pairs else (None, None)
+    if first is None or second is None or first.kind != "rotation":
+        return _compare_directed(reference, stream, pairs, within_ns)
+    if first.value.shape[1] <= second.value.shape[1]:
+        return _compare_directed(reference, stream, pairs, within_ns)
+    found = _compare_directed(stream, reference, [(y, x) for x, y in pairs], within_ns, turned=True)
+    low, high = found.interval_ns or (0, 0)
+    return msgspec.structs.replace(
+        found,
+        reference=reference,
+        stream=stream,
+        events=tuple(dict.fromkeys(f"{x.what} / {y.what}" for x, y in pairs)),
+        offset_ns=None if found.offset_ns is None else -found.offset_ns,
+        interval_ns=None if found.interval_ns is None else (-high, -low),
+    )
+
+
+def _compare_directed(
+    reference: str, stream: str, pairs: list[tuple[Track, Track]], within_ns: int, turned: bool = False
+) -> Offset:
+    """One way round; ``turned``: what is asked for is the other."""
     events = tuple(dict.fromkeys(f"{x.what} / {y.what}" for x, y in pairs))
     span_ns = max(max(x.span_ns, y.span_ns) for x, y in pairs)
     step_ns = 1_000_000 if span_ns <= 12_000_000 else 2_000_000
@@ -228,7 +252,7 @@ def _compare(reference: str, stream: str, pairs: list[tuple[Track, Track]], with
         return refused(f"chance does as well: {chance:.0%} of shuffled recordings fit as well somewhere", **known)
     beyond = int(scores.lags[int(np.argmax(curve))]) * step_ns
     if abs(beyond) > within_ns + span_ns:
-        return refused(f"what fits best lies beyond the range, at {_ms(-beyond)}", **known)
+        return refused(f"what fits best lies beyond the range, at {_ms(beyond if turned else -beyond)}", **known)
     if rival > RIVAL:
         return refused(f"another offset fits nearly as well ({rival:.0%}): the events repeat, or are too few", **known)
     if min(best - np.flatnonzero(inside)[0], np.flatnonzero(inside)[-1] - best) * step_ns < 2 * step_ns:
