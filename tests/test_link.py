@@ -396,7 +396,6 @@ def test_a_host_runs_only_what_it_trusts(tmp_path: Path) -> None:
     ):
         address = f"tcp://127.0.0.1:{free_port()}"
         with contextlib.closing(LinkServer(address)) as server:
-
             thread = threading.Thread(target=answer, args=(server, invitation | changes))
             thread.start()
             with pytest.raises(ConfigError, match=said):
