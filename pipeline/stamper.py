@@ -96,6 +96,8 @@ class Stamper:
             wrong = f"a payload of type {payload_of(reading.layout)} on a stream of type {self.payload}"
         elif reading.t_end_ns < reading.t_capture_ns:
             wrong = f"an end ({reading.t_end_ns} ns) before its beginning ({reading.t_capture_ns} ns)"
+        elif reading.uncertainty_ns < 0:
+            wrong = f"an uncertainty of {reading.uncertainty_ns} ns"
         elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
             wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
         if wrong:

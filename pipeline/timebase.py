@@ -187,7 +187,7 @@ class Timebase:
             ns = self._last_ns + 1
         self._shown, self._dx, self._last_ns = shown, dx, ns
         if len(self._late_pairs) >= _ODD_IN_A_ROW:
-            doubt += self._late_least
+            doubt += max(self._late_least, 0.0)
         return Mapped(self._r0 + self._half_tick + ns, ceil(doubt), new_epoch, slope * 1e6, floor(late + 0.5))
 
     def _odd(self, t_device_ns: int, t_receipt_ns: int, step: int, late: float) -> Mapped:
@@ -201,7 +201,7 @@ class Timebase:
         if len(self._held) == _ODD_IN_A_ROW:
             return self._restart(self._held)
         self._last_ns = max(self._last_ns + 1, t_receipt_ns - self._r0 - round(self._typical))
-        return self._map_apart(self._bound + 4 * self._typical + self._jump, late)
+        return self._map_apart(self._bound + 4 * max(self._typical, 0.0) + self._jump, late)
 
     def _map_apart(self, doubt: float, late: float) -> Mapped:
         shown = self._r0 + self._half_tick + self._last_ns

@@ -407,3 +407,20 @@ def test_the_middle_is_found() -> None:
     line = fit_middle(x, 3e-5 * x + g.normal(0, 1e5, 48), np.full(48, 10.0), Prior(0.0, 1e-4))
     assert abs(line.value - 3e-5 * x[-1]) < line.bound99 * 1.5
     assert abs(line.slope - 3e-5) < 5e-6
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_no_uncertainty_is_negative_however_a_reader_stalls(seed: int) -> None:
+    """A reader that stalls and then takes whole queues at once makes samples early and late; one whose uncertainty
+    is negative would be refused by everybody."""
+    random, clock = np.random.default_rng(seed), SampleClock(200)
+    now, taken = 0, 0
+    for _ in range(300):
+        now += int(random.exponential(10e6 if random.random() < 0.9 else 300e6)) + 1
+        while taken + 2 <= (there := now // 5_000_000):
+            more = 2 if random.random() < 0.5 else int(min(there - taken, 2 + random.integers(0, 40)))
+            taken += more
+            block = clock.update(more, now + int(random.exponential(1e6)))
+            assert block.uncertainty_ns >= 0
+            assert block.t_capture_ns <= block.t_end_ns
