@@ -314,6 +314,25 @@ def test_windows_in_training_are_those_that_were_lived(
     assert len(prepare(learn.Recorded(path), other, tmp_path)) > 1.9 * len(manifests)
 
 
+def test_a_stream_that_was_recorded_beside_the_windows(
+    sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
+) -> None:
+    """Its model then knew nothing of it, so nobody knows when it was late: by event time all of it is there."""
+    beside = tmp_path / "beside.mcap"
+    with RecordingReader(lived[0]) as reader, RecordingWriter(beside, SessionInfo(session="b")) as writer:
+        for message, at in reader.messages(beats=True):
+            writer.write(message, at)
+        for manifest in lived[1]:
+            streams = {name: stated for name, stated in manifest.streams.items() if name != "imu"}
+            writer.write_json(
+                MANIFEST_TOPIC, msgspec.json.encode(msgspec.structs.replace(manifest, streams=streams)), 0
+            )
+    found = prepare(learn.Recorded(beside), recipe_of(configured(sessions, PAIR)), tmp_path)
+    late = sum(manifest.streams["imu"].verdict == "late" for manifest in lived[1])
+    assert late >= 10
+    assert (~found.present["imu"]).sum() <= 2
+
+
 def test_a_bundle_is_proven_on_what_was_lived(
     trained: Path, sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ class Recipe(msgspec.Struct, frozen=True):
         return AlignSpec(hop_ns=self.hop_ns, streams=tuple(streams))
 
     def digest(self) -> str:
-        """Over all that a prepared session depends on beside the session."""
+        """Over all that a prepared session depends on beside the session, the code of the encoders included."""
         state = hashlib.sha256()
         classes = {base for encoder in self.encoders.values() for base in type(encoder).__mro__}
         own = {inspect.getfile(base) for base in classes if issubclass(base, StreamEncoder)}

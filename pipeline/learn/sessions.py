@@ -55,7 +55,7 @@ class Session(Protocol):
 
 class Recorded:
     """A recording. By ``recorded`` its steps are made again as they were made live, if it holds the windows of a live
-    session with this hop; otherwise by event time."""
+    session with this hop and these streams; otherwise by event time."""
 
     def __init__(self, path: Path) -> None:
         """Raises RecordingError, ConfigError."""
@@ -82,7 +82,7 @@ class Recorded:
 
     def steps(self, spec: AlignSpec, mode: Mode) -> Iterator[Given]:
         with RecordingReader(self.path) as reader:
-            if mode == "recorded" and _hop_ns(reader) == spec.hop_ns:
+            if mode == "recorded" and _lived(reader, spec):
                 lost = _masked(reader)
                 for manifest, step in recorded_steps(reader, spec):
                     made = manifest if step is None else step.manifest
@@ -92,14 +92,15 @@ class Recorded:
                     yield Given(step.manifest, content_of(step), {})
 
 
-def _hop_ns(reader: RecordingReader) -> int | None:
-    """The hop of the windows in a recording; None if it has none."""
+def _lived(reader: RecordingReader, spec: AlignSpec) -> bool:
+    """Whether a recording holds windows of a live session with this hop, of all the streams that are asked for."""
     if MANIFEST_TOPIC not in reader.topics:
-        return None
+        return False
     for data, _, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
-        return manifest.end_ns - manifest.start_ns
-    return None
+        asked = {stream.name for stream in spec.streams} & reader.streams.keys()
+        return manifest.end_ns - manifest.start_ns == spec.hop_ns and asked <= manifest.streams.keys()
+    return False
 
 
 def _masked(reader: RecordingReader) -> dict[int, dict[str, str]]:
