@@ -1,13 +1,14 @@
 # make demo      a live demonstration on any machine: needs Python 3.11 or newer, no sensors
 # make install   the environment for developers, in .venv
 # make test      install, then every test
+# make test-devices  the tests that need kernel devices, in a guest that has them (QEMU, Debian's kernel; no KVM)
 # make lint      ruff, mypy --strict, import-linter
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; print(sys.version_info >= (3, 11) or "")' 2>/dev/null),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo install test lint format clean
+.PHONY: demo install test test-devices lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -17,6 +18,14 @@ install: $(VENV)/.dev
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST)
+
+# The guest: one that lies beside this checkout, or else our own, which exits with 77 where it lacks something.
+GUEST := $(firstword $(wildcard ../shared/devices/with-devices) tests/devices/guest)
+GUEST_PYTEST := $(BIN)/python -m pytest -p no:cacheprovider -p no:randomly --color=no
+
+test-devices: $(VENV)/.dev
+	$(GUEST) -t 900 -- $(GUEST_PYTEST) tests/devices
+	SENSORS_IIO=1 $(GUEST) -t 300 -- $(GUEST_PYTEST) tests/devices/test_imu_guest.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,5 +52,5 @@ $(VENV)/.base: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) 'torch==2.13.0'
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps 'silero-vad==6.2.3'
+	$(PIP) --no-deps 'silero-vad==6.2.3' 'ouster-sdk==1.0.1'
 	@touch $@ $(VENV)/.base

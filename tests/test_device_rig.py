@@ -122,7 +122,8 @@ def check_accounts(done: Done) -> None:
         assert sum(sent.values()) == len(numbers) + done.lost[name], (name, sent)
         # What the source could hand to nobody, it has counted itself; at the end of an epoch no number tells of it.
         unsent = stream.dropped.get("no_slot", 0)
-        assert len(numbers) + done.lost[name] + unsent >= stream.published > 0, (name, sent, stream.dropped, done.inlets(name))
+        assert len(numbers) + done.lost[name] + unsent >= stream.published > 0, (name, sent, stream.dropped)
+        assert not [what for what in done.inlets(name) if "malformed" in what], done.inlets(name)
         check_account(name, _counters(stream))
         told = done.explained.streams[name]
         assert told.messages["sent"] == told.messages["received"] + told.messages["lost"]
