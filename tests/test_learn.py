@@ -126,6 +126,8 @@ def trained(sessions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_trained_bundle_replays_far_better_than_chance(trained: Path, sessions: Path) -> None:
     bundle = load_bundle(trained)
     assert set(bundle.lineage.recordings) == {f"s{seed}.mcap" for seed in range(SESSIONS)}
@@ -140,6 +142,8 @@ def test_a_trained_bundle_replays_far_better_than_chance(trained: Path, sessions
     assert right > 0.8 * total  # calm alone is about half
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
     text = (trained / "README.md").read_text()
     for part in ("## Data", "## Training", "## How good", "## Calibration", "## Checks", "## Limits", "seed 0"):
@@ -150,12 +154,16 @@ def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
     assert set(load_bundle(trained).calibration.subsets) == {"camera", "imu", "camera+imu"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_bundle_exists_already(trained: Path) -> None:
     file = trained.parent / "train.yaml"
     result = CliRunner().invoke(cli.app, ["train", str(file), "-o", str(trained)])
     assert isinstance(result.exception, ConfigError)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_another_training_begins_from_it(trained: Path, sessions: Path, tmp_path: Path) -> None:
     config = configured(sessions, PAIR, init={"bundle": str(trained), "freeze": True})
     made = learn.train(config, recorded(config), device="cpu")
@@ -178,8 +186,10 @@ def test_what_is_frozen_is_named(sessions: Path) -> None:
 # -- the same again ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_equal_seeds_give_equal_bundles(sessions: Path, tmp_path: Path) -> None:
-    config = configured(sessions, train={"epochs": 1, "batch_windows": 64})
+    config = configured(sessions, strategy="early", train={"epochs": 1, "batch_windows": 64})
     for name in ("one", "two"):
         learn.export(
             learn.train(config, recorded(config), cache=tmp_path / name / "cache", device="cpu"), tmp_path / name / "b"
@@ -333,6 +343,8 @@ def test_a_stream_that_was_recorded_beside_the_windows(
     assert (~found.present["imu"]).sum() <= 2
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_bundle_is_proven_on_what_was_lived(
     trained: Path, sessions: Path, lived: tuple[Path, list[Manifest]], tmp_path: Path
 ) -> None:
