@@ -494,13 +494,13 @@ def _check(folder: Path, origin_ns: int) -> None:
         verified = verify(reader, load_bundle(folder / "model"))
     errors = np.array([h.t_capture_ns - ((h.t_device_ns or 0) - origin_ns) for h in headers])
     stated = np.array([h.uncertainty_ns for h in headers])
-    assert len(errors) > 100
+    assert len(errors) > 40
     assert (np.abs(errors) <= stated).all()
     assert np.median(np.abs(errors)) > 5 * MS  # the path is crooked indeed, and that is in the uncertainty
     assert np.median(stated) < 60 * MS  # half the least round trip is 20 ms; a busy machine answers later
     assert len({h.epoch for h in headers}) >= 2  # one of before and one of after the cut, at least
     assert all(account.balanced for account in found.streams.values())
-    assert found.streams["imu"].messages["sent"] > 50
+    assert found.streams["imu"].messages["sent"] > 20
     # What was lost on the way is in no recording, which says so; nothing else is doubtful.
     assert verified.differences == 0
     assert verified.windows == verified.predictions > 40

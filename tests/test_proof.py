@@ -11,9 +11,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,25 +69,33 @@ def pid_of(place: Path, node: str) -> int | None:
     return None
 
 
+def seen(process: subprocess.Popen[str], ready: Callable[[int, dict[str, Any]], bool]) -> None:
+    """Reads predictions until one's index and what it says of the microphone are as asked for."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        prediction = json.loads(line)
+        if ready(prediction["window"]["index"], prediction["streams"]["microphone"]):
+            return
+    raise AssertionError(f"the session ended before that: {ended(process)[2]}")
+
+
 @pytest.fixture(scope="module")
 def session() -> Iterator[Path]:
-    """The recording of a live session in whose middle the camera's process was killed."""
+    """The recording of a live session in whose middle the process of the microphone was killed."""
     with short_folder() as place:
         (place / "rig.yaml").write_text(RIG)
-        process = sensorium(
-            place, "record", place / "rig.yaml", "-o", place / "a.mcap", "--duration", SECONDS, "--json"
-        )
-        assert process.stdout is not None
-        middle = round(10 * SECONDS / 2)
-        for line in process.stdout:
-            if json.loads(line)["window"]["index"] >= middle:
-                break
-        os.kill(until(lambda: pid_of(place, "camera"), "the camera has a process"), signal.SIGKILL)
-        status, rest, err = ended(process)
-        assert status == 0, err
-        verdicts = [json.loads(line)["streams"]["camera"] for line in rest.splitlines()]
-        assert any(v.get("reason") == "dead" for v in verdicts)
-        assert verdicts[-1]["verdict"] == "ok"
+        process = sensorium(place, "record", place / "rig.yaml", "-o", place / "a.mcap", "--json")
+        try:
+            middle = round(10 * SECONDS / 2)
+            seen(process, lambda index, sound: index >= middle)
+            os.kill(until(lambda: pid_of(place, "microphone"), "it has a process"), signal.SIGKILL)
+            seen(process, lambda index, sound: sound.get("reason") == "dead")
+            seen(process, lambda index, sound: index >= 2 * middle and sound["verdict"] == "ok")
+            process.send_signal(signal.SIGINT)
+            status, _, err = ended(process)
+            assert status == 0, err
+        finally:
+            process.kill()
         yield place / "a.mcap"
 
 

@@ -29,7 +29,8 @@ CI = ("make test", "make lint")
 ACTIVATE = ". .venv/bin/activate"
 """What puts the environment's programs first, as these tests do anyway."""
 BACKGROUND = f"sensorium run configs/synthetic.yaml --predictions tcp://127.0.0.1:{PORT}"
-WATCHING = ("sensorium subscribe", "sensorium explain --count", "python watch.py", "cc examples/subscriber.c", "node examples/subscriber.mjs")
+WATCHING = ("sensorium subscribe", "sensorium explain --count", "python watch.py", "cc examples/subscriber.c",
+            "node examples/subscriber.mjs")  # fmt: skip
 """Commands that need the one in the background."""
 
 
