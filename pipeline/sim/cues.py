@@ -64,6 +64,9 @@ CUES: dict[Label, tuple[Sensor, ...]] = {
 }
 """The sensors that observe something of each class: the first table. Each of these has a decoy in the second."""
 
+DELAY_S = 0.25
+"""A label begins and ends so long after its cue: whoever has looked for two steps can know it."""
+
 BLINDED: dict[Condition, Sensor] = {"dark": "camera", "wind": "microphone", "dust": "lidar"}
 """The sensor that a condition disturbs; an outage takes any."""
 

@@ -1,6 +1,6 @@
 """What happens when: events, decoys and conditions, drawn block by block from the seed. Knows no physics.
 
-A block holds each class once (``impact``, the short one, twice) in random order with pauses of ``clear`` between. Then
+A block holds each class once, or twice (``TWICE``), in random order with pauses of ``clear`` between. Then
 each sensor gets its own series of decoys, and one series of conditions takes one sensor after the other away. Two acts
 of one label keep ``APART_S``, whether events or decoys; acts of different labels overlap freely.
 """
@@ -19,12 +19,14 @@ BETWEEN_CONDITIONS_S = (4.0, 16.0)
 CONDITION_S = (2.0, 5.0)
 LASTS_S: dict[Label, tuple[float, float]] = {
     "rough_ground": (4.5, 7.0),
-    "approach": (6.5, 6.5),
+    "approach": (7.5, 7.5),
     "impact": (2.5, 2.5),
     "alarm": (3.0, 5.5),
     "tilt": (3.0, 5.5),
 }
 """How long an act has the stage. What the label says follows from the physics: see ``stage``."""
+TWICE: tuple[Label, ...] = ("approach", "impact")
+"""The classes that are true for a short time; they come twice in a block."""
 OUTAGE = 0.15
 """Share of the conditions that are outages."""
 
@@ -71,7 +73,7 @@ def block(seed: int, index: int, start_s: float) -> Block:
 
 
 def _events(rng: np.random.Generator, start_s: float) -> tuple[list[Act], float]:
-    order: list[Label] = [*CUES, "impact"]
+    order: list[Label] = [*CUES, *TWICE]
     at, events = start_s, []
     for place in rng.permutation(len(order)):
         label = order[place]

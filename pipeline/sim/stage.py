@@ -6,7 +6,7 @@ with a label's first moment already holds evidence of it:
 
 rough_ground   a wheel met a stone in the last 0.5 s
 approach       the actor's front is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
-impact         for 0.8 s from the onset of the ball's force on the rover
+impact         for 0.7 s from the onset of the ball's force on the rover
 alarm          while it sounds
 tilt           the chassis leans by more than half of what its suspension is told to
 """
@@ -18,15 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sim.cues import Label, Sensor
+from pipeline.sim.cues import DELAY_S, Label, Sensor
 from pipeline.sim.ranges import Drawn
 from pipeline.sim.rover import STEPS, TICK_S, Rover
 from pipeline.sim.script import Act
 from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S
 
-DELAY_S = 0.15
-"""A label begins and ends so long after its cue."""
-STONE_S, IMPACT_S, RAMP_S = 0.5, 0.8, 0.4
+STONE_S, IMPACT_S, RAMP_S = 0.5, 0.7, 0.4
 AHEAD_M, FIELD_RAD = 6.3, np.deg2rad(40)
 GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
@@ -131,7 +129,8 @@ class Approach(Play):
 
     def begin(self) -> None:
         self.car = bool(self.rng.random() < 0.4)
-        self.speed = float(self.rng.uniform(1.5, 2.2) if self.car else self.rng.uniform(1.1, 1.7))
+        self.speed = float(self.rng.uniform(1.2, 1.7) if self.car else self.rng.uniform(0.8, 1.3))
+        self.rover.speed_limits = (0.2, 0.7)
         lateral = self.rng.uniform(1.7, 2.0) if self.car else self.rng.uniform(1.1, 1.6)
         side = self.rng.choice([-1, 1])
         self.front = 0.95 if self.car else 0.2
@@ -175,6 +174,7 @@ class Approach(Play):
 
     def end(self) -> None:
         self.rover.park(*self.names)
+        self.rover.speed_limits = (0.0, 1.0)
 
 
 class Impact(Play):
