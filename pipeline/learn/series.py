@@ -314,8 +314,10 @@ class SignalEncoder(SeriesEncoder):
 
     def _level(self) -> None:
         if self.settings.dims:
-            for scale in self.normalise.scale.split(self.known, 1):
-                scale.clamp_(min=LEAST * float(scale.median()))
+            scales = self.normalise.scale
+            for first in range(0, scales.shape[1], self.known):
+                some = scales[:, first : first + self.known]
+                some.clamp_(min=LEAST * float(some.median()))
 
     def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         dims, lots = self.settings.dims, len(values)
