@@ -4,7 +4,7 @@ An act of several cues and a decoy of one run the same code: ``seen_by`` alone d
 sound, which mount slips. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
 with a label's first moment already holds evidence of it:
 
-rough_ground   a wheel met a stone in the last 0.5 s
+rough_ground   a wheel is on a bed of stones
 approach       the actor's front is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
 impact         for 0.7 s from the onset of the ball's force on the rover
 alarm          while it sounds
@@ -22,9 +22,9 @@ from pipeline.sim.cues import DELAY_S, Label, Sensor
 from pipeline.sim.ranges import Drawn
 from pipeline.sim.rover import STEPS, TICK_S, Rover
 from pipeline.sim.script import Act
-from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S
+from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S, WHEELBASE_M
 
-STONE_S, IMPACT_S, RAMP_S = 0.5, 0.7, 0.4
+IMPACT_S, RAMP_S = 0.7, 0.4
 AHEAD_M, FIELD_RAD = 6.3, np.deg2rad(40)
 GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
@@ -82,7 +82,7 @@ class Rough(Play):
 
     def begin(self) -> None:
         self.rover.speed_limits = (0.55, 0.9)
-        start = float(self.rover.position[0]) + 0.6
+        self.start = start = float(self.rover.position[0]) + 0.6
         self.beds = int(self.rng.integers(3, STONE_BEDS + 1))
         carpet = self.beds * BED_M + 0.8
         if self.by("camera"):
@@ -95,7 +95,6 @@ class Rough(Play):
         # Decoys last as long as the wheels would be on the stones.
         self.on_s = self.act.start_s + 0.4
         self.off_s = min(self.on_s + (self.beds * BED_M + 0.5) / 0.75, self.act.end_s)
-        self.last_s = -1.0
         self.shake = np.zeros(6)
 
     def tick(self, now_s: float) -> bool:
@@ -103,8 +102,8 @@ class Rough(Play):
             for contact in self.rover.contacts:
                 if contact.stone:
                     self.sounds.strokes.append(("grain", contact.t_s, contact.force_n / GRAIN_N))
-                    self.last_s = contact.t_s
-            return now_s - self.last_s < STONE_S and self.last_s > 0
+            x = float(self.rover.position[0])
+            return self.start - WHEELBASE_M < x < self.start + self.beds * BED_M + WHEELBASE_M
         if self.on_s < now_s < self.off_s:
             if self.by("microphone"):
                 for strength in self.rng.lognormal(*RATTLE, self.rng.poisson(RATTLE_HZ * TICK_S)):
