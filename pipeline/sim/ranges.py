@@ -25,7 +25,7 @@ class Ranges(msgspec.Struct, frozen=True, kw_only=True):
     """Of scenery and clothes, in turns of the colour circle; a draw shifts all colours."""
     ground_grey: Range = (0.3, 0.6)
     gravel_contrast: Range = (0.25, 0.5)
-    flash: Range = (0.45, 0.9)
+    flash: Range = (0.6, 1.0)
     flash_hz: Range = (2.2, 3.2)
     exposure: Range = (0.85, 1.15)
     # bodies
@@ -69,7 +69,7 @@ RANGES: dict[Name, Ranges] = {
     "train": Ranges(),
     "held-out": Ranges(
         sun=(0.3, 0.85), ambient=(0.2, 0.5), hue=(0.6, 1.0), ground_grey=(0.25, 0.65), gravel_contrast=(0.22, 0.5),
-        flash=(0.4, 0.95), flash_hz=(2.0, 3.4), exposure=(0.75, 1.25), rover_kg=(16.0, 30.0), ball_kg=(1.3, 3.3),
+        flash=(0.5, 1.1), flash_hz=(2.0, 3.4), exposure=(0.75, 1.25), rover_kg=(16.0, 30.0), ball_kg=(1.3, 3.3),
         stone_m=(0.011, 0.026), friction=(0.75, 1.2), person_m=(1.5, 2.0), list_deg=(8.5, 16.0),
         whine_hz=(160.0, 350.0), whine=(0.01, 0.04), siren_hz=(550.0, 1000.0), siren=(0.08, 0.3),
         engine_hz=(50.0, 100.0), steps=(0.45, 1.0), crunch=(0.6, 1.4), thud_hz=(80.0, 190.0), music=(0.0, 0.03),

@@ -19,7 +19,7 @@ BETWEEN_CONDITIONS_S = (4.0, 16.0)
 CONDITION_S = (2.0, 5.0)
 LASTS_S: dict[Label, tuple[float, float]] = {
     "rough_ground": (4.5, 7.0),
-    "approach": (7.5, 7.5),
+    "approach": (8.5, 8.5),
     "impact": (2.5, 2.5),
     "alarm": (3.0, 5.5),
     "tilt": (3.0, 5.5),

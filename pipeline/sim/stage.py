@@ -5,7 +5,7 @@ sound, which mount slips. What is true follows from the physics, ``DELAY_S`` aft
 with a label's first moment already holds evidence of it:
 
 rough_ground   a wheel is on a bed of stones
-approach       the actor's front is within 6.3 m, ahead (40 degrees to either side) and not yet beside the rover
+approach       somebody's front is within 6.3 m, until leaving
 impact         for 0.7 s from the onset of the ball's force on the rover
 alarm          while it sounds
 tilt           the chassis leans by more than half of what its suspension is told to
@@ -25,7 +25,8 @@ from pipeline.sim.script import Act
 from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S, WHEELBASE_M
 
 IMPACT_S, RAMP_S = 0.7, 0.4
-AHEAD_M, FIELD_RAD = 6.3, np.deg2rad(40)
+AHEAD_M, STOP_M = 6.3, 1.5
+LEAVE_S, LEAVE_M_S = 1.6, 2.5
 GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
 """The rise of a contact's force that sounds with strength 1."""
@@ -124,17 +125,19 @@ class Rough(Play):
 
 
 class Approach(Play):
-    """Somebody comes along the way and passes."""
+    """Somebody comes straight towards the rover, which stops, stays before it for a moment, and leaves to the side."""
 
     def begin(self) -> None:
         self.car = bool(self.rng.random() < 0.4)
         self.speed = float(self.rng.uniform(1.2, 1.7) if self.car else self.rng.uniform(0.8, 1.3))
         self.rover.speed_limits = (0.2, 0.7)
-        lateral = self.rng.uniform(1.7, 2.0) if self.car else self.rng.uniform(1.1, 1.6)
-        side = self.rng.choice([-1, 1])
         self.front = 0.95 if self.car else 0.2
-        self.at = self.rover.position + np.array([8.1 + self.front, side * lateral, 0.0])
+        self.at = self.rover.position + np.array([8.1 + self.front, self.rng.uniform(-0.35, 0.35), 0.0])
         self.at[2] = 0.0
+        self.aside = float(self.rng.choice([-1, 1]))
+        self.stays_s = float(self.rng.uniform(0.8, 1.8))
+        self.leaves_s = self.act.end_s - LEAVE_S
+        self.arrived = False
         self.names = ("car",) if self.car else ("person", "leg_l", "leg_r")
         for name in self.names:
             self.rover.show(name, self.group)
@@ -142,16 +145,29 @@ class Approach(Play):
         self.phase = self.walked = 0.0
 
     def tick(self, now_s: float) -> bool:
-        self.at[0] -= self.speed * TICK_S
-        self.walked += self.speed * TICK_S
-        away = self.at - self.rover.position
-        distance, ahead = float(np.hypot(away[0], away[1])), away[0] > 0.3
+        distance = self._walk(now_s)
         if self.group != NEITHER:
             self._move()
         if self.by("microphone"):
             self._sound(now_s, distance)
-        angle = abs(np.arctan2(away[1], away[0]) - self.rover.heading_rad)
-        return self.act.real and bool(ahead and distance - self.front < AHEAD_M and angle < FIELD_RAD)
+        return self.act.real and now_s < self.leaves_s and distance - self.front < AHEAD_M
+
+    def _walk(self, now_s: float) -> float:
+        """A tick's way. Returns how far from the rover it ended, in m."""
+        away = self.at - self.rover.position
+        distance = float(np.hypot(away[0], away[1]))
+        if now_s >= self.leaves_s:
+            self.at[:2] += np.array([0.3, 1.0]) * (1.0, self.aside) * LEAVE_M_S * TICK_S
+            self.walked += LEAVE_M_S * TICK_S
+        elif distance - self.front > STOP_M:
+            self.at[0] -= self.speed * TICK_S
+            self.walked += self.speed * TICK_S
+        elif not self.arrived:
+            self.arrived = True
+            self.leaves_s = min(self.leaves_s, now_s + self.stays_s)
+        if distance - self.front < STOP_M + 0.6:
+            self.rover.speed_limits = (0.0, 0.0)
+        return distance
 
     def _move(self) -> None:
         if self.car:
