@@ -371,11 +371,11 @@ def import_(
 @app.command()
 def simulate(
     world: Annotated[str, typer.Argument(metavar="WORLD", help="what to simulate: rover")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write; a folder with --count")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file; with --count a folder")],
     seed: Annotated[int, typer.Option(min=0, help="which world; of several sessions the first's")] = 0,
     duration: Annotated[float, typer.Option("--duration", metavar="S", min=1.0, help="length of a session")] = 20.0,
     ranges: Annotated[Ranges, typer.Option(help="which worlds to draw from")] = Ranges.train,
-    count: Annotated[int | None, typer.Option(metavar="N", min=1, help="so many sessions, of consecutive seeds")] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", min=1, help="so many sessions, seeds in a row")] = None,
     jobs: Annotated[int, typer.Option(metavar="N", min=1, help="with --count: so many at a time")] = 1,
     json: Json = False,
 ) -> None:
