@@ -6,12 +6,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.config import RigFile, load_rig
+from pipeline.errors import ConfigError
+from pipeline.sim.camera import prepare
 from tests.tiny_bundle import FRAME, GRID, SWEEP, mean_encoder, write_bundle
 
 SOUND = {"payload": "audio", "rule": {"kind": "resample", "rate_hz": 100, "max_gap_ms": 50}, "channels": 1}
@@ -46,6 +49,19 @@ def make_rig(folder: Path, sources: dict[str, Any] | None = None, bundle: bool =
     file = folder / "rig.yaml"
     file.write_text(yaml.safe_dump(rig, sort_keys=False))
     return load_rig(file)
+
+
+@cache
+def simulation_lacks() -> str | None:
+    """What the simulated rover lacks here, and what to type; None if it runs."""
+    try:
+        prepare()
+        from pipeline.sim.session import Simulation
+
+        Simulation(0, script=False).close()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def segments_of(session_dir: Path) -> set[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.rigs import simulation_lacks
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -123,10 +124,12 @@ def test_the_c_program_is_the_example() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_command_works_in_the_order_of_the_readme(place: Path) -> None:
-    ran = 0
+    ran, lacks = 0, None
     for command in COMMANDS:
         if command in (BACKGROUND, ACTIVATE) or command.startswith(WATCHING):
             continue  # the first and the last are run by the test below
+        if re.search(r"simulate|rover\.yaml", command) and (lacks := simulation_lacks()):
+            continue
         if command in CI:
             run(ROOT, f"make -n {command.removeprefix('make ')}")
         elif command == "make demo":
@@ -136,6 +139,8 @@ def test_every_command_works_in_the_order_of_the_readme(place: Path) -> None:
             run(place, command)
         ran += 1
     assert ran >= 8
+    if lacks:
+        pytest.skip(f"all but the simulation's commands ran: {lacks}")
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,16 @@ import numpy as np
 import pytest
 
 from nodes.simulated import Simulated
-from pipeline.errors import ConfigError
 from pipeline.messages import array
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader
 from pipeline.sim import cues
-from pipeline.sim.camera import prepare
 from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS, observable
 from pipeline.sim.generate import record_session, record_sessions, session_file
 from pipeline.sim.ranges import RANGES, draw
 from pipeline.sim.script import APART_S, TWICE, Act, Spell, block
 from pipeline.sim.world import CAMERA_AT, FOVY_DEG, LIDAR_AT
-from tests.rigs import make_rig, short_folder
+from tests.rigs import make_rig, short_folder, simulation_lacks
 
 NS = 1_000_000_000
 LIDAR_TO_CAMERA_M = CAMERA_AT[0] - LIDAR_AT[0]
@@ -42,13 +40,10 @@ START_S = 0.5
 @pytest.fixture(scope="module")
 def simulation() -> Iterator[Callable[..., Any]]:
     """Makes simulations, and closes them."""
-    try:
-        prepare()
-        from pipeline.sim.session import Simulation
+    if lacks := simulation_lacks():
+        pytest.skip(lacks)
+    from pipeline.sim.session import Simulation
 
-        Simulation(0, script=False).close()
-    except ConfigError as error:
-        pytest.skip(str(error))
     made: list[Any] = []
 
     def make(seed: int, **more: Any) -> Any:
