@@ -8,6 +8,7 @@ processor or its versions of MuJoCo and numpy do.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -92,18 +93,26 @@ def record_sessions(
     prepare()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [seed for seed in seeds if not session_file(folder, seed, ranges).exists()]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    # Ctrl-C reaches the workers as well: they end at once, instead of taking the next session.
+    ends = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=signal.signal, initargs=ends) as pool:
         coming = [pool.submit(_record_whole, folder, seed, ranges, duration_s) for seed in wanted]
         try:
             for done in as_completed(coming):
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            for seed in wanted:
+                _unfinished(folder, seed, ranges).unlink(missing_ok=True)
+
+
+def _unfinished(folder: Path, seed: int, ranges: Name) -> Path:
+    return session_file(folder, seed, ranges).with_suffix(".mcap.tmp")
 
 
 def _record_whole(folder: Path, seed: int, ranges: Name, duration_s: float) -> Written:
     final = session_file(folder, seed, ranges)
-    written = record_session(final.with_suffix(".mcap.tmp"), seed, ranges, duration_s, overwrite=True)
+    written = record_session(_unfinished(folder, seed, ranges), seed, ranges, duration_s, overwrite=True)
     Path(written.file).replace(final)
     return msgspec.structs.replace(written, file=str(final))
 
