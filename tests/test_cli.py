@@ -232,7 +232,6 @@ def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
         while b"note:" not in said and select.select([running.process.stderr], [], [], PATIENCE_S)[0]:
             said += os.read(running.process.stderr.fileno(), 4096)
         assert b"nothing has come from ipc://" in said
-        running.stop()
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
