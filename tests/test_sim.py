@@ -173,7 +173,7 @@ def test_the_lidar_measures_what_the_renderer_sees(simulation: Callable[..., Any
     """Points ahead, projected into the depth image of the rover at rest: nineteen of twenty lie within 6 cm of what
     the nine pixels there span (far away, the ground's depth changes by much from pixel to pixel)."""
     one = simulation(seed, script=False)
-    one.rover.speed_limits = (0.0, 0.0)
+    one.stage.limits = (0.0, 0.0)
     cloud = array(Session(one, 2.0).messages["lidar"][-1])
     depth, data, camera = depth_of(one), one.rover.data, one.rover.model.camera("camera").id
     points = np.stack([cloud["x"], cloud["y"], cloud["z"]], 1) + LIDAR_AT
@@ -193,7 +193,7 @@ def test_the_lidar_measures_what_the_renderer_sees(simulation: Callable[..., Any
 def test_the_nearest_range_is_the_depth_of_who_comes(simulation: Callable[..., Any]) -> None:
     """Within 0.4 m: the sweep is up to 0.2 s old, in which somebody comes 0.3 m nearer."""
     one = simulation(5, script=False)
-    one.rover.speed_limits = (0.0, 0.0)
+    one.stage.limits = (0.0, 0.0)
     cloud = array(Session(one, 2.8, act("approach")).messages["lidar"][-1])
     ahead = (np.abs(np.arctan2(cloud["y"], cloud["x"])) < np.deg2rad(30)) & (cloud["z"] > -0.2)
     depth = depth_of(one)[:125, 20:300]  # above the ground

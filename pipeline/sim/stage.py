@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.sim.cues import DELAY_S, Label, Sensor
 from pipeline.sim.ranges import Drawn
-from pipeline.sim.rover import STEPS, TICK_S, Rover
+from pipeline.sim.rover import SPEED, STEPS, TICK_S, Rover
 from pipeline.sim.script import Act
 from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S, WHEELBASE_M
 
@@ -53,6 +53,8 @@ class Play:
     def __init__(self, act: Act, stage: Stage) -> None:
         self.act, self.rover, self.world, self.sounds = act, stage.rover, stage.world, stage.sounds
         self.stage = stage
+        self.limits: tuple[float, float] | None = None
+        """Between which speeds the rover is to drive, in m/s."""
         self.rng = np.random.Generator(np.random.PCG64([act.seed, 5]))
         self.begin()
 
@@ -82,7 +84,7 @@ class Rough(Play):
     """Gravel: stones under the wheels, a carpet that the camera sees, another that the LiDAR does."""
 
     def begin(self) -> None:
-        self.rover.speed_limits = (0.55, 0.9)
+        self.limits = (0.55, 0.9)
         self.start = start = float(self.rover.position[0]) + 0.6
         self.beds = int(self.rng.integers(3, STONE_BEDS + 1))
         carpet = self.beds * BED_M + 0.8
@@ -121,7 +123,6 @@ class Rough(Play):
 
     def end(self) -> None:
         self.rover.park("gravel_seen", "gravel_ranged", *(f"bed_{i}" for i in range(STONE_BEDS)))
-        self.rover.speed_limits = (0.0, 1.0)
 
 
 class Approach(Play):
@@ -130,7 +131,7 @@ class Approach(Play):
     def begin(self) -> None:
         self.car = bool(self.rng.random() < 0.4)
         self.speed = float(self.rng.uniform(1.2, 1.7) if self.car else self.rng.uniform(0.8, 1.3))
-        self.rover.speed_limits = (0.2, 0.7)
+        self.limits = (0.2, 0.7)
         self.front = 0.95 if self.car else 0.2
         self.at = self.rover.position + np.array([8.1 + self.front, self.rng.uniform(-0.35, 0.35), 0.0])
         self.at[2] = 0.0
@@ -166,7 +167,7 @@ class Approach(Play):
             self.arrived = True
             self.leaves_s = min(self.leaves_s, now_s + self.stays_s)
         if distance - self.front < STOP_M + 0.6:
-            self.rover.speed_limits = (0.0, 0.0)
+            self.limits = (0.0, 0.0)
         return distance
 
     def _move(self) -> None:
@@ -189,7 +190,6 @@ class Approach(Play):
 
     def end(self) -> None:
         self.rover.park(*self.names)
-        self.rover.speed_limits = (0.0, 1.0)
 
 
 class Impact(Play):
@@ -248,7 +248,7 @@ class Alarm(Play):
     """A siren, a flashing light, and a chain of reflectors that comes down across the way."""
 
     def begin(self) -> None:
-        self.rover.speed_limits = (0.0, 0.8)
+        self.limits = (0.0, 0.8)
         self.at = self.rover.position + np.array([1.8 + 0.8 * (self.act.end_s - self.act.start_s), 0.0, 0.0])
         self.at[2] = 0.6
         self.off_s = self.act.end_s - RAMP_S
@@ -272,7 +272,6 @@ class Alarm(Play):
     def end(self) -> None:
         self.rover.park("chain")
         self.stage.flash(False)
-        self.rover.speed_limits = (0.0, 1.0)
 
 
 class Tilt(Play):
@@ -318,6 +317,8 @@ class Stage:
         """When something shook the camera's mast, and how hard."""
         self.tug: tuple[float, float, Any] = (-10.0, 0.0, np.zeros(6))
         """When the tether was pulled, how hard, and in which direction."""
+        self.limits = (0.0, SPEED[1])
+        """Between which speeds the rover drives when no act asks for others."""
         self._plays: list[Play] = []
         self._cues: deque[Label] = deque(["clear"] * round(DELAY_S / TICK_S))
         self._beacon = int(rover.model.light("beacon").id)
@@ -344,6 +345,9 @@ class Stage:
             elif play.tick(now):
                 cue = play.act.label
         self._pull(now)
+        # What is real prevails: a rover that stopped on rough ground, for somebody who is none, would not shake.
+        asked = sorted((p.act.real, p.limits) for p in self._plays if p.limits is not None)
+        self.rover.speed_limits = asked[-1][1] if asked else self.limits
         self.rover.watch = any(isinstance(p, Impact) or (isinstance(p, Rough) and p.stones) for p in self._plays)
         self._cues.append(cue)
         return self._cues.popleft()
