@@ -16,7 +16,7 @@ from pipeline.bundle import load_bundle
 from pipeline.replay import plan_replay, replay_steps
 
 HERE = Path(__file__).resolve().parent
-SESSIONS = {"demo.mcap": "demo"}
+SESSIONS = {"demo.mcap": "demo", "rover.mcap": "rover"}
 """Recording -> the shipped bundle whose windows are made of it."""
 
 
