@@ -15,13 +15,13 @@ import contextlib
 import heapq
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
-from pipeline.life import Life, Report, SourceReport
+from pipeline.life import Life, Report
 from pipeline.messages import FrameLayout, Header, Message, Payload, nbytes_of
-from pipeline.node import decode_settings, ring_drops, ring_spec, wait_for_readers
+from pipeline.node import PlayedStreams, decode_settings, ring_spec, wait_for_readers
 from pipeline.recording import Label, RecordingReader
 from pipeline.transport import Publisher, ZmqBus
 
@@ -79,8 +79,6 @@ class Replay:
         self.life, self.clock = life, life.clock
         self.settings: Replay.Settings = decode_settings(Replay, life.spec.settings)
         self.streams = set(life.spec.streams)
-        self.reports = {stream: SourceReport() for stream in sorted(self.streams)}
-        self.last: dict[str, Header] = {}
 
     def run(self) -> None:
         """Until stopped; at the recording's end only beats. Raises RecordingError."""
@@ -95,14 +93,14 @@ class Replay:
 
     def play(self, publisher: Publisher) -> None:
         """Publishes the recording, and then beats until stopped. Raises RecordingError."""
-        self.publisher = publisher
+        self.publisher, self.played = publisher, PlayedStreams(self.life, publisher, self.streams)
         with RecordingReader(self.settings.path) as reader:
             while self._play(reader) and self.settings.loop:
                 pass
         if self.life.ordered or not self.life.stop.is_set():
-            self._end()
+            self.played.end()
         while self.clock.wait_until(self.clock.now_ns() + BEAT_NS, self.life.stop):
-            self._end()
+            self.played.end()
 
     def _play(self, reader: RecordingReader) -> bool:
         """Publishes the recording once, from now on; False if it was stopped, or is empty."""
@@ -111,7 +109,7 @@ class Replay:
             if shift is None:
                 shift = self.clock.now_ns() + LEAD_NS - arrival
             while (now := self.clock.now_ns()) < arrival + shift:
-                self._report()
+                self.played.report()
                 self.clock.wait_until(min(arrival + shift, now + PATIENCE_NS), self.life.stop)
                 if self.life.stop.is_set():
                     return False
@@ -119,38 +117,9 @@ class Replay:
                 moved = Label(what.start_ns + shift, what.end_ns + shift, what.label)
                 self.publisher.publish_json(LABEL, msgspec.json.encode(moved))
             else:
-                self._publish(Message(moved_header(what.header, shift), what.data))
-            self._report()
+                self.played.publish(Message(moved_header(what.header, shift), what.data))
+            self.played.report()
         return shift is not None and not self.life.stop.is_set()
-
-    def _publish(self, message: Message) -> None:
-        header = message.header
-        self.last[header.stream] = header
-        if header.is_beat:
-            self.publisher.beat(header)
-            return
-        report = self.reports[header.stream]
-        if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
-            report.epoch = header.epoch
-            self.life.report(Report(state="ready", sources=self.reports, counters=ring_drops(self.publisher)))
-        self.publisher.publish(message)
-        report.newest_ns = header.t_end_ns
-        report.published += 1
-
-    def _end(self) -> None:
-        """A beat on every stream, which states the number of the message that will not come."""
-        ended: dict[str, tuple[int, int]] = {}
-        for stream, header in self.last.items():
-            seq = header.seq if header.is_beat else header.seq + 1
-            ended[stream] = (header.epoch, seq)
-            beat: dict[str, Any] = {"layout": None, "seq": seq, "t_capture_ns": header.bound_ns}
-            beat |= {"t_end_ns": header.bound_ns, "t_receipt_ns": self.clock.now_ns(), "t_device_ns": None}
-            self.publisher.beat(msgspec.structs.replace(header, **beat))
-        self.life.report(Report(state="ended", sources=self.reports, ended=ended))
-
-    def _report(self) -> None:
-        if self.life.due:
-            self.life.report(Report(state="ready", sources=self.reports, counters=ring_drops(self.publisher)))
 
 
 def moved_header(header: Header, shift_ns: int) -> Header:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import heapq
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
-from pipeline.life import Life, Report, SourceReport
-from pipeline.messages import Header, Message, Payload
-from pipeline.node import decode_settings, wait_for_readers
+from pipeline.life import Life, Report
+from pipeline.messages import Message, Payload
+from pipeline.node import PlayedStreams, decode_settings, wait_for_readers
 from pipeline.recording import Label
 from pipeline.sim.camera import prepare
 from pipeline.sim.cues import SENSORS
@@ -72,11 +72,8 @@ class Simulated:
         self.life, self.clock = life, life.clock
         self.settings: Simulated.Settings = decode_settings(Simulated, life.spec.settings)
         self.streams = set(life.spec.streams)
-        self.reports = {stream: SourceReport() for stream in sorted(self.streams)}
-        self.last: dict[str, Header] = {}
         self._waiting: list[tuple[int, int, Message]] = []
         self._count = 0
-        self._note = ""
 
     def run(self) -> None:
         """Until stopped. Raises ConfigError where MuJoCo or a renderer is missing."""
@@ -97,19 +94,20 @@ class Simulated:
 
     def play(self, publisher: Publisher, simulation: Simulation) -> None:
         """Lets the world run beside the clock and publishes what arrives, until stopped."""
+        played = PlayedStreams(self.life, publisher, self.streams)
         while not self.life.stop.is_set():
             now = self.clock.now_ns()
             if simulation.now_ns < now + LEAD_NS:
                 for arrival, what in simulation.tick():
                     self._take(publisher, arrival, what)
                 behind = now - simulation.now_ns
-                self._note = f"this machine simulates too slowly: {behind / 1e9:.1f} s behind" * (behind > BEHIND_NS)
+                played.note = f"this machine simulates too slowly: {behind / 1e9:.1f} s behind" * (behind > BEHIND_NS)
             else:
                 due = self._waiting[0][0] if self._waiting else now + PATIENCE_NS
                 self.clock.wait_until(min(due, now + PATIENCE_NS, simulation.now_ns - LEAD_NS + 1), self.life.stop)
-            self._publish_due(publisher)
+            self._publish_due(played)
         if self.life.ordered:
-            self._end(publisher)
+            played.end()
 
     def _take(self, publisher: Publisher, arrival: int, what: Message | Label) -> None:
         if isinstance(what, Label):
@@ -118,33 +116,7 @@ class Simulated:
             self._count += 1
             heapq.heappush(self._waiting, (arrival, self._count, what))
 
-    def _publish_due(self, publisher: Publisher) -> None:
+    def _publish_due(self, played: PlayedStreams) -> None:
         while self._waiting and self._waiting[0][0] <= self.clock.now_ns():
-            message = heapq.heappop(self._waiting)[2]
-            header = self.last[message.header.stream] = message.header
-            if header.is_beat:
-                publisher.beat(header)
-                continue
-            report = self.reports[header.stream]
-            if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know
-                report.epoch = header.epoch
-                self._report(force=True)
-            publisher.publish(message)
-            report.newest_ns = header.t_end_ns
-            report.published += 1
-        self._report()
-
-    def _end(self, publisher: Publisher) -> None:
-        """A beat on every stream, which states the number of the message that will not come."""
-        ended: dict[str, tuple[int, int]] = {}
-        for stream, header in self.last.items():
-            seq = header.seq if header.is_beat else header.seq + 1
-            ended[stream] = (header.epoch, seq)
-            beat: dict[str, Any] = {"layout": None, "seq": seq, "t_capture_ns": header.bound_ns}
-            beat |= {"t_end_ns": header.bound_ns, "t_receipt_ns": self.clock.now_ns(), "t_device_ns": None}
-            publisher.beat(msgspec.structs.replace(header, **beat))
-        self.life.report(Report(state="ended", sources=self.reports, ended=ended))
-
-    def _report(self, force: bool = False) -> None:
-        if force or self.life.due:
-            self.life.report(Report(state="ready", note=self._note, sources=self.reports))
+            played.publish(heapq.heappop(self._waiting)[2])
+        played.report()

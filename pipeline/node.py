@@ -287,6 +287,49 @@ class SourceShell:
         )
 
 
+class PlayedStreams:
+    """Publishes streams whose messages were stamped elsewhere, a recording's or a simulation's, and reports on them."""
+
+    def __init__(self, life: Life, publisher: Publisher, streams: Iterable[str]) -> None:
+        self._life, self._publisher = life, publisher
+        self._reports = {stream: SourceReport() for stream in sorted(streams)}
+        self._last: dict[str, Header] = {}
+        self.note = ""
+        """Health in words, for every report."""
+
+    def publish(self, message: Message) -> None:
+        """Publishes a message or a beat as it is."""
+        header = message.header
+        self._last[header.stream] = header
+        if header.is_beat:
+            self._publisher.beat(header)
+            return
+        report = self._reports[header.stream]
+        if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
+            report.epoch = header.epoch
+            self.report(force=True)
+        self._publisher.publish(message)
+        report.newest_ns = header.t_end_ns
+        report.published += 1
+
+    def end(self) -> None:
+        """A beat on every stream, which states the number of the message that will not come."""
+        ended: dict[str, tuple[int, int]] = {}
+        for stream, header in self._last.items():
+            seq = header.seq if header.is_beat else header.seq + 1
+            ended[stream] = (header.epoch, seq)
+            beat: dict[str, Any] = {"layout": None, "seq": seq, "t_capture_ns": header.bound_ns}
+            beat |= {"t_end_ns": header.bound_ns, "t_receipt_ns": self._life.clock.now_ns(), "t_device_ns": None}
+            self._publisher.beat(msgspec.structs.replace(header, **beat))
+        self._life.report(Report(state="ended", sources=self._reports, ended=ended))
+
+    def report(self, force: bool = False) -> None:
+        """Says how things are, if that is due."""
+        if force or self._life.due:
+            counters = ring_drops(self._publisher)
+            self._life.report(Report(state="ready", note=self.note, sources=self._reports, counters=counters))
+
+
 SLOTS = (6, 16)
 """The least and the most slots of a ring."""
 

@@ -24,7 +24,7 @@ from pipeline.messages import array
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader
 from pipeline.sim import cues
-from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS, observable
+from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS
 from pipeline.sim.generate import record_session, record_sessions, session_file
 from pipeline.sim.ranges import RANGES, draw
 from pipeline.sim.script import APART_S, TWICE, Act, Spell, block
@@ -118,11 +118,10 @@ def test_the_tables_of_the_text_are_those_of_the_code() -> None:
 
 
 def test_every_class_stays_observable_without_any_one_sensor() -> None:
+    """Two cues are left, which no decoy has."""
     assert set(CUES) | {"clear"} == set(LABELS)
-    for label in LABELS:
-        for lost in SENSORS:
-            assert observable(label, set(SENSORS) - {lost})
-        assert label == "clear" or not any(observable(label, {sensor}) for sensor in SENSORS)
+    for sensors in CUES.values():
+        assert all(len(set(sensors) - {lost}) >= 2 for lost in SENSORS)
 
 
 def test_a_block_has_every_class_and_keeps_acts_of_one_label_apart() -> None:

@@ -45,7 +45,6 @@ microphone, ``dust`` thins the LiDAR, and an ``outage`` silences any of the four
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 Label = Literal["clear", "rough_ground", "approach", "impact", "alarm", "tilt"]
@@ -69,8 +68,3 @@ DELAY_S = 0.25
 
 BLINDED: dict[Condition, Sensor] = {"dark": "camera", "wind": "microphone", "dust": "lidar"}
 """The sensor that a condition disturbs; an outage takes any."""
-
-
-def observable(label: Label, sensors: Collection[str]) -> bool:
-    """Whether ``sensors`` can tell ``label`` from all that resembles it: two of its cues are left."""
-    return label == "clear" or sum(sensor in sensors for sensor in CUES[label]) >= 2

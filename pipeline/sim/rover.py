@@ -6,17 +6,15 @@ middle in m, x forward along the way, z up.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 
 from pipeline.sim.world import (
-    ACTORS,
     BED_M,
     CORRIDOR_M,
     GRAVEL_M,
-    HEIGHT_M,
     PARKED_M,
     SCENERY,
     STONE_BEDS,
@@ -28,17 +26,17 @@ from pipeline.sim.world import (
 
 Array = np.ndarray[Any, Any]
 TICK_S, STEPS = 0.01, 4
-IMU_HZ = 200
 SPEED = (0.3, 1.0)
 SIGHT_M = (-9.0, 9.5, 14.0)
 """Scenery that lies further back than the first moves on to between the others, ahead of the rover."""
 
 
-class Contact:
-    """One onset of a contact: session time in s, the force's rise in N, and whether a wheel rolled on a stone."""
+class Contact(NamedTuple):
+    """One onset of a contact: when, how far the force rose, and whether it was a wheel's with a stone."""
 
-    def __init__(self, t_s: float, force_n: float, stone: bool) -> None:
-        self.t_s, self.force_n, self.stone = t_s, force_n, stone
+    t_s: float
+    force_n: float
+    stone: bool
 
 
 class Rover:
@@ -232,6 +230,3 @@ class Rover:
             if ball[i]:
                 self.force_n = max(self.force_n, float(force[0]))
         self._forces = forces
-
-
-__all__ = ["ACTORS", "HEIGHT_M", "IMU_HZ", "STEPS", "TICK_S", "Array", "Contact", "Rover"]

@@ -45,7 +45,6 @@ CORRIDOR_M = 2.4
 """Half the width of the way, which scenery leaves free."""
 PARKED_M = -30.0
 WHEELS = ("fl", "fr", "rl", "rr")
-ACTORS = ("person", "leg_l", "leg_r", "car")
 
 
 def model_xml(world: Drawn, seed: int) -> str:
