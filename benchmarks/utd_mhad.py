@@ -54,24 +54,26 @@ _BODY = {
     "pairs": [[7, 11], [7, 0], [11, 0], [7, 3], [11, 3], [6, 10], [7, 15], [11, 19], [15, 19], [13, 17]],
 }  # fmt: skip
 _NET = {"widths": [64, 96, 128], "kernel": 5, "stride": 2, "dropout": 0.0, "statistics": False}
-_TIME = {"warp": 0.15, "bend": 0.6, "hide": 0.3}
+_TIME = {"warp": 0.15, "bend": 0.6, "thin": 0.9}
 STREAMS: dict[str, dict[str, Any]] = {
     "skeleton": {
         "rule": {**_GRID, "rate_hz": 15},
         "token": 96,
-        "encoder": {**_NET, **_TIME, **_BODY, "limbs": 0.05, "scale": 0.15, "turn_deg": 25, "jitter": 0.03},
+        "encoder": {**_NET, **_TIME, **_BODY, "differences": [1, 2, 4], "limbs": 0.05, "scale": 0.15, "turn_deg": 25,
+                    "jitter": 0.03},
     },
     "inertial": {
         "payload": "imu",
-        "rule": {**_GRID, "rate_hz": 20},
+        "rule": {**_GRID, "rate_hz": 40},
         "token": 96,
-        "encoder": {**_NET, **_TIME, "frame": "both", "scale": 0.2, "turn_deg": 30, "jitter": 0.05},
+        "encoder": {**_NET, **_TIME, "differences": [1, 2, 4, 8], "frame": "both", "scale": 0.15, "turn_deg": 20,
+                    "jitter": 0.04, "hide": 0.15},
     },
     "depth": {
         "rule": {**_GRID, "rate_hz": 5},
         "token": 64,
         "encoder": {**_NET, **_TIME, "widths": [32, 64, 96], "kernel": 3, "stride": 1, "scale": 0.1, "jitter": 0.1,
-                    "dropout": 0.3},
+                    "dropout": 0.3, "hide": 0.3},
     },
 }  # fmt: skip
 TRAIN = {

@@ -23,6 +23,7 @@ from pipeline.learn.encoders import SETTINGS, StepGraph, StreamEncoder, build_en
 from pipeline.learn.fusion import STRATEGIES, Fusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import encoder_graph, fusion_graph  # noqa: E402
 from pipeline.learn.pictures import TURN, azimuths  # noqa: E402
+from pipeline.learn.series import lagged  # noqa: E402
 from pipeline.learn.sound import fourier, triangles  # noqa: E402
 from pipeline.learn.summaries import spans  # noqa: E402
 
@@ -33,7 +34,9 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "imu": ("imu", {"widths": [16]}, {"samples": 10, "context": 20, "channels": 6, "rate_hz": 100}),
     "imu level": ("imu", {"widths": [16], "frame": "level"}, {"samples": 10, "channels": 6, "rate_hz": 100}),
     "imu rows": ("imu", {"widths": [16]}, {"channels": 6}),
-    "signal": ("signal", {"widths": [16, 16], "dims": 3, "origin": 1, "pairs": [[0, 2]]},
+    "imu without differences": ("imu", {"widths": [16], "differences": []},
+                                {"samples": 9, "channels": 6, "rate_hz": 90}),
+    "signal": ("signal", {"widths": [16, 16], "dims": 3, "origin": 1, "pairs": [[0, 2]], "differences": [1, 2, 30]},
                {"samples": 24, "channels": 9, "rate_hz": 30}),
     "signal of one sample": ("signal", {"widths": [16]}, {"samples": 1, "channels": 2, "rate_hz": 10}),
     "signal rows": ("signal", {"widths": [16], "points": 8, "dims": 2, "origin": 1}, {"channels": 4}),
@@ -289,6 +292,22 @@ def test_normalisation_counts_what_is_valid_only() -> None:
     assert layer.scale.flatten().tolist() == [1, pytest.approx(1e-4)]
     layer.take(Moments())
     assert layer.mean.flatten().tolist() == [2, 2]
+
+
+@given(points=st.integers(1, 20), lag=st.integers(1, 20), seed=st.integers(0, 99))
+def test_a_difference_stands_in_the_middle_of_its_samples(points: int, lag: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = torch.from_numpy(rng.normal(size=(2, 3, points)))
+    valid = torch.from_numpy((rng.random((2, 1, points)) < 0.7).astype(float))
+    change, both = lagged(values, valid, min(lag, points))
+    assert change.shape == values.shape
+    assert both.shape == valid.shape
+    expected, known = torch.zeros_like(values), torch.zeros_like(valid)
+    for last in range(lag, points):
+        expected[:, :, last - lag // 2] = values[:, :, last] - values[:, :, last - lag]
+        known[:, :, last - lag // 2] = valid[:, :, last] * valid[:, :, last - lag]
+    assert torch.equal(change, expected)
+    assert torch.equal(both, known)
 
 
 @given(st.integers(1, 60), st.integers(1, 12))

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.learn.blocks import TINY, Moments, Normalise, ResidualNet, pooled, statistics
@@ -35,7 +36,8 @@ Range = Annotated[float, msgspec.Meta(ge=0)]
 
 class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``widths``: channels of the residual blocks; ``halve`` halves the time from block to block. ``points``: length to
-    which the samples of a step are stretched where the stream is not resampled. ``differences`` adds first differences,
+    which the samples of a step are stretched where the stream is not resampled. ``differences`` adds each channel's
+    differences over so many samples (how fast it changes, by short spans and by longer ones, which are less noisy),
     ``statistics`` plain statistics of each channel.
 
     ``stride`` is the network's first (0: so that it looks at about 128 points).
@@ -52,7 +54,7 @@ class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     halve: bool = True
     stride: Annotated[int, msgspec.Meta(ge=0)] = 0
     points: Annotated[int, msgspec.Meta(ge=2)] = 32
-    differences: bool = True
+    differences: tuple[Count, ...] = (1,)
     statistics: bool = True
     warp: Annotated[float, msgspec.Meta(ge=0, le=0.4)] = 0.0
     bend: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
@@ -99,7 +101,7 @@ class SeriesEncoder(StreamEncoder):
         with torch.no_grad():
             known = self.derived(torch.zeros(1, channels, self.points), torch.ones(1, 1, self.points))[0].shape[1]
         self.known = known
-        self.normalise = Normalise(known * (2 if settings.differences else 1), 1)
+        self.normalise = Normalise(known * (1 + len(settings.differences)), 1)
         self.raw = Normalise(channels, 1)
         features = self.normalise.mean.shape[1]
         stride = settings.stride or max(1, self.points // 128)
@@ -133,15 +135,14 @@ class SeriesEncoder(StreamEncoder):
         return values, valid
 
     def features(self, prepared: Tensor) -> tuple[Tensor, Tensor]:
-        """All channels with their first differences, and the weight of each [B, C', T]."""
-        valid = prepared[:, -1:]
-        channels, valid = self.derived(prepared[:, :-1], valid)
-        if not self.settings.differences:
-            return channels, valid.expand_as(channels)
-        steps = channels[:, :, 1:] - channels[:, :, :-1]
-        steps = torch.cat([torch.zeros_like(channels[:, :, :1]), steps], 2)
-        both = torch.cat([torch.zeros_like(valid[:, :, :1]), valid[:, :, 1:] * valid[:, :, :-1]], 2)
-        return torch.cat([channels, steps], 1), torch.cat([valid.expand_as(channels), both.expand_as(steps)], 1)
+        """All channels with their differences, and the weight of each [B, C', T]."""
+        channels, valid = self.derived(prepared[:, :-1], prepared[:, -1:])
+        parts, weights = [channels], [valid.expand_as(channels)]
+        for lag in self.settings.differences:
+            change, both = lagged(channels, valid, min(lag, self.points))
+            parts.append(change)
+            weights.append(both.expand_as(change))
+        return torch.cat(parts, 1), torch.cat(weights, 1)
 
     def fit(self, prepared: Iterable[Tensor]) -> None:
         raw, derived = Moments(), Moments()
@@ -365,6 +366,15 @@ def _check_points(settings: SignalSettings, channels: int) -> None:
         )
     if dims and (wrong := [n for n in named if not 0 <= n < channels // dims]):
         raise ConfigError(f"`{wrong[0]}` is none of the points 0 to {channels // dims - 1} of {channels} channels.")
+
+
+def lagged(values: Tensor, valid: Tensor, lag: int) -> tuple[Tensor, Tensor]:
+    """Differences over ``lag`` samples of values [B, C, T], in the middle between the two, and where both are valid
+    [B, 1, T]; zeros at the ends."""
+    points, after = values.shape[2], lag // 2
+    change, both = values[:, :, lag:] - values[:, :, : points - lag], valid[:, :, lag:] * valid[:, :, : points - lag]
+    ends = (lag - after, after)
+    return functional.pad(change, ends), functional.pad(both, ends)
 
 
 def length(vectors: Tensor) -> Tensor:
