@@ -17,7 +17,7 @@ import msgspec
 
 from pipeline import align
 from pipeline.align import AlignSpec, StreamSpec
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, listed, nearest
 from pipeline.foreign import SHIPPED, load_experts
 from pipeline.messages import Payload
 from pipeline.modelfile import (
@@ -33,7 +33,6 @@ from pipeline.modelfile import (
     to_ns,
 )
 from pipeline.onnxfile import Dim, Tensor, check_signature, open_session
-from pipeline.strict import listed, nearest
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle"]
 

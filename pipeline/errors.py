@@ -5,6 +5,9 @@ message alone and exits with ``exit_code``; code that catches one of these eithe
 logs and raises both.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class SensoriumError(Exception):
     """Base of all errors that a user can meet. ``exit_code`` is what the command line exits with."""
@@ -32,3 +35,16 @@ class RecordingError(SensoriumError):
 
 class BundleError(SensoriumError):
     """A model's fault: a bundle that is incomplete, damaged, or made for other streams."""
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names as a list in words."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`` Did you mean …?`` for the nearest of ``known``, or nothing."""
+    import difflib  # rarely needed, and every process imports this module
+
+    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.55)
+    return f" Did you mean `{close[0]}`?" if close else ""

@@ -17,9 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, listed
 from pipeline.modelfile import MODEL_FILE, PYTHON, BundleStream
-from pipeline.strict import listed
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
 

@@ -21,12 +21,11 @@ import msgspec
 from pipeline.child import Child, died_how
 from pipeline.clock import Origin, SystemClock
 from pipeline.config import RestartEntry
-from pipeline.errors import ConfigError, SensoriumError
+from pipeline.errors import ConfigError, SensoriumError, listed
 from pipeline.life import NodeSpec, Order
 from pipeline.link import INVITE, JOIN, PROTOCOL, STOP, Hello, Invitation, LinkSpec
 from pipeline.node import EXIT_SENSOR
 from pipeline.source import KINDS
-from pipeline.strict import listed
 from pipeline.transport import LinkClient
 
 ASK_NS = 500_000_000

@@ -12,10 +12,9 @@ import csv
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from pipeline.errors import ConfigError, RecordingError
+from pipeline.errors import ConfigError, RecordingError, listed, nearest
 from pipeline.importing.labels import read_labels
 from pipeline.recording import Label, RecordingReader, reading
-from pipeline.strict import listed, nearest
 
 SIDECAR = ".labels.csv"
 SESSIONS = "sessions.csv"

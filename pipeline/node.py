@@ -20,7 +20,6 @@ import numpy as np
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, SensorError, SensoriumError
 from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
-from pipeline.link import LinkSender, LinkSpec, find_hub, keep_time
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
 from pipeline.stamper import Stamper
@@ -369,7 +368,7 @@ def run_source(source_class: type[Source], life: Life) -> None:
     """Runs a source on the session's bus until the life says stop. Raises SensoriumError."""
     spec = life.spec
     if spec.link is not None:
-        _run_joined(source_class, life, msgspec.convert(spec.link, LinkSpec))
+        _run_joined(source_class, life, spec.link)
         return
     with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
         publisher = bus.publisher(spec.node, [spec.node], ring_spec(spec), stop=life.stop)
@@ -381,8 +380,11 @@ def run_source(source_class: type[Source], life: Life) -> None:
         shell.run()
 
 
-def _run_joined(source_class: type[Source], life: Life, where: LinkSpec) -> None:
+def _run_joined(source_class: type[Source], life: Life, link_spec: dict[str, Any]) -> None:
     """Runs a source for the hub of another host."""
+    from pipeline.link import LinkSender, LinkSpec, find_hub, keep_time  # most nodes start without it, and faster
+
+    where = msgspec.convert(link_spec, LinkSpec)
     spec, encode = life.spec, msgspec.json.Encoder().encode
     with contextlib.closing(where.connect()) as carrier:
         link = find_hub(where, life)

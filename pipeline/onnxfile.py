@@ -16,8 +16,7 @@ import cv2
 import numpy as np
 import onnxruntime as ort
 
-from pipeline.errors import BundleError, ConfigError
-from pipeline.strict import listed, nearest
+from pipeline.errors import BundleError, ConfigError, listed, nearest
 
 OPSETS = range(11, 24)
 """Opset versions of the standard operators that a bundle may use: the oldest supported onnxruntime runs all of them."""

@@ -11,10 +11,9 @@ from typing import Any
 
 import msgspec
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed, nearest
 from pipeline.messages import Payload
 from pipeline.recording import RingPart
-from pipeline.strict import listed, nearest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -28,9 +28,8 @@ import msgspec
 import numpy as np
 
 from pipeline.clock import Clock
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed, nearest
 from pipeline.messages import AudioLayout, ImuLayout, Layout, Payload, SignalLayout
-from pipeline.strict import listed, nearest
 
 KINDS: dict[str, str] = {
     "camera": "nodes.camera:Camera",

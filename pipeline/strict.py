@@ -8,7 +8,6 @@ attribute ``REST`` (a source's own settings, which only the source's class can c
 
 from __future__ import annotations
 
-import difflib
 import re
 import types
 import typing
@@ -20,6 +19,8 @@ import msgspec
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.errors import listed as listed
+from pipeline.errors import nearest as nearest
 
 T = TypeVar("T")
 Where = tuple[str | int, ...]
@@ -293,17 +294,6 @@ def describe(type_: Any) -> str:
 def dotted(at: Where) -> str:
     """A path as a user reads it: ``sources.camera.rate_hz``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in at).lstrip(".")
-
-
-def listed(names: Iterable[Any]) -> str:
-    """Names as a list in words."""
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """`` Did you mean …?`` for the nearest of ``known``, or nothing."""
-    close = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.55)
-    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def _limits(meta: msgspec.Meta) -> str:

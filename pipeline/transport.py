@@ -16,12 +16,10 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
-import zmq.auth
-import zmq.auth.thread
 
 from pipeline.bus import (
     HIGH_WATER,
@@ -42,6 +40,9 @@ from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
 from pipeline.sending import Publisher, Sent
 from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
 from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 __all__ = [
     "INLINE_MAX",
@@ -106,7 +107,9 @@ def make_curve_keys(folder: Path, name: str) -> tuple[Path, Path]:
     for path in (folder / f"{name}.key", folder / f"{name}.key_secret"):
         if path.exists():
             raise FileExistsError(path)
-    public, secret = zmq.auth.create_certificates(folder, name)
+    from zmq.auth import create_certificates
+
+    public, secret = create_certificates(folder, name)
     Path(secret).chmod(0o600)
     return Path(public), Path(secret)
 
@@ -124,8 +127,10 @@ def load_curve_client(secret_file: Path, server_file: Path) -> CurveClient:
 
 
 def _load_key(path: Path) -> tuple[str, str | None]:
+    from zmq.auth import load_certificate
+
     try:
-        public, secret = zmq.auth.load_certificate(path)
+        public, secret = load_certificate(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no readable CURVE key file ({error}); make one with: sensorium keys") from None
     return public.decode(), secret.decode() if secret else None
@@ -148,7 +153,7 @@ class ZmqBus:
         self._clock = clock or SystemClock()
         self._folder = SessionFolder(Path(session_dir))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._auth: zmq.auth.thread.ThreadAuthenticator | None = None
+        self._auth: ThreadAuthenticator | None = None
         self._opened: list[Publisher | Subscriber] = []
 
     def publisher(
@@ -263,8 +268,7 @@ class ZmqBus:
         """A socket's listeners keep the options that it had when they were bound: the keys are for this one only."""
         if curve is not None:
             if self._auth is None:
-                self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
-                self._auth.start()
+                self._auth = _authenticator(self._context)
             _guard(socket, address, curve, self._auth)
         _bind(socket, address)
 
@@ -287,8 +291,17 @@ class _Allowed:
         return key in self._keys
 
 
+def _authenticator(context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
+    """What asks for keys, started. Imported only here: with asyncio and TLS it would make every node start slower."""
+    from zmq.auth.thread import ThreadAuthenticator
+
+    auth = ThreadAuthenticator(context)
+    auth.start()
+    return auth
+
+
 def _guard(
-    socket: zmq.Socket[bytes], domain: str, curve: CurveServer, auth: zmq.auth.thread.ThreadAuthenticator
+    socket: zmq.Socket[bytes], domain: str, curve: CurveServer, auth: ThreadAuthenticator
 ) -> None:
     """Lets only those connect to what is bound next who are on the list."""
     auth.configure_curve_callback(domain, _Allowed(frozenset(key.encode() for key in curve.allow)))
@@ -385,14 +398,13 @@ class LinkServer:
         """ConfigError if the address cannot be bound, or lies beyond this host without keys (unless ``insecure``)."""
         check_remote(address, keys=curve is not None or insecure)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._auth: zmq.auth.thread.ThreadAuthenticator | None = None
+        self._auth: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
         try:
             self._socket.linger, self._socket.maxmsgsize = _LINGER_MS, _LINK_LARGEST
             self._socket.rcvhwm, self._socket.sndhwm = HIGH_WATER, _LINK_WAITING
             if curve is not None:
-                self._auth = zmq.auth.thread.ThreadAuthenticator(self._context)
-                self._auth.start()
+                self._auth = _authenticator(self._context)
                 _guard(self._socket, address, curve, self._auth)
             _bind(self._socket, address)
         except BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import msgspec
 import numpy as np
 
@@ -119,6 +118,8 @@ def decode_frame(message: Message) -> np.ndarray[Any, Any]:
         raise WireError(f"message {message.header.stream}/{message.header.seq} is no frame")
     pixels = array(message)
     if layout.format == "jpeg":
+        import cv2  # only where something is decoded: it would double the time that a node takes to start
+
         try:
             decoded = cv2.imdecode(pixels, cv2.IMREAD_COLOR)
         except cv2.error:
