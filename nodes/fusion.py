@@ -157,13 +157,17 @@ class Fusion:
             self._parts(parts)
         while self.waiting and self._step(*self.waiting[0]):
             self.waiting.popleft()
+            self._report()  # a model that is slower than the windows come has much to do here, and does not hang
         self.publisher.readers()  # takes note of who has joined meanwhile
+        self._report()
+        return came or bool(self.waiting)
+
+    def _report(self) -> None:
         if self.life.due:
             note = "; ".join(f"{stream}: {text}" for stream, text in self.fuser.notes.items())
             counters = self.counters | {"evicted": float(self.cache.evicted), "last_step": float(self.mark.value)}
             counters |= inlet_drops(self.subscriber, self.payload_streams)
             self.life.report(Report(state="ready", note=note, counters=counters))
-        return came or bool(self.waiting)
 
     def _parts(self, parts: Parts) -> None:
         """Takes a step, the announcement of a gap, or a label. What is damaged is counted."""

@@ -29,6 +29,7 @@ from pipeline.errors import SensorError
 from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
 from pipeline.protocols.witmotion import WitMotion
+from pipeline.serialport import SerialPort
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 from pipeline.timebase import SampleClock
 
@@ -162,12 +163,8 @@ class _Serial:
     """A sensor that sends frames on its own clock."""
 
     def __init__(self, settings: Imu.Settings, context: SourceContext) -> None:
-        import serial
-
-        self._error: type[Exception] = serial.SerialException
         try:
-            self._port = serial.Serial(settings.port, settings.baud, timeout=_PATIENCE_S)
-            self._port.reset_input_buffer()  # what waited there is of unknown age
+            self._port = SerialPort(str(settings.port), settings.baud)
         except (OSError, ValueError) as error:
             raise SensorError(
                 f"the IMU's serial port {settings.port} cannot be opened: {error}. Is it plugged in, and may this user "
@@ -199,9 +196,8 @@ class _Serial:
 
     def _receive(self) -> tuple[np.ndarray[Any, Any], int]:
         try:
-            data = self._port.read(1)
-            data += self._port.read(self._port.in_waiting) if data else b""
-        except (self._error, OSError, TypeError) as error:  # a port closed under the read gives TypeError
+            data = self._port.read(self._frames.missing_bytes(self._wanted - self._held_count), _PATIENCE_S)
+        except OSError as error:
             raise SensorError(
                 f"the IMU's serial port {self._settings.port} failed: {error}. It was unplugged, or another program "
                 "reads it."
@@ -214,14 +210,14 @@ class _Serial:
         return samples, now
 
     def _batch(self, now: int) -> Reading:
-        values = np.concatenate(self._held)
+        values = np.concatenate(self._held) if len(self._held) > 1 else self._held[0]
         self._held, self._held_count = [], 0
         block = self._times.update(len(values), now)
         if block.lost:
             self._context.count("lost", block.lost)
         # A block lasts until one period after its last sample began; a sample is sent when it has been taken.
         step = (block.t_end_ns - block.t_capture_ns) / len(values)
-        times = block.t_end_ns - np.round(np.arange(len(values) - 1, -1, -1) * step).astype(np.int64)
+        times = block.t_end_ns - np.rint(np.arange(len(values) - 1, -1, -1) * step).astype(np.int64)
         # Whatever a count says, nothing is received before it happens: more samples than time means that a queue
         # emptied, or that the count is wrong.
         excess = max(0, block.t_end_ns - now)

@@ -12,11 +12,13 @@ here: band-limited, or mixed to mono.
 
 A device that is unplugged ends its stream without an error, and a sound server that hangs says nothing at all, so the
 age of the last block decides. PortAudio lists devices once; it is started anew at each opening, so that a device that
-returned is seen. Calls that a hung server could block for ever run in a thread of their own, with a limit.
+returned is seen. Calls that a hung server could block for ever run in a thread of their own, with a limit; where one
+takes longer to open a device than that, the device is there at a later try.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import numpy as np
 
+from pipeline.calls import LongCall
 from pipeline.clock import Origin
 from pipeline.errors import SensorError
 from pipeline.hosttime import Domain, domain_of, host_zero
@@ -74,6 +77,12 @@ def _found(index: int, device: Any, names: list[str]) -> Found:
     return Found(name=f"{index}  {name}", detail=detail, settings={"device": name if names.count(name) == 1 else index})
 
 
+def _give_up(stream: Any) -> None:
+    """Ends a stream. A device that is gone refuses both calls; the stream is given up either way."""
+    stream.abort(ignore_errors=True)
+    stream.close(ignore_errors=True)
+
+
 def _find(driver: Any, wanted: int | str | None) -> int:
     """The index of the device that is asked for. Raises SensorError."""
     inputs = {i: d["name"] for i, d in enumerate(driver.query_devices()) if d["max_input_channels"] > 0}
@@ -119,7 +128,8 @@ class Microphone(Source):
         self._blocks: queue.SimpleQueue[_Raw] = queue.SimpleQueue()
         self._finished = threading.Event()
         self._stream: Any = None
-        self._busy: threading.Thread | None = None  # a call into PortAudio that has not come back
+        self._opening: LongCall | None = None  # these two: a call that has not come back
+        self._closing: LongCall | None = None
 
     @classmethod
     def discover(cls) -> list[Search]:
@@ -141,16 +151,28 @@ class Microphone(Source):
         return ""
 
     def open(self) -> None:
-        self.close()
-        sounddevice = _driver()
-        # Each stream has a queue of its own, so that a late callback of the last one is not heard in this one.
-        self._blocks, self._finished = queue.SimpleQueue(), threading.Event()
-        self._count = self._counted = 0
-        self._zero = host_zero(self.context.clock)
-        self._domain: Domain | None = None
-        self._clock: BlockClock | None = None
-        self._end_ns = 0
-        self._within(lambda: self._start(sounddevice), "opening it")
+        driver = _driver()
+        if self._closing is not None and not self._closing.over(_WAIT_S):
+            raise SensorError("the sound system hangs: a call has not come back; it is tried again when it has.")
+        limit_s = _WAIT_S
+        if self._opening is None:
+            self.close()
+            # Each stream has a queue of its own, so that a late callback of the last one is not heard in this one.
+            self._blocks, self._finished = queue.SimpleQueue(), threading.Event()
+            self._count = self._counted = 0
+            self._zero = host_zero(self.context.clock)
+            self._domain: Domain | None = None
+            self._clock: BlockClock | None = None
+            self._end_ns = 0
+            limit_s = _DRIVER_S
+            self._opening = LongCall(lambda: self._start(driver), _give_up)
+        if not self._opening.over(limit_s):
+            # It would end PortAudio at the end of this process, under a call that is still in it.
+            atexit.unregister(driver._exit_handler)
+            raise SensorError("the sound input does not answer: it is being opened, and that takes long.")
+        self._stream = self._opened(self._opening)
+        while not self._blocks.empty():  # of a device that was open before anybody wanted it
+            self._blocks.get_nowait()
         self._last_ns = self.context.clock.now_ns()
 
     def read(self) -> list[Reading] | None:
@@ -167,21 +189,16 @@ class Microphone(Source):
         return readings
 
     def close(self) -> None:
+        """A device that is just being opened is left to that: it is claimed by the next ``open``, or given up."""
         stream, self._stream = self._stream, None
-        if stream is None:
-            return
-
-        def stop() -> None:
-            # A device that is gone refuses both; the stream is given up either way.
-            stream.abort(ignore_errors=True)
-            stream.close(ignore_errors=True)
-
-        self._run(stop)
+        if stream is not None:
+            self._closing = LongCall(lambda: _give_up(stream))
+            self._closing.over(_DRIVER_S)
 
     # -- PortAudio ---------------------------------------------------------------------------------------------------
 
-    def _start(self, driver: Any) -> None:
-        """Opens and starts the stream. Runs in a thread of its own; a result that comes too late is closed again."""
+    def _start(self, driver: Any) -> Any:
+        """Opens and starts the stream. Runs in a thread of its own."""
         blocks, finished = self._blocks, self._finished
         driver._terminate()
         driver._initialize()
@@ -194,10 +211,20 @@ class Microphone(Source):
             callback=self._callback(blocks), finished_callback=finished.set,
         )  # fmt: skip
         stream.start()
-        if blocks is self._blocks:
-            self._stream = stream
-        else:
-            stream.close(ignore_errors=True)
+        return stream
+
+    def _opened(self, call: LongCall) -> Any:
+        """The stream that a call has opened. Raises SensorError."""
+        self._opening, error = None, call.error
+        if isinstance(error, SensorError):
+            raise error
+        if error is not None:
+            raise SensorError(f"the sound input fails at opening it: {error}. Is it plugged in, and its sound server "
+                              "running?") from error  # fmt: skip
+        stream = call.claim()
+        if stream is None:
+            raise SensorError("the sound input was opened too late, and is opened again.")
+        return stream
 
     def _format(self, driver: Any, index: int, info: Any) -> tuple[int, int]:
         """The rate and the channels to open it with: those asked for, or else as few changes as it takes."""
@@ -238,38 +265,6 @@ class Microphone(Source):
             self._count += frames  # also of a block that found the queue full: the clock sees the gap
 
         return take
-
-    def _within(self, action: Callable[[], None], doing: str) -> None:
-        """Runs a call into PortAudio with a limit. Raises SensorError, also while an earlier call has not come back."""
-        if self._busy is not None and self._busy.is_alive():
-            self._busy.join(_WAIT_S)
-            if self._busy.is_alive():
-                raise SensorError("the sound system hangs: a call has not come back; it is tried again when it has.")
-        outcome = self._run(action)
-        if isinstance(outcome, SensorError):
-            raise outcome
-        if outcome is not None:
-            raise SensorError(f"the sound input fails at {doing}: {outcome}. Is it plugged in, and its sound server "
-                              "running?") from outcome  # fmt: skip
-        if self._busy is not None:
-            raise SensorError(f"the sound input does not answer at {doing}: nothing for {_DRIVER_S:g} s.")
-
-    def _run(self, action: Callable[[], None]) -> Exception | None:
-        """Runs ``action`` in a thread; what it raised. ``_busy`` stays set while it has not come back."""
-        raised: list[Exception] = []
-
-        def guarded() -> None:
-            try:
-                action()
-            except Exception as error:  # sounddevice raises its own kinds, ValueError and OSError alike
-                raised.append(error)
-
-        self._busy = threading.Thread(target=guarded, name="portaudio", daemon=True)
-        self._busy.start()
-        self._busy.join(_DRIVER_S)
-        if not self._busy.is_alive():
-            self._busy = None
-        return raised[0] if raised else None
 
     def _check_alive(self) -> None:
         if self._finished.is_set():

@@ -42,6 +42,7 @@ class Child:
         self._rest = b""
         self._deaths: deque[int] = deque()
         self._heard_ns = 0
+        self._killed = False
 
     @property
     def name(self) -> str:
@@ -61,7 +62,7 @@ class Child:
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
         self.state, self.report, self.restart_at_ns = "starting", Report(state="starting"), None
-        self._rest, self._heard_ns = b"", self._clock.now_ns()
+        self._rest, self._heard_ns, self._killed = b"", self._clock.now_ns(), False
         return self.process.stdout
 
     def listen(self) -> tuple[list[Report], bool]:
@@ -120,6 +121,13 @@ class Child:
         """Sends a signal to the node, if it is there."""
         if self.process is not None and self.process.returncode is None:
             self.process.send_signal(how)
+
+    def kill_once(self) -> bool:
+        """Kills the node; False if that was done before: a large process takes its time to die."""
+        killed, self._killed = self._killed, True
+        if not killed:
+            self.kill()
+        return not killed
 
     def bury(self) -> int:
         """Collects the status of a process whose pipe has closed, and closes the launcher's ends."""

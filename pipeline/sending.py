@@ -17,6 +17,9 @@ from pipeline.messages import Header, Message
 from pipeline.shm import Bytes, Ring, RingCounters
 from pipeline.wire import INLINE, SLOT, check_payload, encode_header, encode_slot
 
+_SERVE_NS = 50_000_000
+"""How often at most it is looked who has joined and left while messages go out: each look costs two system calls."""
+
 
 class Sent(msgspec.Struct, kw_only=True):
     """Of one stream: ``sent`` numbers were used; ``dropped`` of them found no free slot and never left, ``oversize``
@@ -50,6 +53,7 @@ class Publisher:
         self._welcomes: list[tuple[bytes, bytes]] = []
         self._clock = SystemClock()  # for waiting only
         self._closed = False
+        self._served_ns = -_SERVE_NS
 
     def publish(self, message: Message) -> bool:
         """Sends a message. The buffer may be reused at once, unless it is a loan, which must not be written any more.
@@ -64,8 +68,6 @@ class Publisher:
             raise ValueError(f"{header.stream}/{header.seq} has no payload: send it with beat()")
         nbytes = data.nbytes if isinstance(data, np.ndarray | memoryview) else len(data)
         check_payload(header, nbytes)
-        if not self._readers:
-            self._serve()
         counters.sent += 1
         ready = self._prepare(header, data, nbytes, counters)
         if ready is None:
@@ -75,7 +77,8 @@ class Publisher:
             ready = self._prepare(header, data, nbytes, counters)
         sent = ready is not None and self._send(*ready)
         counters.dropped += not sent
-        self._serve()  # only now: what is ready to go must not wait for it
+        if self._clock.now_ns() - self._served_ns >= _SERVE_NS:
+            self._serve()  # only now: what is ready to go must not wait for it
         return sent
 
     def beat(self, header: Header) -> bool:
@@ -190,6 +193,7 @@ class Publisher:
 
     def _serve(self) -> None:
         """Takes note of who joined and left."""
+        self._served_ns = self._clock.now_ns()
         for event in self._outlet.events():
             topic = event[1:]
             if topic.startswith(READY):

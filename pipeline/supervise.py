@@ -31,8 +31,8 @@ TURN_S = 0.1
 STOP_NS = {"record": 60_000_000_000}
 """How long a node may take to stop before it is killed; the recorder must write what it holds."""
 STOP_DEFAULT_NS = 5_000_000_000
-LOAD_NS = 10_000_000_000
-"""How long the beginning waits for sources to be loaded."""
+LOADING = 1 / 3
+"""For this part of the time in which nodes must be ready the beginning waits for sources to be loaded."""
 LINGER_NS = 3_000_000_000
 """How long after the data's end predictions may still come."""
 
@@ -131,7 +131,7 @@ class Supervisor:
     def _begin_session(self, sources: list[Child]) -> None:
         """Begins as soon as every source is loaded; one that takes too long for that will come later."""
         loading = [child for child in sources if child.state == "starting" and child.process is not None]
-        if loading and self.clock.now_ns() - self._start_ns < LOAD_NS:
+        if loading and self.clock.now_ns() - self._start_ns < LOADING * self.rig.restart.start_s * 1e9:
             return
         self._begun = True
         origin = Origin.now()
@@ -188,9 +188,8 @@ class Supervisor:
     def _care(self) -> None:
         """Does what time brings: kills nodes that hang, starts those again that are to be."""
         for child in list(self.children.values()):
-            if child.process is not None and child.hangs():
+            if child.process is not None and child.hangs() and child.kill_once():
                 self._tell(child, "hung", f"has said nothing for too long (it was: {child.report.note or child.state})")
-                child.kill()
             if child.restart_at_ns is not None and self.clock.now_ns() >= child.restart_at_ns:
                 self._begin(child)
             child.trim_log()

@@ -2,7 +2,8 @@
 
 The packets themselves are decoded by velodyne-decoder; this adds the time. A packet states when its first laser fired,
 in microseconds since the full hour on the sensor's clock; it is sent when its last laser has fired. A sweep ends with
-its last point.
+its last point. Not every packet's receipt need be known: the sensor's clock is followed by some of them a second, and
+tells the time of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError, WireError
-from pipeline.protocols.sweeps import Sweep, make_points
+from pipeline.protocols.sweeps import Allocate, Array, Sweep, fresh
 from pipeline.timebase import Timebase
 
 PACKET_BYTES = 1206
@@ -21,6 +22,7 @@ MODELS = ("HDL64E_S1", "HDL64E_S2", "HDL64E_S3", "HDL32E", "VLP32A", "VLP32B", "
 """The names that velodyne-decoder uses."""
 
 _HOUR_US = 3_600_000_000
+_JUMP_NS = 1_000_000_000
 _DUAL = 0x39
 # How long the lasers of a packet fire, in ns: blocks (half of them where each is sent twice) x the cycle of a block.
 _SPANS_NS = {0x21: 552_960, 0x22: 1_327_104, 0x24: 1_327_104, 0x28: 663_552, 0xA1: 159_900}
@@ -34,7 +36,8 @@ class Velodyne:
     """
 
     def __init__(self, model: str | None = None, calibration: Path | None = None, min_range_m: float = 0.1,
-                 max_range_m: float = 200.0) -> None:  # fmt: skip
+                 max_range_m: float = 200.0, allocate: Allocate = fresh) -> None:  # fmt: skip
+        """``allocate`` gives the memory that a sweep's points are written to."""
         import velodyne_decoder
 
         self._library = velodyne_decoder
@@ -53,27 +56,34 @@ class Velodyne:
         self._times = Timebase(resolution_ns=1000)
         self._hours, self._last_us = 0, 0
         self._new_epoch = False
+        self._allocate = allocate
+        # Of the last packet whose receipt is known: how far the session's clock is ahead of the sensor's, the receipt
+        # itself and the sensor's time of it; and the sensor's time of the last packet.
+        self._ahead_ns = self._uncertainty_ns = self._receipt_ns = self._known_ns = self._device_last_ns = 0
         self._start()
 
     def _start(self) -> None:
         self._decoder = self._library.StreamDecoder(self._config)
         self._whole = False
 
-    def feed(self, packet: bytes, receipt_ns: int) -> Sweep | None:
-        """Takes a packet and when it was received (session time). Returns the sweep that ended before it, if any.
-        WireError if the decoder cannot tell what sensor sends."""
+    def feed(self, packet: bytes, receipt_ns: int | None) -> Sweep | None:
+        """Takes a packet and when it was received (session time; None if that is not known, which it must be of the
+        first). Returns the sweep that ended before it, if any. WireError if the decoder cannot tell what sensor
+        sends."""
         self.packets += 1
         if len(packet) != PACKET_BYTES or packet[1] not in (0xEE, 0xDD):
             self.malformed += 1
             return None
-        device_ns, span = self._device_ns(packet), _span_ns(packet)
-        # The end of the packet is what the receipt can tell about; the decoder wants its beginning.
-        mapped = self._times.update(device_ns + span, receipt_ns)
-        if mapped.new_epoch and self.packets > self.malformed + 1:  # points on both sides of a jump make no sweep
+        device_ns = self._device_ns(packet)
+        if receipt_ns is None:
+            if abs(device_ns - self._device_last_ns) > _JUMP_NS:
+                self._start()  # points on both sides of a jump make no sweep; the next receipt tells how far it went
+        elif self._map(device_ns + _span_ns(packet), receipt_ns):
             self._new_epoch = True
             self._start()
+        self._device_last_ns = device_ns
         try:
-            done = self._decoder.decode((mapped.t_capture_ns - span) / 1e9, packet)
+            done = self._decoder.decode((device_ns + self._ahead_ns) / 1e9, packet)
         except (RuntimeError, ValueError) as error:
             raise WireError(
                 f"the Velodyne's packets cannot be decoded: {str(error).rstrip('.')}. Set `model`, one of "
@@ -85,19 +95,33 @@ class Velodyne:
             self._whole, self.partial = True, self.partial + 1
             return None
         stamps, cloud = done
-        return self._sweep(stamps, cloud, receipt_ns, mapped.uncertainty_ns)
+        receipt = self._receipt_ns + max(device_ns + _span_ns(packet) - self._known_ns, 0)
+        return self._sweep(stamps, cloud, receipt)
 
-    def _sweep(self, stamps: Any, cloud: np.ndarray[Any, Any], receipt_ns: int, uncertainty_ns: int) -> Sweep | None:
+    def _map(self, device_end_ns: int, receipt_ns: int) -> bool:
+        """Follows the sensor's clock by the end of a packet, which is what its receipt can tell about. Whether the
+        clock has jumped."""
+        mapped = self._times.update(device_end_ns, receipt_ns)
+        self._ahead_ns, self._uncertainty_ns = mapped.t_capture_ns - device_end_ns, mapped.uncertainty_ns
+        self._receipt_ns, self._known_ns = receipt_ns, device_end_ns
+        return mapped.new_epoch and self.packets > self.malformed + 1
+
+    def _sweep(self, stamps: Any, cloud: Array, receipt_ns: int) -> Sweep | None:
+        """The points as they are published; written once, column by column, into the memory where they stay."""
         if not len(cloud):  # nothing but sky; without a point there is no end
             return None
+        points = self._allocate(len(cloud))
+        numbers = points.view(np.float32).reshape(len(cloud), -1)  # x, y, z, intensity; the fifth is the offset
+        numbers[:, :4] = cloud[:, :4]
         seconds = cloud[:, 4].astype(np.float64)
         end = float(seconds.max())
+        seconds -= end
+        seconds *= 1e9
+        points["offset_ns"] = np.rint(seconds, out=seconds)
         new_epoch, self._new_epoch = self._new_epoch, False
-        offsets = np.round((seconds - end) * 1e9).astype(np.int32)
-        points = make_points(cloud[:, :3], cloud[:, 3], offsets)
         ahead = round(end * 1e9)
         return Sweep(points, round(stamps.host * 1e9) + ahead, round(stamps.device * 1e9) + ahead, receipt_ns,
-                     uncertainty_ns, new_epoch)  # fmt: skip
+                     self._uncertainty_ns, new_epoch)  # fmt: skip
 
     def _device_ns(self, packet: bytes) -> int:
         """The packet's stamp, the hours counted."""

@@ -23,6 +23,7 @@ GYRO_SCALE = radians(2000) / 32768
 """rad/s per count."""
 
 _THREE = struct.Struct("<hhh")
+_PAIR = struct.Struct("<2xhhh5xhhh3x")  # acceleration and rate, one after the other
 _ALONE = 10
 """So many accelerations in a row without a rate: the sensor is set to send no rates."""
 
@@ -45,6 +46,13 @@ class WitMotion:
         at, last = 0, len(buffer) - FRAME_BYTES
         samples: list[tuple[float, ...]] = []
         while at <= last:
+            if self._in_step and at + FRAME_BYTES <= last and self._is_pair(buffer, at):
+                ax, ay, az, gx, gy, gz = _PAIR.unpack_from(buffer, at)
+                samples.append((ax * ACCEL_SCALE, ay * ACCEL_SCALE, az * ACCEL_SCALE,
+                                gx * GYRO_SCALE, gy * GYRO_SCALE, gz * GYRO_SCALE))  # fmt: skip
+                self._joined = True
+                at += 2 * FRAME_BYTES
+                continue
             if buffer[at] == HEAD and buffer[at + 1] in TYPES and self._sums(buffer, at):
                 self._in_step = self._joined = True
                 self._frame(buffer[at + 1], _THREE.unpack_from(buffer, at + 2), samples)
@@ -56,6 +64,21 @@ class WitMotion:
             at += 1
         self._rest = buffer[at:]
         return np.array(samples, np.float32).reshape(-1, 6)
+
+    def missing_bytes(self, samples: int) -> int:
+        """How many bytes at least must come before ``samples`` more samples are complete."""
+        alone = self._alone >= _ALONE
+        held = len(self._rest) + FRAME_BYTES * (self._accel is not None)
+        return samples * FRAME_BYTES * (1 if alone else 2) - held
+
+    def _is_pair(self, buffer: bytes, at: int) -> bool:
+        """Whether a whole sample of a sensor that sends both stands at ``at``: the usual case, taken at once."""
+        return (
+            self._accel is None and not self._alone
+            and buffer[at] == HEAD and buffer[at + 1] == ACCEL
+            and buffer[at + 11] == HEAD and buffer[at + 12] == GYRO
+            and self._sums(buffer, at) and self._sums(buffer, at + FRAME_BYTES)
+        )  # fmt: skip
 
     @staticmethod
     def _sums(buffer: bytes, at: int) -> bool:

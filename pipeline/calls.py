@@ -1,0 +1,55 @@
+"""Calls into drivers that may take long or for ever, made so that nobody has to wait for them.
+
+A thread cannot be ended, so a call that does not come back in time goes on; what it gives in the end belongs to whoever
+still wants it. A device that takes longer to open than a node may wait is thus open at a later try, and not never.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+UNCLAIMED_S = 10.0
+"""What nobody has claimed this long after it came is given back."""
+
+
+class LongCall:
+    """``action`` in a thread of its own, begun at once. What it returns is for ``claim``; where nobody does, it is
+    handed to ``give_back``."""
+
+    def __init__(
+        self,
+        action: Callable[[], Any],
+        give_back: Callable[[Any], None] = lambda result: None,
+        unclaimed_s: float = UNCLAIMED_S,
+    ) -> None:
+        self.error: Exception | None = None
+        """What it raised, once it is over."""
+        self._action, self._give_back, self._unclaimed_s = action, give_back, unclaimed_s
+        self._result: Any = None
+        self._over, self._claimed = threading.Event(), threading.Event()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._run, name="driver", daemon=True).start()
+
+    def over(self, timeout_s: float) -> bool:
+        """Whether it is over, now or within ``timeout_s``."""
+        return self._over.wait(timeout_s)
+
+    def claim(self) -> Any:
+        """What a call that is over has returned; None if it raised, or if it was claimed or given back before."""
+        with self._lock:
+            self._claimed.set()
+            result, self._result = self._result, None
+        return result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._action()
+        except Exception as error:  # drivers raise their own kinds, ValueError and OSError alike
+            self.error = error
+        self._over.set()
+        if self._result is not None and not self._claimed.wait(self._unclaimed_s):
+            unwanted = self.claim()
+            if unwanted is not None:
+                self._give_back(unwanted)

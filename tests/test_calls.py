@@ -1,0 +1,41 @@
+"""Calls that may take long: nobody waits for them, and nothing of what they give is lost or left open."""
+
+from __future__ import annotations
+
+import threading
+
+from pipeline.calls import LongCall
+
+SOON_S = 20.0
+
+
+def test_what_comes_late_is_there_for_who_claims_it() -> None:
+    go = threading.Event()
+    call = LongCall(lambda: go.wait(SOON_S) and "stream")
+    assert not call.over(0.0)
+    go.set()
+    assert call.over(SOON_S)
+    assert (call.claim(), call.claim(), call.error) == ("stream", None, None)
+
+
+def test_what_nobody_claims_is_given_back_once() -> None:
+    given: list[str] = []
+    done = threading.Event()
+
+    def give_back(result: str) -> None:
+        given.append(result)
+        done.set()
+
+    call = LongCall(lambda: "stream", give_back, unclaimed_s=0.0)
+    assert done.wait(SOON_S)
+    assert (given, call.claim()) == (["stream"], None)
+
+
+def test_an_error_is_kept_for_who_asks() -> None:
+    def fail() -> None:
+        raise OSError("gone")
+
+    call = LongCall(fail)
+    assert call.over(SOON_S)
+    assert isinstance(call.error, OSError)
+    assert call.claim() is None
