@@ -22,7 +22,7 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,21 +41,21 @@ _WAIT_S = 0.05
 _SILENT_NS = 1_000 * _MS
 """A stream that delivers nothing for this long hangs; sound comes every 10 ms."""
 _DRIVER_S = 3.0
-_QUEUE = 200
-"""Two seconds of blocks; a node that was stopped for longer loses sound, which is counted."""
+_QUEUE_S = 2.0
+"""What of sound may wait; a node that was stopped for longer loses the rest, which is counted."""
+_MOST_AT_ONCE = 5
+"""So many blocks are handed over together at most, where a message is that long."""
 _STEP_NS = 2 * _MS
 _MOST_CHANNELS = 8
 
 
-class _Raw(msgspec.Struct, frozen=True, gc=False):
-    """What a callback got: the number of the block's first sample, PortAudio's ADC time, the receipt, and how far
-    the wall clock was ahead of the monotonic one."""
+class _Raw(NamedTuple):
+    """What a callback got: the number of the block's first sample, PortAudio's ADC time, the receipt."""
 
     data: bytes
-    count: int
-    adc_ns: int
+    number: int
+    adc_s: float
     t_receipt_ns: int
-    wall_ns: int
 
 
 def _driver() -> Any:
@@ -75,6 +75,12 @@ def _found(index: int, device: Any, names: list[str]) -> Found:
     name, channels = device["name"], device["max_input_channels"]
     detail = f"{channels} channel{'s' * (channels > 1)}, {device['default_samplerate']:g} Hz by default"
     return Found(name=f"{index}  {name}", detail=detail, settings={"device": name if names.count(name) == 1 else index})
+
+
+def _wall_ns() -> int:
+    """How far the wall clock is ahead of the monotonic one."""
+    now = Origin.now()
+    return now.unix_ns - now.monotonic_ns
 
 
 def _give_up(stream: Any) -> None:
@@ -125,7 +131,8 @@ class Microphone(Source):
 
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
-        self._blocks: queue.SimpleQueue[_Raw] = queue.SimpleQueue()
+        self._blocks: queue.SimpleQueue[list[_Raw]] = queue.SimpleQueue()
+        self._at_once = min(max(round(settings.block_ms / 1000 / _BLOCK_S), 1), _MOST_AT_ONCE)
         self._finished = threading.Event()
         self._stream: Any = None
         self._opening: LongCall | None = None  # these two: a call that has not come back
@@ -177,14 +184,12 @@ class Microphone(Source):
 
     def read(self) -> list[Reading] | None:
         try:
-            raw = [self._blocks.get(timeout=_WAIT_S)]
+            raw = self._blocks.get(timeout=_WAIT_S)
         except queue.Empty:
             self._check_alive()
             return None
-        while not self._blocks.empty():
-            raw.append(self._blocks.get_nowait())
         self._last_ns = raw[-1].t_receipt_ns
-        readings = [reading for item in raw for reading in self._take(item)]
+        readings = [reading for item in self._even(raw) for reading in self._take(item)]
         self._count_losses()
         return readings
 
@@ -251,18 +256,24 @@ class Microphone(Source):
             f"{trouble}. Another program may use it, or its sound server is down."
         )
 
-    def _callback(self, blocks: queue.SimpleQueue[_Raw]) -> Callable[[Any, int, Any, Any], None]:
-        clock = self.context.clock
+    def _callback(self, blocks: queue.SimpleQueue[list[_Raw]]) -> Callable[[Any, int, Any, Any], None]:
+        """Keeps blocks until they fill a message, and only then wakes the node: each wake-up costs more than the work
+        it is for."""
+        clock, at_once = self.context.clock, self._at_once
+        most = round(_QUEUE_S / _BLOCK_S / at_once)
+        kept: list[_Raw] = []
 
         def take(data: Any, frames: int, times: Any, status: Any) -> None:
+            nonlocal kept
             now = clock.now_ns()
             if blocks is not self._blocks:
                 return
-            host = Origin.now()
-            if blocks.qsize() < _QUEUE:
-                adc = round(times.inputBufferAdcTime * _NS)
-                blocks.put(_Raw(bytes(data), self._count, adc, now, host.unix_ns - host.monotonic_ns))
-            self._count += frames  # also of a block that found the queue full: the clock sees the gap
+            kept.append(_Raw(bytes(data), self._count, times.inputBufferAdcTime, now))
+            self._count += frames
+            if len(kept) >= at_once:
+                if blocks.qsize() < most:  # else they are lost: the clock sees the gap
+                    blocks.put(kept)
+                kept = []
 
         return take
 
@@ -275,40 +286,52 @@ class Microphone(Source):
 
     # -- from blocks to readings ---------------------------------------------------------------------------------------
 
+    def _even(self, raws: list[_Raw]) -> list[_Raw]:
+        """Blocks as one, where the clock knows its way and their stamps show that nothing is missing between them."""
+        first = raws[0]
+        if self._clock is None or not self._clock.settled:
+            return raws
+        for i, raw in enumerate(raws):
+            follows = raw.number == first.number + i * round(self._rate * _BLOCK_S)
+            if not follows or abs(raw.adc_s - first.adc_s - i * _BLOCK_S) > _STEP_NS / _NS:
+                return raws
+        return [_Raw(b"".join([raw.data for raw in raws]), first.number, first.adc_s, raws[-1].t_receipt_ns)]
+
     def _take(self, raw: _Raw) -> list[Reading]:
         """The readings that are complete with this block."""
         data = np.frombuffer(raw.data, "<i2").reshape(-1, self._channels)
         if self._clock is None:
             self._begin(raw)
         assert self._clock is not None
-        adc = self._adc_ns(raw)
-        device = None if self._domain is None else raw.adc_ns
-        placed = self._clock.update(data, adc, device, raw.t_receipt_ns, raw.count)
+        stamp = round(raw.adc_s * _NS)
+        device = None if self._domain is None else stamp
+        placed = self._clock.update(data, self._adc_ns(stamp), device, raw.t_receipt_ns, raw.number)
         groups = [group for block in placed for group in self._regroup.update(block)]
         converted = [self._convert(group) for group in groups]
         return [self._reading(block) for block in converted if block is not None]
 
     def _begin(self, raw: _Raw) -> None:
         """What the first block shows: the clock of ADC times."""
-        self._domain = domain_of(raw.adc_ns, raw.t_receipt_ns, self._zero)
-        self._wall_ns = raw.wall_ns
+        self._domain = domain_of(round(raw.adc_s * _NS), raw.t_receipt_ns, self._zero)
+        self._wall_ns = _wall_ns()
         self._clock = BlockClock(self._rate, self._domain is not None)
         self._regroup = Regroup(round(self._rate * self.settings.block_ms / 1000))
         same = self._rate == self.settings.rate_hz
         self._converter = None if same else Converter(self._rate, self.settings.rate_hz, self.settings.channels)
 
-    def _adc_ns(self, raw: _Raw) -> int | None:
-        """The block's ADC time on the session clock."""
+    def _adc_ns(self, stamp_ns: int) -> int | None:
+        """A block's ADC time on the session clock."""
         if self._domain is None:
             return None
         if self._domain == "monotonic":
-            return raw.adc_ns - self._zero.monotonic_ns
-        if abs(raw.wall_ns - self._wall_ns) > _STEP_NS:
-            self._wall_ns = raw.wall_ns
-        return raw.adc_ns - self._wall_ns - self._zero.monotonic_ns
+            return stamp_ns - self._zero.monotonic_ns
+        if abs((wall := _wall_ns()) - self._wall_ns) > _STEP_NS:
+            self._wall_ns = wall
+        return stamp_ns - self._wall_ns - self._zero.monotonic_ns
 
     def _convert(self, block: Block) -> Block | None:
-        block = msgspec.structs.replace(block, data=mix(block.data, self.settings.channels))
+        if block.data.shape[1] != self.settings.channels:
+            block = msgspec.structs.replace(block, data=mix(block.data, self.settings.channels))
         return block if self._converter is None else self._converter.update(block)
 
     def _reading(self, block: Block) -> Reading:

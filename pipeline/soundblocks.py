@@ -96,6 +96,11 @@ class BlockClock:
         suspect = mapped is not None and self._adc and mapped.residual_ns > _SUSPECT_NS
         return [] if suspect and len(self._held) < _HELD else self._release()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the first blocks are past."""
+        return len(self._first) >= SETTLING_BLOCKS
+
     def _ns(self, samples: int) -> int:
         return samples * _NS // self._rate
 
@@ -188,6 +193,8 @@ def split(block: Block, at: int) -> tuple[Block, Block]:
 
 
 def _join(parts: list[Block]) -> Block:
+    if len(parts) == 1:
+        return parts[0]
     return msgspec.structs.replace(
         parts[0],
         data=np.concatenate([part.data for part in parts]),

@@ -339,6 +339,22 @@ def test_a_server_that_hangs_blocks_nobody_and_is_used_again(server: Server) -> 
 
 
 @pytest.mark.slow
+def test_a_device_that_takes_long_to_open_is_open_at_a_later_try(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodes.microphone._DRIVER_S", 0.0)
+    made, sender = shell()
+    troubles = []
+    try:
+        turn_until(made, lambda: troubles.append(made._trouble) or len(sender.messages) > 5)
+        monkeypatch.undo()
+    finally:
+        made.source.close()
+    assert any("takes long" in trouble for trouble in troubles)
+    assert "failures" in made.context.dropped
+
+
+@pytest.mark.slow
 def test_it_keeps_the_contract_of_a_source(server: Server) -> None:
     got = check_source(Microphone, {"device": "pulse", "channels": 2, "block_ms": 50}, readings=8)
     assert {reading.layout.channels for reading in got} == {2}  # type: ignore[union-attr]
