@@ -63,8 +63,9 @@ CUES: dict[Label, tuple[Sensor, ...]] = {
 }
 """The sensors that observe something of each class: the first table. Each of these has a decoy in the second."""
 
-DELAY_S = 0.25
-"""A label begins and ends so long after its cue: whoever has looked for two steps can know it."""
+DELAY_S = 0.35
+"""A label begins and ends so long after its cue: whoever has looked for three steps of 100 ms, with every one of the
+sensors that observe it (a sweep is up to 0.2 s old), can know it. The truth says what can be known by then."""
 
 BLINDED: dict[Condition, Sensor] = {"dark": "camera", "wind": "microphone", "dust": "lidar"}
 """The sensor that a condition disturbs; an outage takes any."""

@@ -12,17 +12,18 @@ import numpy as np
 
 from pipeline.sim.cues import BLINDED, CUES, SENSORS, Condition, Label, Sensor
 
-APART_S = 1.5
+APART_S = 2.0
+"""More than a window of 1.5 s, so that none holds two decoys of one label, or a decoy and the event."""
 PAUSE_S = (1.8, 3.8)
-BETWEEN_DECOYS_S = (0.6, 4.0)
-BETWEEN_CONDITIONS_S = (4.0, 16.0)
-CONDITION_S = (2.0, 5.0)
+BETWEEN_DECOYS_S = (1.5, 7.0)
+BETWEEN_CONDITIONS_S = (8.0, 24.0)
+CONDITION_S = (1.5, 4.0)
 LASTS_S: dict[Label, tuple[float, float]] = {
     "rough_ground": (4.5, 7.0),
     "approach": (8.5, 8.5),
     "impact": (2.5, 2.5),
-    "alarm": (3.0, 5.5),
-    "tilt": (3.0, 5.5),
+    "alarm": (4.0, 7.0),
+    "tilt": (4.0, 7.0),
 }
 """How long an act has the stage. What the label says follows from the physics: see ``stage``."""
 TWICE: tuple[Label, ...] = ("approach", "impact")

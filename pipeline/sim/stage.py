@@ -4,8 +4,8 @@ An act of several cues and a decoy of one run the same code: ``seen_by`` alone d
 sound, which mount slips. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
 with a label's first moment already holds evidence of it:
 
-rough_ground   a wheel is on a bed of stones
-approach       somebody's front is within 6.3 m, until leaving
+rough_ground   from the first stone that a wheel meets until the last bed is left
+approach       somebody's front is within 6.3 m and in the way, until out of it
 impact         for 0.7 s from the onset of the ball's force on the rover
 alarm          while it sounds
 tilt           the chassis leans by more than half of what its suspension is told to
@@ -26,7 +26,9 @@ from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, ST
 
 IMPACT_S, RAMP_S = 0.7, 0.4
 AHEAD_M, STOP_M = 6.3, 1.5
-LEAVE_S, LEAVE_M_S = 1.6, 2.5
+LEAVE_S, LEAVE_M_S, WAY_M = 1.4, 2.5, 0.9
+COMES_M, STEP_M = (6.6, 7.2), 0.5
+VOICE = 1.6
 GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
 """The rise of a contact's force that sounds with strength 1."""
@@ -93,6 +95,7 @@ class Rough(Play):
         if self.by("lidar"):
             self.rover.lay_carpet("gravel_ranged", start, carpet)
         self.stones = self.act.real
+        self.met = False
         if self.stones:
             self.rover.lay_stones(start, self.beds)
         # Decoys last as long as the wheels would be on the stones.
@@ -104,9 +107,9 @@ class Rough(Play):
         if self.stones:
             for contact in self.rover.contacts:
                 if contact.stone:
+                    self.met = True
                     self.sounds.strokes.append(("grain", contact.t_s, contact.force_n / GRAIN_N))
-            x = float(self.rover.position[0])
-            return self.start - WHEELBASE_M < x < self.start + self.beds * BED_M + WHEELBASE_M
+            return self.met and float(self.rover.position[0]) < self.start + self.beds * BED_M + WHEELBASE_M
         if self.on_s < now_s < self.off_s:
             if self.by("microphone"):
                 for strength in self.rng.lognormal(*RATTLE, self.rng.poisson(RATTLE_HZ * TICK_S)):
@@ -133,12 +136,13 @@ class Approach(Play):
         self.speed = float(self.rng.uniform(1.2, 1.7) if self.car else self.rng.uniform(0.8, 1.3))
         self.limits = (0.2, 0.7)
         self.front = 0.95 if self.car else 0.2
-        self.at = self.rover.position + np.array([8.1 + self.front, self.rng.uniform(-0.35, 0.35), 0.0])
+        comes = float(self.rng.uniform(*COMES_M))
+        self.at = self.rover.position + np.array([comes + self.front, self.rng.uniform(-0.35, 0.35), 0.0])
         self.at[2] = 0.0
         self.aside = float(self.rng.choice([-1, 1]))
         self.stays_s = float(self.rng.uniform(0.8, 1.8))
         self.leaves_s = self.act.end_s - LEAVE_S
-        self.arrived = False
+        self.arrived, self.aside_m = False, 0.0
         self.names = ("car",) if self.car else ("person", "leg_l", "leg_r")
         for name in self.names:
             self.rover.show(name, self.group)
@@ -151,7 +155,7 @@ class Approach(Play):
             self._move()
         if self.by("microphone"):
             self._sound(now_s, distance)
-        return self.act.real and now_s < self.leaves_s and distance - self.front < AHEAD_M
+        return self.act.real and self.aside_m < WAY_M and distance - self.front < AHEAD_M
 
     def _walk(self, now_s: float) -> float:
         """A tick's way. Returns how far from the rover it ended, in m."""
@@ -160,12 +164,15 @@ class Approach(Play):
         if now_s >= self.leaves_s:
             self.at[:2] += np.array([0.3, 1.0]) * (1.0, self.aside) * LEAVE_M_S * TICK_S
             self.walked += LEAVE_M_S * TICK_S
+            self.aside_m += LEAVE_M_S * TICK_S
         elif distance - self.front > STOP_M:
             self.at[0] -= self.speed * TICK_S
             self.walked += self.speed * TICK_S
         elif not self.arrived:
             self.arrived = True
             self.leaves_s = min(self.leaves_s, now_s + self.stays_s)
+        else:
+            self.walked += 0.8 * TICK_S  # from one foot to the other
         if distance - self.front < STOP_M + 0.6:
             self.limits = (0.0, 0.0)
         return distance
@@ -175,17 +182,17 @@ class Approach(Play):
             self.rover.put("car", self.at)
             return
         self.rover.put("person", self.at)
-        swing = 0.45 * np.sin(2 * np.pi * self.walked / 1.4)
+        swing = 0.45 * np.sin(np.pi * self.walked / STEP_M)
         for name, side, angle in (("leg_l", 0.1, swing), ("leg_r", -0.1, -swing)):
             hip = self.at + np.array([0.0, side, 0.88 * self.scale])
             self.rover.put(name, hip, (np.cos(angle / 2), 0.0, np.sin(angle / 2), 0.0))
 
     def _sound(self, now_s: float, distance: float) -> None:
-        loudness = 1.0 / max(distance, 1.0)
+        loudness = VOICE / max(distance, 1.0)
         if self.car:
             self.sounds.engine = max(self.sounds.engine, loudness)
-        elif self.walked // 0.7 > self.phase:
-            self.phase = self.walked // 0.7
+        elif self.walked // STEP_M > self.phase:
+            self.phase = self.walked // STEP_M
             self.sounds.strokes.append(("step", now_s + distance / 343.0, loudness))
 
     def end(self) -> None:

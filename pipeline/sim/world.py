@@ -157,7 +157,7 @@ def _bed(name: str, world: Drawn, rng: np.random.Generator) -> str:
     stones = ""
     for _ in range(STONES):
         radius, out = rng.uniform(0.04, 0.07), world.stone_m * rng.uniform(0.6, 1.4)
-        side = rng.choice([-1, 1]) * (TRACK_M + rng.uniform(-0.1, 0.1))
+        side = rng.choice([-1, 1]) * (TRACK_M + rng.uniform(-0.06, 0.06))
         stones += (
             f'<geom type="sphere" size="{radius:.4f}" pos="{rng.uniform(-0.4, 0.4):.4f} {side:.4f} {out - radius:.4f}" '
             f'contype="2" conaffinity="1" group="3" rgba="0.4 0.4 0.4 1"/>'
