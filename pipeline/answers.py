@@ -44,7 +44,7 @@ class Answers:
         """Whether the model had better not answer with this label."""
         stated = self.at(member)
         limit = stated.answer_above.get(self._labels[label])
-        return confidence < stated.abstain_below or (limit is not None and confidence <= limit)
+        return confidence < _least(stated) or (limit is not None and confidence <= limit)
 
     def prediction_set(self, member: Array, scores: Array) -> list[str]:
         """The labels in the prediction set of one row of probabilities, most probable first."""
@@ -60,7 +60,7 @@ class Answers:
         for code in np.unique(codes).tolist():
             rows, stated = codes == code, self._own.get(code, self._general)
             limits = np.array([stated.answer_above.get(name, -1.0) for name in self._labels])
-            abstains[rows] = (confidence[rows] < stated.abstain_below) | (confidence[rows] <= limits[label[rows]])
+            abstains[rows] = (confidence[rows] < _least(stated)) | (confidence[rows] <= limits[label[rows]])
             inside[rows] = in_set(p[rows], stated)
         nothing = (codes == 0) | ~np.isfinite(confidence)
         return np.where(nothing, -1, label), abstains | nothing, inside
@@ -75,6 +75,11 @@ class Answers:
 
     def _bias(self, stated: Calibration) -> Array:
         return np.array([stated.bias.get(label, 0.0) for label in self._labels])
+
+
+def _least(stated: Calibration) -> float:
+    """The confidence that every answer needs: with an empty set there is none."""
+    return max(stated.abstain_below, stated.set_threshold if stated.set_may_be_empty else 0.0)
 
 
 def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0) -> Array:
@@ -100,7 +105,10 @@ def mass_before(p: Array) -> Array:
 
 def in_set(p: Array, calibration: Calibration) -> Array:
     """Which labels are in the prediction set, boolean [rows, labels] (see ``Calibration``). The most probable one is
-    always in it; a row that is not finite has an empty set."""
+    always in it, unless sets may be empty; a row that is not finite has an empty set."""
+    if calibration.set_may_be_empty:
+        enough: Array = p >= calibration.set_threshold  # not true of NaN
+        return enough
     before = mass_before(p)
     first = np.zeros(p.shape, bool)
     first[np.arange(len(p)), p.argmax(axis=1)] = True

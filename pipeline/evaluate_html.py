@@ -278,10 +278,10 @@ def _table(heads: str, rows: str, kind: str = "") -> str:
 def _words(found: Evaluation) -> str:
     stated = "" if found.stated_coverage is None else f" The bundle states {percent(found.stated_coverage)} %."
     return f"""<h2>In these numbers</h2>
-<p class="soft"><b>Windows</b> are replayed by event time through the aligner and the fusion that run live; the truth
-is the label at a window's end. <b>Intervals</b> (95 %) are drawn over whole sessions, since windows of one session
+<p class="soft"><b>Windows</b> are replayed by event time through the aligner and the fusion that run live; the truth is
+the label at a window's end. <b>Intervals</b> (95 %) are drawn over whole sessions, since windows of one session
 resemble each other. <b>Calibration error</b> is the mean distance between confidence and share right over ten bins of
-equal size. <b>In set</b> is how often the prediction set holds the truth.{stated} A set always holds the most probable
-label, so an accuracy above that covers more. <b>Told apart</b> is the area under the curve of the odds between two
-labels; from 0.9 on two labels count as told apart. A window with nothing in it of the streams in question has no label:
-it counts as wrong and as abstained.</p>"""
+equal size. <b>In set</b> is how often the prediction set holds the truth.{stated} Unless the bundle's sets may be
+empty, they hold the most probable label, so that an accuracy above that covers more. <b>Told apart</b> is the area
+under the curve of the odds between two labels; from 0.9 on two labels count as told apart. A window with nothing in it
+of the streams in question has no label: it counts as wrong and as abstained.</p>"""

@@ -112,7 +112,8 @@ class Calibration(_Strict, frozen=True, omit_defaults=True):
     prediction set is the most probable label, those of at least ``set_threshold``, and those before which the more
     probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds the truth
     in a share ``set_coverage`` of cases. A mass adapts better where streams may be missing: sets then grow with every
-    label that becomes possible, even if each of them is improbable.
+    label that becomes possible, even if each of them is improbable. With ``set_may_be_empty`` the most probable label
+    is no exception: where it has less than ``set_threshold`` the set is empty, and the model abstains.
 
     A model that lacks a sensor is wrong in its own way, so ``subsets`` may state all of it anew for each set of streams
     that may be left. Its keys are the names of the streams that are there, sorted and joined by ``+``
@@ -125,6 +126,7 @@ class Calibration(_Strict, frozen=True, omit_defaults=True):
     set_threshold: Share = 1.0
     set_mass: Share = 0.0
     set_coverage: Share | None = None
+    set_may_be_empty: bool = False
     subsets: dict[str, SubsetCalibration] = {}
 
     def at(self, streams: Iterable[str]) -> Calibration:

@@ -14,10 +14,18 @@ stated plainly: what cannot be told from a flash is not called ``calm`` either. 
 a camera a ``shake`` is still a ``shake``. The bound holds with the finite-sample correction of split conformal
 prediction (Vovk's label-conditional form) where held-out windows and later ones are exchangeable.
 
+**Prediction sets that keep their word in both directions.** A set that always holds the most probable label covers as
+often as the model is right; where that is more often than stated, the statement is untrue, if to the good side, and
+the set says nothing that the label did not. There are two ways to the stated coverage. One is to leave labels out at
+random (Romano, Sesia and Candès), seeded or not: it empties sets of which the model is sure as often as others, and a
+set then changes while nothing else does. The other is to leave out what is improbable, the most probable label
+included: ``exact``, the threshold of Sadinle, Lei and Wasserman taken at its word. The windows that lose their label
+are those that the model doubts most, so an empty set has a meaning: *at this coverage nothing is probable enough to be
+said*, and the model abstains. It costs answers, some of them right; whoever wants one in every window has the label
+and its confidence beside the set. ``mass`` and ``threshold`` still make sets that are never empty.
+
 Sources: temperature and biases: Guo et al. 2017, with Platt's (1999) soft targets; sets by mass: Romano, Sesia and
-Candès 2020, without their randomisation, since a set should not flicker while nothing changes; by threshold: Sadinle,
-Lei and Wasserman 2019. A set always holds the most probable label, so where a model is right more often than the stated
-coverage, its sets hold the truth as often as it is right.
+Candès 2020, without their randomisation; by threshold: Sadinle, Lei and Wasserman 2019.
 """
 
 from __future__ import annotations
@@ -104,6 +112,32 @@ def bootstrap(
     values = values[np.isfinite(values)]
     if not len(values):
         return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def calibration_interval(
+    confidence: Sequence[Array], right: Sequence[Array], *, draws: int = 200, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """An interval of ``calibration_error`` over sessions drawn with replacement, each with its windows' confidences and
+    which of them were right. Bins are of equal mass in every draw. As any distance it is greater in a draw than in
+    truth, so that a small error lies near the lower end, or below it. None for fewer than two sessions with windows."""
+    kept = [i for i, part in enumerate(confidence) if len(part)]
+    if len(kept) < 2:
+        return None
+    said = np.concatenate([confidence[i] for i in kept]).astype(np.float64)
+    found = np.concatenate([right[i] for i in kept]).astype(np.float64)
+    session = np.repeat(np.arange(len(kept)), [len(confidence[i]) for i in kept])
+    order = np.argsort(said, kind="stable")
+    off, session = (said - found)[order], session[order]
+    lots = np.random.default_rng(seed).multinomial(len(kept), np.full(len(kept), 1 / len(kept)), size=draws)
+    values = []
+    for lot in lots:
+        weight = lot[session].astype(np.float64)
+        mass = weight.cumsum()
+        edges = np.searchsorted(mass, mass[-1] * np.arange(1, BINS + 1) / BINS - 1e-9)
+        sums = np.diff((weight * off).cumsum()[edges], prepend=0.0)
+        values.append(np.abs(sums).sum() / mass[-1])
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -219,10 +253,12 @@ def fit_mass(p: Array, truth: Array, coverage: float) -> float:
     return _round_up(_quantile(mass_before(p)[np.arange(len(p)), truth], coverage))
 
 
-def fit_threshold(p: Array, truth: Array, coverage: float) -> float:
-    """The same for sets of the labels that are probable enough. The most probable label is always in the set."""
+def fit_threshold(p: Array, truth: Array, coverage: float, exact: bool = False) -> float:
+    """The same for sets of the labels that are probable enough. The most probable label is always in the set, unless
+    it is to be ``exact``."""
     own = p[np.arange(len(p)), truth]
-    own = np.where(p.argmax(axis=1) == truth, 1.0, own)
+    if not exact:
+        own = np.where(p.argmax(axis=1) == truth, 1.0, own)
     return 1.0 - _round_up(_quantile(1.0 - own, coverage))
 
 
@@ -253,7 +289,7 @@ def fit_calibration(
     labels: Sequence[str],
     *,
     coverage: float = 0.9,
-    sets: Literal["mass", "threshold"] = "mass",
+    sets: Literal["mass", "threshold", "exact"] = "mass",
     wrong: float = 0.1,
     abstain_below: float = 0.0,
 ) -> Calibration:
@@ -278,13 +314,18 @@ def fit_calibration(
         p = softmax(logits, temperature, biases)
         bias = dict(zip(labels, biases.tolist(), strict=True))
         limits = {labels[i]: limit for i, limit in sorted(fit_limits(p, own, wrong).items())}
-        size = {"set_mass": fit_mass} if sets == "mass" else {"set_threshold": fit_threshold}
-        chosen = {key: fit(p, own, coverage) for key, fit in size.items()}
-        return {"temperature": temperature, "bias": bias, "answer_above": limits, **chosen}
+        size = (
+            {"set_mass": fit_mass(p, own, coverage)}
+            if sets == "mass"
+            else {"set_threshold": fit_threshold(p, own, coverage, sets == "exact")}
+        )
+        return {"temperature": temperature, "bias": bias, "answer_above": limits, **size}
 
     pooled = fitted(*(np.concatenate(part) for part in zip(*usable.values(), strict=True)))
     own = {key: SubsetCalibration(**fitted(*rows)) for key, rows in usable.items() if len(rows[0]) >= LEAST}
-    return Calibration(**pooled, abstain_below=abstain_below, set_coverage=coverage, subsets=own)
+    return Calibration(
+        **pooled, abstain_below=abstain_below, set_coverage=coverage, set_may_be_empty=sets == "exact", subsets=own
+    )
 
 
 def coverage_of(p: Array, truth: Array, calibration: Calibration) -> tuple[float, float]:

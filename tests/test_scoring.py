@@ -208,6 +208,29 @@ def test_sets_hold_the_truth_as_often_as_stated(coverage: float) -> None:
         assert 1 < size < 4
 
 
+def test_exact_sets_hold_the_truth_as_often_as_stated_by_a_model_that_is_right_more_often() -> None:
+    (held, own), (later, truth) = world(10, 4000, 12.0), world(11, 4000, 12.0)
+    p = softmax(later)
+    right = (p.argmax(axis=1) == truth).mean()
+    assert right > 0.95
+    logits = {frozenset("a"): held}
+    exact = fit_calibration(logits, own, LABELS, coverage=0.9, sets="exact")
+    loose = fit_calibration(logits, own, LABELS, coverage=0.9, sets="threshold")
+    answers = Answers(exact, LABELS, ("a",))
+    members = np.ones((len(later), 1), bool)
+    p = answers.probabilities(later, members)
+    label, abstains, inside = answers.judged(p, members)
+    assert inside[np.arange(len(p)), truth].mean() == pytest.approx(0.9, abs=0.02)
+    assert coverage_of(p, truth, loose.at("a"))[0] == pytest.approx(right, abs=0.02)
+    empty = ~inside.any(axis=1)
+    assert 0 < empty.mean() < 0.2
+    assert (abstains | ~empty).all()
+    assert (label[empty] != truth[empty]).mean() > 3 * (label[~empty] != truth[~empty]).mean()
+    i = int(np.flatnonzero(empty)[0])
+    assert answers.prediction_set(members[i], p[i]) == []
+    assert answers.abstains(members[i], int(label[i]), float(p[i].max()))
+
+
 def test_sets_of_too_few_windows_hold_everything() -> None:
     logits, truth = world(3, 5)
     p = softmax(logits)

@@ -157,7 +157,9 @@ def _calibrate(trained: Trained, said: Said | None) -> Calibration:
         whole = np.all([said.there[name] for name in subset], axis=0)
         logits[subset] = np.where(whole[:, None], found, np.nan)
     try:
-        return fit_calibration(logits, said.truth, trained.labels, coverage=entry.coverage, wrong=entry.wrong)
+        return fit_calibration(
+            logits, said.truth, trained.labels, coverage=entry.coverage, sets=entry.sets, wrong=entry.wrong
+        )
     except ValueError as error:
         raise RecordingError(f"the sessions held out cannot calibrate the model: {error}; hold out others") from None
 
