@@ -10,7 +10,16 @@ import numpy as np
 
 from pipeline.evaluate_pass import Pass
 from pipeline.evaluation import ClassScores, Estimate, Reliability, Scores, SubsetResult
-from pipeline.scoring import Separation, bootstrap, calibration_error, confusion, f1_by_class, macro_f1, reliability
+from pipeline.scoring import (
+    Separation,
+    bootstrap,
+    calibration_error,
+    calibration_interval,
+    confusion,
+    f1_by_class,
+    macro_f1,
+    reliability,
+)
 
 Array = np.ndarray[Any, Any]
 APART = 0.9
@@ -41,13 +50,15 @@ def scores(passes: Sequence[Pass], column: int, labels: int) -> Scores:
     def share(of: int, among: int = 0) -> Estimate:
         return _estimate(sums, lambda s: _ratio(s[:, of], s[:, among]))
 
-    seen = np.concatenate([p.predicted[:, column] >= 0 for p in passes])
-    confidence = np.concatenate([p.confidence[:, column] for p in passes])[seen]
-    right = np.concatenate([p.predicted[:, column] == p.truth for p in passes])[seen]
+    seen = [p.predicted[:, column] >= 0 for p in passes]
+    confidence = [p.confidence[one, column] for p, one in zip(passes, seen, strict=True)]
+    right = [(p.predicted[:, column] == p.truth)[one] for p, one in zip(passes, seen, strict=True)]
+    error = calibration_error(np.concatenate(confidence), np.concatenate(right))
     return Scores(
-        windows=int(total[0]), blind=int(total[0] - seen.sum()), accuracy=share(1),
+        windows=int(total[0]), blind=int(total[0] - sum(one.sum() for one in seen)), accuracy=share(1),
         macro_f1=_estimate(counts, macro_f1),
-        calibration_error=_known(calibration_error(confidence, right)), log_loss=_known(total[2] / total[0]),
+        calibration_error=_known(error), calibration_interval=calibration_interval(confidence, right),
+        log_loss=_known(total[2] / total[0]),
         coverage=share(3), set_size=_known(total[4] / total[0]), abstained=share(5), answered_accuracy=share(7, 6),
     )  # fmt: skip
 

@@ -31,6 +31,8 @@ class Scores(msgspec.Struct, frozen=True, kw_only=True):
     """Mean over the labels that are true somewhere."""
     calibration_error: float | None
     """Over ten bins of equal mass."""
+    calibration_interval: tuple[float, float] | None = None
+    """Of the calibration error, by sessions drawn anew."""
     log_loss: float | None
     coverage: Estimate
     """How often the prediction set holds the truth."""
