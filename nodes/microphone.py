@@ -18,7 +18,6 @@ takes longer to open a device than that, the device is there at a later try.
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
 from collections.abc import Callable
@@ -174,8 +173,6 @@ class Microphone(Source):
             limit_s = _DRIVER_S
             self._opening = LongCall(lambda: self._start(driver), _give_up)
         if not self._opening.over(limit_s):
-            # It would end PortAudio at the end of this process, under a call that is still in it.
-            atexit.unregister(driver._exit_handler)
             raise SensorError("the sound input does not answer: it is being opened, and that takes long.")
         self._stream = self._opened(self._opening)
         while not self._blocks.empty():  # of a device that was open before anybody wanted it

@@ -24,7 +24,7 @@ TAIL_LINES = 12
 LOG_LIMIT = 4 << 20
 
 _report = msgspec.json.Decoder(Report)
-_START = "import sys; from pipeline.node import run_node; sys.exit(run_node(sys.argv[1]))"
+_START = "import sys; from pipeline import calls, node; calls.leave(node.run_node(sys.argv[1]))"
 
 
 class Child:

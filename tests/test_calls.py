@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 from pipeline.calls import LongCall
@@ -39,3 +41,12 @@ def test_an_error_is_kept_for_who_asks() -> None:
     assert call.over(SOON_S)
     assert isinstance(call.error, OSError)
     assert call.claim() is None
+
+
+def test_a_process_leaves_under_a_call_that_does_not_come_back() -> None:
+    code = (
+        "import threading; from pipeline.calls import LongCall, leave;"
+        "call = LongCall(threading.Event().wait); assert not call.over(0.0); print('left'); leave(4)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (4, "left\n")
