@@ -217,12 +217,13 @@ class _Serial:
             self._context.count("lost", block.lost)
         # A block lasts until one period after its last sample began; a sample is sent when it has been taken.
         step = (block.t_end_ns - block.t_capture_ns) / len(values)
-        times = block.t_end_ns - np.rint(np.arange(len(values) - 1, -1, -1) * step).astype(np.int64)
         # Whatever a count says, nothing is received before it happens: more samples than time means that a queue
-        # emptied, or that the count is wrong.
-        excess = max(0, block.t_end_ns - now)
+        # emptied, or that the count is wrong. They share the time that there was.
+        end, excess = block.t_end_ns, max(0, block.t_end_ns - now)
         if excess:
-            times = np.maximum(np.minimum(times, now), self._end_ns + 1)
+            end = max(now, self._end_ns + len(values))
+            step = min(step, (end - self._end_ns) / len(values))
+        times = end - np.rint(np.arange(len(values) - 1, -1, -1) * step).astype(np.int64)
         self._end_ns = int(times[-1])
         return _reading(values, times, now, block.uncertainty_ns + excess, block.new_epoch)
 
