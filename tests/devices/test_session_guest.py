@@ -100,16 +100,18 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.predictions.append(json.loads(line))
+        with self.process.stdout as printed:
+            for line in printed:
+                self.predictions.append(json.loads(line))
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         begun = self._clock.now_ns()
         while not condition():
-            said = f"{len(self.predictions)} predictions, the last {self.predictions[-1:]}; {self.log.read_text()}"
-            assert self.process.poll() is None, f"it ended before {what}: {said}"
-            assert self._clock.now_ns() - begun < LIMIT_S * NS, f"not within {LIMIT_S} s: {what}; {busy()}; {said}"
-            self._clock.wait_until(self._clock.now_ns() + NS // 10)
+            late = self._clock.now_ns() - begun > LIMIT_S * NS
+            if late or self.process.poll() is not None:
+                said = f"{len(self.predictions)} predictions, the last {self.predictions[-1:]}; {self.log.read_text()}"
+                pytest.fail(f"{'not soon enough' if late else 'it ended before'}: {what}; {busy()}; {said}")
+            self._clock.wait_until(self._clock.now_ns() + NS)
         print(f"{(self._clock.now_ns() - begun) / NS:.0f} s until {what}; {busy()}", flush=True)
 
     def seen(self, stream: str, since: int = 0) -> int:
