@@ -24,7 +24,7 @@ GUEST := $(firstword $(wildcard ../shared/devices/with-devices) tests/devices/gu
 GUEST_PYTEST := $(BIN)/python -m pytest -p no:cacheprovider -p no:randomly --color=no
 
 test-devices: $(VENV)/.dev
-	$(GUEST) -t 900 -- $(GUEST_PYTEST) tests/devices
+	$(GUEST) -t 1200 -- $(GUEST_PYTEST) tests/devices
 	SENSORS_IIO=1 $(GUEST) -t 300 -- $(GUEST_PYTEST) tests/devices/test_imu_guest.py
 
 lint: $(VENV)/.dev
