@@ -1,8 +1,8 @@
 """Makes recordings/rover.mcap: python recordings/make_rover.py
 
-25 s of the simulated rover in a world from the held-out ranges: an impact, an alarm, a tilt and somebody who comes
-nearer, with decoys between and beside them, darkness and dust. In the middle of the alarm the microphone is out of
-order for two seconds.
+32 s of the simulated rover in a world from the held-out ranges: a tilt, an impact, an alarm and somebody who comes
+nearer, with decoys between and beside them, and darkness. In the middle of the alarm the microphone is out of order for
+two seconds.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from pipeline.sim.generate import record_session
 from pipeline.sim.script import Spell
 
-SEED, SECONDS = 5832, 25.0
-OUTAGE = Spell("outage", "microphone", 9.0, 11.0)
+SEED, SECONDS = 10975, 32.0
+OUTAGE = Spell("outage", "microphone", 15.0, 17.0)
 
 
 def main(path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.rigs import simulation_lacks
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 STEPS = re.findall(r"^## \d+\. (.*)$", TEXT, re.MULTILINE)
-PATIENCE_S = 240
+PATIENCE_S = 400
 
 
 @pytest.fixture
