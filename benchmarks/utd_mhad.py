@@ -4,7 +4,7 @@
         [--split both] [--depth] [--corrupt] [--write rows.json]
 
 Subjects 1, 3, 5, 7 are trained on, 2, 4, 6, 8 tested on, as in every published table; ``--split both`` adds the
-opposite split as a guard against settings that suit one half. Settings (``STREAMS``, ``TRAIN``, ``ROBUST``) and the
+opposite split as a guard against settings that suit one half. The settings below (``STREAMS`` to ``ROBUST``) and the
 fusion rule were chosen on 1, 3, 5, 7 alone, by leaving out one of them at a time (``--loso`` does just that, and never
 looks at 2, 4, 6, 8); how far that went is told in ``benchmarks/README.md``, beside the results.
 
@@ -76,6 +76,7 @@ STREAMS: dict[str, dict[str, Any]] = {
                     "dropout": 0.3, "hide": 0.3},
     },
 }  # fmt: skip
+FUSION = {"width": 96, "queries": 1, "head": "linear"}
 TRAIN = {
     "epochs": 160, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
     "label_smoothing": 0.1, "class_weights": "none", "stream_loss": 4.0,
@@ -115,6 +116,7 @@ def configuration(run: Run, seed: int, epochs: int | None) -> Config:
         "window": {"hop_ms": SPAN_NS / 1e6, "steps": 1},
         "labels": list(ACTIONS),
         "strategy": run.strategy,
+        "fusion": FUSION,
         "streams": {name: STREAMS[name] for name in run.streams},
         "split": {"by": "subject", "held_out": 0.0, "test": [str(subject) for subject in run.test]},
         "train": {**TRAIN, **({} if epochs is None else {"epochs": epochs})},

@@ -356,13 +356,15 @@ def test_every_payload_has_an_encoder() -> None:
 
 WIDTHS = {"one": 5, "two": 3, "three": 4}
 STEPS, LABELS = 7, 4
+KINDS = [*STRATEGIES, *(f"{strategy} linear" for strategy in STRATEGIES)]
 LOG_PRIOR = np.log(np.array([6, 3, 2, 1]) / 12)
 
 
 def fusion_of(strategy: str, widths: dict[str, int] | None = None, steps: int = STEPS) -> Fusion:
     torch.manual_seed(2)
-    small = {"width": 16, "queries": 2, "layers": 1, "heads": 2, "fine": 4}
-    fusion: Fusion = build_fusion(strategy, widths or WIDTHS, steps, LABELS, small)
+    name, _, head = strategy.partition(" ")
+    small = {"width": 16, "queries": 2, "layers": 1, "heads": 2, "fine": 4, "head": head or "perceptron"}
+    fusion: Fusion = build_fusion(name, widths or WIDTHS, steps, LABELS, small)
     fusion.set_prior([5, 2, 1, 0])
     for parameter in fusion.parameters():  # nothing may hide behind a weight that begins with 0
         if not parameter.abs().sum():
@@ -378,7 +380,7 @@ def window(lots: int, seed: int = 0, widths: dict[str, int] | None = None, steps
     return tokens, masks
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KINDS)
 def test_every_subset_gives_finite_logits_and_none_gives_the_prior(strategy: str) -> None:
     fusion = fusion_of(strategy)
     tokens, _ = window(8)
@@ -397,7 +399,7 @@ def test_every_subset_gives_finite_logits_and_none_gives_the_prior(strategy: str
         assert (weight <= 2).all()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KINDS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=15)
 def test_what_is_masked_cannot_change_a_bit(strategy: str, data: st.DataObject) -> None:
@@ -414,7 +416,7 @@ def fusion_cached(strategy: str) -> Fusion:
     return fusion_of(strategy)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KINDS)
 def test_windows_of_a_batch_do_not_know_of_each_other(strategy: str) -> None:
     fusion = fusion_of(strategy)
     tokens, masks = window(6)
@@ -424,7 +426,7 @@ def test_windows_of_a_batch_do_not_know_of_each_other(strategy: str) -> None:
         assert torch.allclose(one[0], all_of_them[i], atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KINDS)
 def test_all_of_a_fusion_learns(strategy: str) -> None:
     fusion = fusion_of(strategy).train()
     tokens, masks = window(16)
@@ -436,7 +438,7 @@ def test_all_of_a_fusion_learns(strategy: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["early", "hybrid"])  # which holds all of `late`
+@pytest.mark.parametrize("strategy", ["early", "hybrid", "hybrid linear"])  # which hold all of `late`
 def test_the_exported_fusion_says_the_same_for_any_batch(strategy: str) -> None:
     widths = {"one": 5, "two": 3}
     fusion = fusion_of(strategy, widths, 6)
@@ -452,7 +454,7 @@ def test_the_exported_fusion_says_the_same_for_any_batch(strategy: str) -> None:
         np.testing.assert_allclose(session.run(["logits"], feed)[0], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", KINDS)
 @pytest.mark.parametrize("steps", [1, 2, 33])
 def test_a_window_may_have_any_length_and_one_stream(strategy: str, steps: int) -> None:
     fusion = fusion_of(strategy, {"only": 3}, steps)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -41,7 +41,8 @@ from pipeline.strict import listed, nearest
 
 class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``width`` of all inner vectors, ``queries``: summaries a stream, ``layers`` and ``heads`` of the attention across
-    streams. ``fine``: how many of the newest steps are looked at one by one."""
+    streams. ``fine``: how many of the newest steps are looked at one by one. ``head``: what makes evidence of a
+    stream's summaries, a ``perceptron`` or one ``linear`` layer, which a few hundred windows teach better."""
 
     width: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 64
     queries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
@@ -49,6 +50,7 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     heads: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
     fine: Annotated[int, msgspec.Meta(ge=1)] = 12
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
+    head: Literal["perceptron", "linear"] = "perceptron"
     impute: bool = True
 
 
@@ -118,6 +120,18 @@ class Fusion(nn.Module):
         """What parts [M, B, P, width] with their shares [M, B, P] say, streams in order."""
         raise NotImplementedError
 
+    def _summary(self, streams: int, blocks: int) -> Summary:
+        s, parts = self.settings, self.condense.parts
+        blocks = blocks if parts > 1 else 0  # one part shows no change
+        return Summary(streams, parts, s.width, s.queries, blocks, s.dropout)
+
+    def _head(self, streams: int) -> Each | Perceptron:
+        """From a stream's summaries to evidence."""
+        s, size = self.settings, self.settings.queries * self.settings.width
+        if s.head == "linear":
+            return Each(streams, size, self.labels)
+        return Perceptron(streams, size, s.width, self.labels, s.dropout)
+
     def _parts(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The streams' parts in the common width [M, B, P, width], zeros where there is nothing; shares [M, B, P]."""
         found, shares = [], []
@@ -137,8 +151,8 @@ class EarlyFusion(Fusion):
         s = settings
         self.there = nn.Linear(len(self.tokens), s.width, bias=False)
         self.joined = nn.Sequential(nn.ReLU(), nn.Dropout(s.dropout), nn.Linear(s.width, s.width))
-        self.summary = Summary(1, self.condense.parts, s.width, s.queries, 2, s.dropout)
-        self.head = Perceptron(1, s.queries * s.width, s.width, labels, s.dropout)
+        self.summary = self._summary(1, blocks=2)
+        self.head = self._head(1)
 
     def fused(self, x: Tensor, shares: Tensor) -> Found:
         # A joined vector times a matrix is the sum of its parts' products.
@@ -155,8 +169,8 @@ class LateFusion(Fusion):
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__(tokens, steps, labels, settings)
         s, m, size = settings, len(self.tokens), settings.queries * settings.width
-        self.summary = Summary(m, self.condense.parts, s.width, s.queries, 1, s.dropout)
-        self.head = Perceptron(m, size, s.width, labels, s.dropout)
+        self.summary = self._summary(m, blocks=1)
+        self.head = self._head(m)
         self.trust = Perceptron(m, size + 5, 32, 1)
         nn.init.zeros_(self.trust.second.weight)  # all are trusted alike to begin with
         nn.init.zeros_(self.trust.second.bias)
