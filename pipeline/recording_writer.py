@@ -40,6 +40,17 @@ Standing = dict[str, tuple[int, int] | None]
 """By stream the epoch and the number of its next message; None where nobody knows."""
 
 
+class NoRoomError(RecordingError):
+    """A disk that takes nothing more, and ``why``."""
+
+    def __init__(self, path: Path | str, size: int, why: str) -> None:
+        super().__init__(
+            f"{path} cannot be written any further: {why}. The recording ends here; the {size} bytes until now stay "
+            "readable. Make room and start again"
+        )
+        self.why = why
+
+
 class Deleted(msgspec.Struct, frozen=True):
     """What a ring has deleted so far, in all its sessions; ``messages`` by stream."""
 
@@ -300,10 +311,7 @@ class _Output:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             self.close()
-            raise RecordingError(
-                f"{self._path} cannot be written any further: {error.strerror}. The recording ends here; "
-                f"the {self.size} bytes until now stay readable. Make room and start again"
-            ) from None
+            raise NoRoomError(self._path, self.size, str(error.strerror)) from None
         self.size += len(data)
         return len(data)
 

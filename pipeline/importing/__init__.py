@@ -24,6 +24,7 @@ from pipeline.importing.choosing import choose
 from pipeline.importing.labels import read_labels
 from pipeline.importing.pictures import Pictures
 from pipeline.recording import Compression, Label, RecordingWriter, SessionInfo
+from pipeline.recording_writer import NoRoomError
 
 IMPORTERS: tuple[Importer, ...] = (Bags(), Captures(), Pictures(), AudioVideo())
 """Asked in order; the first that accepts a file imports it."""
@@ -83,9 +84,13 @@ def import_file(
             note = ", ".join(f"dropped: {count} {what}" for what, count in sorted(opened.dropped.items()))
             writer.close(complete=not note, note=note)
         os.replace(part, out)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(error, NoRoomError):
+            raise RecordingError(
+                f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
+            ) from None
         raise
     finally:
         opened.close()
