@@ -92,7 +92,9 @@ class Usb:
         self._check_start()
 
     def shot(self) -> Shot | None:
+        begun = self._clock.now_ns()
         if not self._wait(WAIT_NS):
+            self._clock.wait_until(begun + WAIT_NS)  # a driver in trouble may say at once that there is no frame
             return None
         now = self._clock.now_ns()
         stamp = round(self._capture.get(cv2.CAP_PROP_POS_MSEC) * 1e6)

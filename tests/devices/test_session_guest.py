@@ -63,12 +63,12 @@ pytestmark = [
 
 class Lived(msgspec.Struct):
     """A session that is over: its predictions as printed, how many there were when the camera was unplugged and when
-    it was back, what the camera's beats said of its health, its messages by stream, and their accounts."""
+    it was back, what the command said meanwhile, the session's messages by stream, and their accounts."""
 
     predictions: list[dict[str, Any]]
     unplugged_at: int
     back_at: int
-    health: set[str]
+    log: str
     messages: dict[str, list[Any]]
     told: Explanation
 
@@ -187,8 +187,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> Lived:
     with RecordingReader(out) as reader:
         for message, _ in reader.messages():
             messages.setdefault(message.header.stream, []).append(message)
-    health = {header.health for header in headers if header.health}
-    return Lived(predictions, unplugged_at, back_at, health, messages, explain(Recorded(out)))
+    return Lived(predictions, unplugged_at, back_at, running.log.read_text(), messages, explain(Recorded(out)))
 
 
 def test_camera_and_sound_card_reach_predictions(lived: Lived) -> None:
@@ -201,15 +200,18 @@ def test_camera_and_sound_card_reach_predictions(lived: Lived) -> None:
 
 def test_frames_have_the_drivers_own_pace(lived: Lived) -> None:
     """The driver paces and stamps them; what an emulated machine could not take is a whole number of periods."""
-    stamps = [m.header.t_device_ns for m in lived.messages["camera"]]
-    epochs = [m.header.epoch for m in lived.messages["camera"]]
-    periods = np.diff(np.array(stamps))[np.diff(np.array(epochs)) == 0] / (NS / 30)
+    headers = [m.header for m in lived.messages["camera"]]
+    # A frame that waited for seconds has a stamp that is not believed, and so has none.
+    steps = [b.t_device_ns - a.t_device_ns for a, b in itertools.pairwise(headers)
+             if a.epoch == b.epoch and a.t_device_ns is not None and b.t_device_ns is not None]  # fmt: skip
+    periods = np.array(steps) / (NS / 30)
     assert len(periods) > 30
     assert np.abs(periods - np.rint(periods)).max() < 0.2
 
 
 def test_a_camera_that_is_unplugged_is_missed_and_comes_back_in_a_new_epoch(lived: Lived) -> None:
-    assert any("unplugged" in said for said in lived.health), lived.health
+    assert "camera" in lived.log, lived.log
+    assert "unplugged" in lived.log, lived.log
     epochs = [m.header.epoch for m in lived.messages["camera"]]
     assert len({*epochs}) == len(list(itertools.groupby(epochs))) == 2
     assert lived.unplugged_at <= lived.back_at < len(lived.predictions)
