@@ -36,10 +36,11 @@ def place() -> Iterator[Path]:
 def run(place: Path, command: str) -> str:
     """What a command says, on standard output and beside it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # Threads of torch that wait for each other take minutes where the machine has other things to do.
+    env = os.environ | {"PATH": path, "XDG_RUNTIME_DIR": str(place), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        ["bash", "-c", command], cwd=place, env=os.environ | {"PATH": path, "XDG_RUNTIME_DIR": str(place)},
-        capture_output=True, text=True, timeout=PATIENCE_S,
-    )  # fmt: skip
+        ["bash", "-c", command], cwd=place, env=env, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert ran.returncode == 0, f"{command}\n{ran.stdout[-2000:]}\n{ran.stderr[-2000:]}"
     return ran.stdout + ran.stderr
 
