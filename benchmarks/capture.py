@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -88,7 +89,8 @@ def read_imu(port: str) -> None:
     import serial
 
     rest, three = b"", struct.Struct("<hhh")
-    values: list[tuple[int, ...]] = []
+    scales = {0x51: 16 * 9.80665 / 32768, 0x52: math.radians(2000) / 32768}
+    values: list[list[float]] = []
     with serial.Serial(port, 115_200, timeout=0.05) as opened:
         while True:
             data = opened.read(1)
@@ -97,7 +99,8 @@ def read_imu(port: str) -> None:
                 if rest[0] != 0x55 or sum(rest[:10]) & 0xFF != rest[10]:
                     rest = rest[1:]
                     continue
-                values[:] = [three.unpack_from(rest, 2)]
+                scale = scales.get(rest[1], 1.0)
+                values[:] = [[scale * count for count in three.unpack_from(rest, 2)]]
                 ready()
                 rest = rest[11:]
 

@@ -128,10 +128,12 @@ class Dataset:
         for i, session in enumerate(self.sessions):
             first = -int(rng.integers(self.stride)) if len(session) > self.stride else 0
             places += [(i, end) for end in self._ends(session, first, unlabelled)]
-        order = rng.permutation(len(places))
-        lots = max(1, round(size / self.stride))
-        for at in range(0, len(places), lots):
-            yield self._batch([places[j] for j in order[at : at + lots]])
+        if not places:
+            return
+        # In equal parts: a last batch of a few windows would move the weights as far as a whole one, by chance.
+        batches = self._batches(len(places), size)
+        for part in np.array_split(rng.permutation(len(places)), batches):
+            yield self._batch([places[j] for j in part])
 
     def batches(self, size: int) -> Iterator[tuple[Batch, int]]:
         """Every window of every session once, in order, a session after the other, and the session's index."""
@@ -144,6 +146,10 @@ class Dataset:
     def number_of_batches(self, size: int) -> int:
         """How many batches ``shuffled`` gives, to within one a session."""
         chunks = sum(len(list(self._ends(session, 0, False))) for session in self.sessions)
+        return self._batches(chunks, size)
+
+    def _batches(self, chunks: int, size: int) -> int:
+        """In how many batches of about ``size`` windows so many chunks are seen."""
         return max(1, round(chunks / max(1, round(size / self.stride))))
 
     def _ends(self, session: Labelled, first: int, unlabelled: bool) -> Iterator[int]:
