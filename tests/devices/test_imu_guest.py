@@ -36,6 +36,15 @@ def bound() -> Path | None:
     return next(Path("/sys/bus/iio/devices").glob("iio:device*"), None)
 
 
+def fill_registers(opened: Any) -> None:
+    """Makes the stub say that it is an MPU-6050, which measures ``COUNTS``. ``opened`` is its bus."""
+    opened.write_byte_data(ADDRESS, 0x75, 0x68)
+    for i, count in enumerate(COUNTS):
+        high, low = (count & 0xFFFF).to_bytes(2, "big")
+        opened.write_byte_data(ADDRESS, 0x3B + 2 * i, high)
+        opened.write_byte_data(ADDRESS, 0x3C + 2 * i, low)
+
+
 @pytest.fixture
 def bus() -> Iterator[Any]:
     number = stub()
@@ -46,11 +55,7 @@ def bus() -> Iterator[Any]:
     import smbus2
 
     with smbus2.SMBus(number) as opened:
-        opened.write_byte_data(ADDRESS, 0x75, 0x68)
-        for i, count in enumerate(COUNTS):
-            high, low = (count & 0xFFFF).to_bytes(2, "big")
-            opened.write_byte_data(ADDRESS, 0x3B + 2 * i, high)
-            opened.write_byte_data(ADDRESS, 0x3C + 2 * i, low)
+        fill_registers(opened)
         opened.number = number
         yield opened
 

@@ -34,7 +34,7 @@ from pipeline.launch import live_sessions
 from pipeline.messages import Header, array
 from pipeline.recording import RecordingReader
 from pipeline.transport import Buffered, observe
-from tests.devices.test_imu_guest import ADDRESS, COUNTS, bound, stub
+from tests.devices.test_imu_guest import COUNTS, bound, fill_registers, stub
 from tests.devices.test_microphone_guest import CARDS
 from tests.tiny_bundle import mean_encoder, write_bundle
 
@@ -138,11 +138,7 @@ def rig_file(folder: Path, out: Path) -> Path:
     bus = stub()
     assert bus is not None
     with smbus2.SMBus(bus) as opened:
-        opened.write_byte_data(ADDRESS, 0x75, 0x68)
-        for i, count in enumerate(COUNTS):
-            high, low = (count & 0xFFFF).to_bytes(2, "big")
-            opened.write_byte_data(ADDRESS, 0x3B + 2 * i, high)
-            opened.write_byte_data(ADDRESS, 0x3C + 2 * i, low)
+        fill_registers(opened)
     sources = {
         "camera": {"kind": "camera", "device": "vivid", "width": 320, "height": 180, "rate_hz": 30},
         "microphone": {"kind": "microphone", "device": "hw:0,1", "rate_hz": 16_000, "block_ms": 100},
