@@ -16,6 +16,7 @@ from pipeline.learn.pretrain import APART, Contrast  # noqa: E402
 from pipeline.learn.robust import (  # noqa: E402
     Balance,
     RobustSettings,
+    disagreement,
     distilled,
     distort,
     frozen,
@@ -176,6 +177,29 @@ def test_distillation_moves_the_poorer_view_alone() -> None:
     assert (logits.grad[2] != 0).all()
     assert (logits.grad[3] == 0).all()  # of nothing nothing can be said
     assert float(distilled(torch.cat([logits[:2]] * 2).detach(), {"a": torch.ones(4, 1)})) == pytest.approx(0, abs=1e-6)
+
+
+def test_two_variations_that_agree_cost_nothing_and_opposite_ones_most() -> None:
+    some = torch.randn(5, 4, generator=draws(), dtype=torch.float64)
+    there = torch.ones(5)
+    assert float(disagreement(torch.cat([some, some]), there)) == pytest.approx(0, abs=1e-9)
+    far = 40 * torch.eye(2, dtype=torch.float64)
+    assert float(disagreement(torch.cat([far, far.flip(0)]), there[:2])) == pytest.approx(2 * np.log(2), abs=1e-6)
+
+
+def test_disagreement_is_the_jensen_shannon_divergence_and_both_sides_move() -> None:
+    logits = torch.randn(6, 4, generator=draws(), dtype=torch.float64, requires_grad=True)
+    there = torch.tensor([1.0, 0.0, 1.0])
+    loss = disagreement(logits, there)
+    p, q = logits.detach().softmax(1).numpy()[[0, 2, 3, 5]].reshape(2, 2, 4)
+    mean = (p + q) / 2
+    expected = ((p * np.log(p / mean)).sum(1) + (q * np.log(q / mean)).sum(1)).mean()
+    assert float(loss.detach()) == pytest.approx(expected)
+    loss.backward()
+    assert logits.grad is not None
+    assert (logits.grad[[0, 2, 3, 5]].abs().sum(1) > 0).all()
+    assert (logits.grad[[1, 4]] == 0).all()  # windows without content say nothing
+    assert float(disagreement(logits.detach(), torch.zeros(3))) == 0
 
 
 def test_the_stream_that_leads_is_held_back() -> None:

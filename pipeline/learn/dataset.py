@@ -72,6 +72,12 @@ class Batch(NamedTuple):
         present = {name: value.to(device) for name, value in self.present.items()}
         return Batch(prepared, present, self.truth.to(device), self.places)
 
+    def twice(self) -> Batch:
+        """The same chunks, and behind them the same once more."""
+        prepared = {name: torch.cat([value, value]) for name, value in self.prepared.items()}
+        present = {name: torch.cat([value, value]) for name, value in self.present.items()}
+        return Batch(prepared, present, torch.cat([self.truth, self.truth]), self.places * 2)
+
 
 def label_sessions(
     sessions: Sequence[tuple[PreparedSession, Sequence[Label]]],

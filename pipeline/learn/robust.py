@@ -5,6 +5,9 @@
   that never met that trusts a broken sensor; one that did learns a reliability.
 * ``views``: each window is seen twice in a batch, as it was and with something left out; ``distilled`` draws what is
   said of the poorer one to what is said of the richer (self-distillation between a model and its parts).
+* ``disagreement``: each chunk is varied twice, independently, and what is said of the two is drawn together (R-Drop:
+  Liang et al., "R-Drop: regularized dropout for neural networks", NeurIPS 2021, with augmentation in dropout's place;
+  the divergence is AugMix's: Hendrycks et al., ICLR 2020). A few hundred windows teach more that way.
 * ``Balance``: a stream that learns faster than the others leaves them nothing to learn from; its encoder's gradient is
   held back (OGM-GE: Peng et al., "Balanced multimodal learning via on-the-fly gradient modulation", CVPR 2022).
 
@@ -13,6 +16,7 @@ All draws come from the generator given, so that equal seeds give equal training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -34,8 +38,9 @@ class RobustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ``noise`` (up to ``noise_strength`` times the signal), ``shift`` (up to ``shift_steps`` late or early), ``freeze``
     (the last content again and again) or ``blank`` (content without a signal). Of windows: how often some streams are
     left out (``drop_streams``), each step of a stream (``drop_steps``), or one stretch of it (``outage``).
-    ``distil`` weighs the self-distillation. ``balance`` is OGM-GE's alpha, 0 for none, and ``balance_noise`` how strong
-    its noise is."""
+    ``distil`` weighs the self-distillation, ``agree`` the disagreement of two variations of the same content, beside
+    the loss by labels; unless it is 0, all that an encoder does is done twice. ``balance`` is OGM-GE's alpha, 0 for
+    none, and ``balance_noise`` how strong its noise is."""
 
     augment: bool = True
     noise: Probability = 0.1
@@ -48,6 +53,7 @@ class RobustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     drop_steps: Probability = 0.05
     outage: Probability = 0.1
     distil: NotNegative = 0.3
+    agree: NotNegative = 0.0
     balance: NotNegative = 0.0
     balance_noise: NotNegative = 0.0
 
@@ -164,6 +170,17 @@ def distilled(logits: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
     target = full.detach().log_softmax(1)
     apart = functional.kl_div(partial.log_softmax(1), target, reduction="none", log_target=True).sum(1)
     return (apart * any_left).sum() / any_left.sum().clamp(min=1)
+
+
+def disagreement(logits: Tensor, there: Tensor) -> Tensor:
+    """How far what is said of the first half of the rows [2n, K] is from what is said of the second: twice the
+    Jensen-Shannon divergence, from 0 to 2 log 2, mean over the rows of which ``there`` [n] says that there is
+    something. Both halves move."""
+    one, other = logits.log_softmax(1).chunk(2)
+    mean = torch.logaddexp(one, other) - math.log(2)
+    apart = sum(functional.kl_div(mean, side, reduction="none", log_target=True).sum(1) for side in (one, other))
+    found: Tensor = (apart * there).sum() / there.sum().clamp(min=1)
+    return found
 
 
 # -- balance ---------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     stretched, or by which the ends may stand still), ``bend`` (how unevenly time may pass in between: 0.5 is up to
     about half as fast again), ``scale`` (relative), ``turn_deg`` (greatest rotation), ``jitter`` (noise and an offset
     relative to the standard deviation), ``hide`` (greatest share of a step that stands still at its mean), ``thin``
-    (greatest share of samples that are lost and bridged by straight lines, in one step of four)."""
+    (greatest share of samples that are lost and bridged by straight lines, in one step of twelve)."""
 
     widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
     kernel: Count = 5
@@ -206,7 +206,7 @@ class SeriesEncoder(StreamEncoder):
     def _thinned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """Samples lost without a trace, and straight lines in their place."""
         lots, points = len(values), self.points
-        share = uniform((lots, 1), -3 * self.settings.thin, self.settings.thin, generator, values)
+        share = uniform((lots, 1), -11 * self.settings.thin, self.settings.thin, generator, values)
         kept = uniform((lots, points), 0, 1, generator, values) >= share
         kept[:, 0] = kept[:, -1] = True
         place = torch.arange(points).to(values.device).expand(lots, points)

@@ -27,7 +27,7 @@ from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, determ
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
 from pipeline.learn.preparing import Recipe, prepare
 from pipeline.learn.pretrain import Contrast
-from pipeline.learn.robust import Balance, distilled, distort, views
+from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
@@ -279,14 +279,16 @@ class _Run:
         return distort(encoders, batch.prepared, batch.present, self._config.file.robust, draws.torch)
 
     def _loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, float]]:
-        """Every window is seen twice: as it was, and with something left out."""
+        """Every window is seen twice: as it was, and with something left out. With ``agree``, in two variations."""
         entry, robust = self._config.file.train, self._config.file.robust
         batch = batch.to(self._device)
+        batch = batch.twice() if robust.agree else batch
         given = batch._replace(prepared=self._distorted(batch, draws))
         tokens, masks, truth = cut_windows(self._model, given)
         tokens, masks = views(tokens, masks, robust, draws.torch)
         out = self._model.fusion.train_step(tokens, masks)
-        right = float((out.logits[: len(truth)].argmax(1) == truth).float().mean())
+        whole = len(truth)
+        right = float((out.logits[:whole].argmax(1) == truth).float().mean())
         truth = torch.cat([truth, truth])
         parts = [self._cross_entropy(out.logits, truth, None)]
         if out.stream_logits and entry.stream_loss:
@@ -294,6 +296,13 @@ class _Run:
             parts.append(entry.stream_loss * torch.stack(own).mean())
         if robust.distil:
             parts.append(robust.distil * distilled(out.logits, masks))
+        if robust.agree:
+            there = {name: mask[:whole].amax(1).chunk(2)[0] for name, mask in masks.items()}
+            apart = [disagreement(out.logits[:whole], torch.stack([*there.values()]).amax(0))]
+            if out.stream_logits and entry.stream_loss:
+                own = [disagreement(z[:whole], there[name]) for name, z in out.stream_logits.items()]
+                apart.append(entry.stream_loss * torch.stack(own).mean())
+            parts.append(robust.agree * torch.stack(apart).sum())
         if robust.balance:
             self._balance.watch(out.stream_logits, masks, truth)
         return torch.stack([*parts, *out.extra_losses.values()]).sum(), {"accuracy": right}
