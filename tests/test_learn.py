@@ -37,8 +37,9 @@ from pipeline.learn.config import streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
 from pipeline.learn.export import prove  # noqa: E402
 from pipeline.learn.loop import Silent  # noqa: E402
-from pipeline.learn.model import build_encoders, windows  # noqa: E402
+from pipeline.learn.model import build_encoders, cut_windows, windows  # noqa: E402
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
+from pipeline.learn.robust import disagreement, distort  # noqa: E402
 from pipeline.learn.train import prepare_all  # noqa: E402
 
 SECONDS, SESSIONS, NS = 6.0, 8, 1_000_000_000
@@ -189,7 +190,7 @@ def test_what_is_frozen_is_named(sessions: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_equal_seeds_give_equal_bundles(sessions: Path, tmp_path: Path) -> None:
-    config = configured(sessions, strategy="early", train={"epochs": 1, "batch_windows": 64})
+    config = configured(sessions, strategy="early", train={"epochs": 1, "batch_windows": 64}, robust={"agree": 1})
     for name in ("one", "two"):
         learn.export(
             learn.train(config, recorded(config), cache=tmp_path / name / "cache", device="cpu"), tmp_path / name / "b"
@@ -223,8 +224,8 @@ class Breaks(Silent):
 
 @pytest.mark.parametrize(("phase", "after"), [("training", 250), ("pretraining", 150)])
 def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase: str, after: int) -> None:
-    train = {"epochs": 3, "batch_windows": 64}
-    config = configured(sessions, ("imu", "camera"), train=train, pretrain={"epochs": 2}, robust={"balance": 0.3})
+    train, robust = {"epochs": 3, "batch_windows": 64}, {"balance": 0.3, "agree": 0.5}
+    config = configured(sessions, ("imu", "camera"), train=train, pretrain={"epochs": 2}, robust=robust)
     cache = tmp_path / "cache"
     whole = learn.train(config, recorded(config), cache=cache, device="cpu")
     with pytest.raises(Interrupted):
@@ -243,6 +244,28 @@ def test_pretraining_takes_sessions_that_nobody_labelled(sessions: Path, tmp_pat
     assert [row["phase"] for row in richer.curves] == ["pretraining", "training"]
     assert not same_weights(plain, richer)
     assert len(richer.split.groups) == SESSIONS
+
+
+def test_two_variations_are_drawn_together(sessions: Path, tmp_path: Path) -> None:
+    """What is said of one chunk in two variations differs less where that was learnt, too."""
+    cache, torn = tmp_path / "cache", []
+    for agree in (0.0, 2.0):
+        train = {"epochs": 8, "batch_windows": 32, "learning_rate": 0.01, "ema": 0.9}
+        config = configured(sessions, ("imu",), train=train, robust={"agree": agree})
+        found = learn.train(config, recorded(config), cache=cache, device="cpu")
+        model, generator = found.model.eval(), torch.Generator().manual_seed(0)
+        batches = found.dataset(found.split.train).batches(256)
+        apart = []
+        for batch, _ in batches:
+            both = batch.twice()
+            encoders = {name: model.encoder(name) for name in both.prepared}
+            varied = distort(encoders, both.prepared, both.present, config.file.robust, generator)
+            with torch.no_grad():
+                tokens, masks, truth = cut_windows(model, both._replace(prepared=varied))
+                apart.append(float(disagreement(model.fusion(tokens, masks), torch.ones(len(truth) // 2))))
+        torn.append(np.mean(apart))
+        assert found.curves[-1]["accuracy"] > 0.4  # and something was learnt
+    assert 0 < torn[1] < torn[0] / 2, torn
 
 
 def test_another_trainings_state_is_not_gone_on_from(sessions: Path, tmp_path: Path) -> None:
