@@ -662,7 +662,9 @@ def test_a_name_that_is_no_name_is_refused(folder: Path, name: str) -> None:
             bus.publisher("camera", [name])
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://192.168.1.9:5555", "tcp://[::]:5555"])
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://192.168.1.9:5555", "tcp://[::]:5555"]
+)
 def test_what_reaches_beyond_this_host_needs_keys(folder: Path, endpoint: str) -> None:
     with ZmqBus(folder, "test") as bus, pytest.raises(ConfigError, match="needs CURVE keys"):
         bus.publisher("fusion", tcp=endpoint)
