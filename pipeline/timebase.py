@@ -162,7 +162,7 @@ class Timebase:
         if self._jitter or self._line is None:
             self._take_rarer(dx, y)
         stepped = False
-        if dx >= self._block_end or (late < -self._bound and dx >= self._evidence_at):
+        if dx >= self._block_end or (late < -self._disproof and dx >= self._evidence_at):
             stepped = self._close_block(dx)
             late = y - (self._value + self._slope * (dx - self._at))
         return self._publish(dx, late, stepped)
@@ -223,7 +223,8 @@ class Timebase:
         self._started, self._line = True, None
         self._d0, self._r0 = pairs[0]
         self._value, self._at = inf, 0.0
-        self._bound, self._typical, self._span = _FIRST_UNCERTAINTY_NS, 0.0, 0.0
+        self._bound = self._disproof = _FIRST_UNCERTAINTY_NS
+        self._typical, self._span = 0.0, 0.0
         self._early, self._late_limit, self._late_least = inf, self._jump, 0.0
         self._held: list[tuple[int, int]] = []
         self._late_pairs: deque[tuple[int, int]] = deque(maxlen=_LATE_PAIRS)
@@ -297,7 +298,7 @@ class Timebase:
 
     def _close_block(self, dx: int) -> bool:
         """Ends the open block, fits where it is time to; True if the correction is too large to be slewed."""
-        n, evidence = float(self._count), self._low < -self._bound
+        n, evidence = float(self._count), self._low < -self._disproof
         if self._jitter:
             self._blocks.append((self._sum_x / n, self._sum_y / n, n))
         else:
@@ -362,9 +363,10 @@ class Timebase:
         span = self._span
         wander = min(self._wander * (span + ahead), _WANDER_MOST) * (span / 12 + ahead / 2)
         self._bound = _STATED * hypot(noise, 2 * wander, self._half_tick)
-        self._early = max(self._jump, 4 * self._bound)
-        if self._jitter:
-            self._early = max(self._early, 6 * line.spread * sqrt(self._mean_count))
+        self._early, self._disproof = max(self._jump, 4 * self._bound), self._bound
+        if self._jitter:  # stamps lie on both sides of the line, and a single one far below it disproves nothing
+            one = line.spread * sqrt(self._mean_count)
+            self._early, self._disproof = max(self._early, 6 * one), max(self._bound, 4 * one)
         self._late_limit = self._early
 
 
@@ -388,7 +390,7 @@ class _Counted(Timebase):
         bound = self._bound + self._jump
         d0, r0, dx, shown, last = self._d0, self._r0, self._dx, self._shown, self._r0 + self._last_ns
         self._open([(d + lost_ns, r) for d, r in pairs])
-        self._bound = min(self._bound, bound)
+        self._bound = self._disproof = min(self._bound, bound)
         # What is published goes on along its old line; the fit begins anew, so that rounding to samples bends nothing.
         forward = self._d0 + self._dx - d0 - dx
         self._shown = (r0 - d0) - (self._r0 - self._d0) + shown + self._slope * forward
