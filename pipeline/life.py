@@ -175,7 +175,11 @@ class Life:
     @property
     def due(self) -> bool:
         """Whether it is time to report again."""
-        return self.clock.now_ns() >= self._next_report_ns
+        return self.due_at(self.clock.now_ns())
+
+    def due_at(self, now_ns: int) -> bool:
+        """The same, asked by one who knows the time."""
+        return now_ns >= self._next_report_ns
 
     def take_orders(self) -> list[Order]:
         """The orders since the last call (``stop`` is none of them: it sets ``stop``)."""

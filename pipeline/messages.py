@@ -21,7 +21,8 @@ text      UTF-8                                              u1 [bytes]
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
@@ -83,6 +84,18 @@ Layout = FrameLayout | AudioLayout | ImuLayout | SignalLayout | SweepLayout | Te
 Payload = Literal["frame", "audio", "imu", "signal", "sweep", "text"]
 PAYLOADS: tuple[Payload, ...] = ("frame", "audio", "imu", "signal", "sweep", "text")
 
+_IMU_BYTES, _POINT_BYTES = IMU_DTYPE.itemsize, POINT_DTYPE.itemsize
+_NAMES: dict[type[Any], Payload] = {layout: layout.__struct_config__.tag for layout in get_args(Layout)}
+_BYTES: dict[type[Any], Callable[[Any], int | None]] = {
+    FrameLayout: lambda f: None if f.format == "jpeg" else f.height * f.width * (1 if f.format == "gray8" else 3),
+    AudioLayout: lambda audio: 2 * audio.channels * audio.samples,
+    ImuLayout: lambda imu: _IMU_BYTES * imu.samples,
+    SignalLayout: lambda signal: (8 + 4 * len(signal.channels)) * signal.samples,
+    SweepLayout: lambda sweep: _POINT_BYTES * sweep.points,
+    TextLayout: lambda text: text.bytes,
+}
+"""What is asked of every message's layout, by one look-up."""
+
 
 class Header(msgspec.Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """The envelope of a message, or a whole beat (``layout`` is None). All times int64 ns on the session clock.
@@ -122,26 +135,12 @@ class Message(msgspec.Struct, frozen=True, gc=False):
 
 def payload_of(layout: Layout) -> Payload:
     """The payload type's name."""
-    return type(layout).__struct_config__.tag  # type: ignore[return-value]
+    return _NAMES[type(layout)]
 
 
 def nbytes_of(layout: Layout) -> int | None:
     """The exact size of a payload of this layout in bytes; None for a compressed frame, whose size varies."""
-    match layout:
-        case FrameLayout(format="jpeg"):
-            return None
-        case FrameLayout(format=f, height=h, width=w):
-            return h * w * (1 if f == "gray8" else 3)
-        case AudioLayout(channels=c, samples=n):
-            return 2 * c * n
-        case ImuLayout(samples=n):
-            return IMU_DTYPE.itemsize * n
-        case SignalLayout(samples=n, channels=names):
-            return signal_dtype(len(names)).itemsize * n
-        case SweepLayout(points=n):
-            return POINT_DTYPE.itemsize * n
-        case TextLayout(bytes=n):
-            return n
+    return _BYTES[type(layout)](layout)
 
 
 def view(layout: Layout, data: Any) -> np.ndarray[Any, Any]:

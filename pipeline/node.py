@@ -168,7 +168,7 @@ class SourceShell:
         try:
             self._last_sent_ns = self.life.clock.now_ns()
             self.stamper.open(self.place.now_ns())
-            self._report(force=True)
+            self._report()
             while not self.life.stop.is_set():
                 self.turn()
             if self.life.ordered and not self.ended:
@@ -187,9 +187,11 @@ class SourceShell:
             self._try_open()
         else:
             self._read()
-        if clock.now_ns() - self._last_sent_ns >= BEAT_NS:
+        now = clock.now_ns()
+        if now - self._last_sent_ns >= BEAT_NS:
             self._beat()
-        self._report()
+        if self.life.due_at(now):
+            self._report()
 
     def _reopen(self) -> None:
         """The clock that messages are stamped by jumped, or could not be seen for a while: says how far the numbers of
@@ -198,7 +200,7 @@ class SourceShell:
         self._beat()
         if not self.ended:
             self.stamper.open(self.place.now_ns())
-            self._report(force=True)
+            self._report()
             self._beat()
 
     def _try_open(self) -> None:
@@ -214,15 +216,18 @@ class SourceShell:
         self._open, self._trouble = True, ""
         self.stamper.open(self.place.now_ns())
         self._beat()
-        self._report(force=True)
+        self._report()
 
     def _read(self) -> None:
         try:
             readings = self.source.read()
             if readings is None:
                 return
-            for reading in readings if isinstance(readings, list) else [readings]:
-                self._publish(reading)
+            if isinstance(readings, list):
+                for reading in readings:
+                    self._publish(reading)
+            else:
+                self._publish(readings)
         except SensorError as error:
             self._failed(error)
         except EOFError:
@@ -232,7 +237,7 @@ class SourceShell:
         """States the number of the message that will not come."""
         self.ended = True
         self._beat()
-        self._report(force=True)
+        self._report()
 
     def _publish(self, reading: Reading) -> None:
         reading = self.place.reading(reading)
@@ -242,7 +247,7 @@ class SourceShell:
             return
         self._failures = 0
         if header.epoch != self._said_epoch:
-            self._report(force=True)  # before anything of it is sent: whoever buries this node must know its last epoch
+            self._report()  # before anything of it is sent: whoever buries this node must know its last epoch
         if not self.sender.publish(Message(header, reading.data)):
             self.context.count("no_slot")
         self.published += 1
@@ -260,7 +265,7 @@ class SourceShell:
         self._trouble = str(error)
         self.context.count("failures")
         self._beat()
-        self._report(force=True)
+        self._report()
 
     def _beat(self) -> None:
         promise = self.source.bound_ns() if self._open and not self.ended else None
@@ -268,9 +273,7 @@ class SourceShell:
         self.sender.beat(self.stamper.beat(self.place.now_ns(), promised, self._trouble or self.context.health))
         self._last_sent_ns = self.life.clock.now_ns()
 
-    def _report(self, force: bool = False) -> None:
-        if not (force or self.life.due):
-            return
+    def _report(self) -> None:
         state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
                               dropped=dict(self.context.dropped))  # fmt: skip

@@ -93,9 +93,10 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 def default_bound_ns(layout: Layout, t_capture_ns: int, t_end_ns: int) -> int:
     """The promise that a reading's kind makes by itself: an audio block ends where the next begins; samples of a
     batch and single moments are followed by later ones."""
-    if isinstance(layout, AudioLayout):
+    kind = type(layout)
+    if kind is AudioLayout:
         return t_end_ns
-    return (t_end_ns if isinstance(layout, ImuLayout | SignalLayout) else t_capture_ns) + 1
+    return (t_end_ns if kind is ImuLayout or kind is SignalLayout else t_capture_ns) + 1
 
 
 class SourceContext(Protocol):

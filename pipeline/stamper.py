@@ -92,8 +92,8 @@ class Stamper:
 
     def _check(self, reading: Reading) -> None:
         wrong = None
-        if payload_of(reading.layout) != self.payload:
-            wrong = f"a payload of type {payload_of(reading.layout)} on a stream of type {self.payload}"
+        if (payload := payload_of(reading.layout)) != self.payload:
+            wrong = f"a payload of type {payload} on a stream of type {self.payload}"
         elif reading.t_end_ns < reading.t_capture_ns:
             wrong = f"an end ({reading.t_end_ns} ns) before its beginning ({reading.t_capture_ns} ns)"
         elif reading.uncertainty_ns < 0:

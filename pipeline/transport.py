@@ -81,6 +81,7 @@ _LINK_WAITING = 200  # messages of one host that wait for the network before the
 _LINK_LARGEST = 256 << 20  # bytes of one part of a message from another host
 # As plain numbers: pyzmq's are enum members, whose bitwise operators cost a microsecond each.
 _EVENTS, _READABLE, _AT_ONCE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
+_MORE_AT_ONCE = _MORE | _AT_ONCE
 _LOSSLESS_LINGER_MS = 30_000  # what a slow reader of a replay has not fetched yet; a dead one does not count
 
 
@@ -333,9 +334,11 @@ def _sub(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
 class _ZmqOutlet:
     def __init__(self, socket: zmq.Socket[bytes], linger_ms: int, stop: threading.Event | None) -> None:
         self._socket, self._linger_ms, self._stop = socket, linger_ms, stop
+        # What lies under pyzmq's own, which asks of every part for what only other kinds of sockets have.
+        self._send: Callable[[Any, int], Any] = super(zmq.Socket, socket).send
 
     def send(self, parts: Sequence[Any], meanwhile: Callable[[], None] | None = None) -> bool:
-        send, flags = self._socket.send, _MORE | _AT_ONCE
+        send, flags = self._send, _MORE_AT_ONCE
         try:
             for part in parts[:-1]:
                 send(part, flags)
@@ -346,7 +349,7 @@ class _ZmqOutlet:
             if meanwhile is not None:
                 meanwhile()
         finally:
-            send(parts[-1])  # also when interrupted, or the next message would be taken for the rest of this one
+            send(parts[-1], 0)  # also when interrupted, or the next message would be taken for the rest of this one
         return True
 
     def events(self) -> list[bytes]:

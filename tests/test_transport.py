@@ -33,6 +33,7 @@ from pipeline.messages import (
     array,
     nbytes_of,
 )
+from pipeline.sending import as_part
 from pipeline.shm import new_name, unlink
 from pipeline.transport import (
     Buffered,
@@ -916,3 +917,13 @@ def test_headers_of_samples_go_inline(folder: Path) -> None:
         publisher.publish(Message(header, bytes(nbytes_of(layout) or 0)))
         (received,) = take(subscriber, 1)
         assert array(received.message).shape == (2,)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 70_000])
+def test_a_part_has_the_payloads_bytes_whatever_holds_them(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 255, size, np.uint8)
+    for holder in (data, data.tobytes(), bytearray(data.tobytes()), memoryview(data.tobytes())):
+        assert bytes(as_part(holder, size)) == data.tobytes()
+    if size % 4 == 0:
+        rows = data.view([("a", "<u2"), ("b", "u1", 2)])
+        assert bytes(as_part(rows, size)) == data.tobytes()
