@@ -15,6 +15,7 @@ most one of its own periods (1 ms) old.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from math import ceil, nan
 from pathlib import Path
@@ -28,13 +29,15 @@ from pipeline.devices import read_line, refusal, serial_ports
 from pipeline.errors import SensorError
 from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
-from pipeline.protocols.witmotion import WitMotion
+from pipeline.protocols.witmotion import Sample, WitMotion
 from pipeline.serialport import SerialPort
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 from pipeline.timebase import SampleClock
 
 _NS, _MS = 1_000_000_000, 1_000_000
 _PATIENCE_S = 0.05
+_SAMPLE = struct.Struct("<q6f")
+"""One sample as ``IMU_DTYPE`` lays it out."""
 _RATE_CHECK_NS = 3 * _NS
 _RATE_TOLERANCE = 0.05
 
@@ -146,14 +149,14 @@ class _Device(Protocol):
     def close(self) -> None: ...
 
 
-def _reading(values: np.ndarray[Any, Any], times: np.ndarray[Any, Any], receipt_ns: int, uncertainty_ns: int,
-             new_epoch: bool = False) -> Reading:  # fmt: skip
+def _reading(values: np.ndarray[Any, Any], times: np.ndarray[Any, Any], receipt_ns: int,
+             uncertainty_ns: int) -> Reading:  # fmt: skip
     """A batch of samples: f4 [n, 6] values at [n] session times."""
     data = np.empty(len(values), IMU_DTYPE)
     data["offset_ns"] = times - times[0]
     data["accel"], data["gyro"] = values[:, :3], values[:, 3:]
     return Reading(layout=ImuLayout(len(values)), data=data, t_capture_ns=int(times[0]), t_end_ns=int(times[-1]),
-                   t_receipt_ns=receipt_ns, uncertainty_ns=uncertainty_ns, new_epoch=new_epoch)  # fmt: skip
+                   t_receipt_ns=receipt_ns, uncertainty_ns=uncertainty_ns)  # fmt: skip
 
 
 # -- serial ----------------------------------------------------------------------------------------------------------
@@ -174,17 +177,16 @@ class _Serial:
         self._frames = WitMotion()
         self._times = SampleClock(settings.rate_hz)
         self._wanted = max(1, round(settings.rate_hz * settings.batch_ms / 1000))
-        self._held: list[np.ndarray[Any, Any]] = []
-        self._held_count = self._count = 0
+        self._held: list[Sample] = []
+        self._count = 0
         self._end_ns = -1
         self._last_ns = self._first_ns = context.clock.now_ns()
         self._rate_known = False
 
     def read(self) -> Reading | None:
         samples, now = self._receive()
-        if len(samples):
-            self._held.append(samples)
-            self._held_count += len(samples)
+        if samples:
+            self._held += samples
             self._check_rate(len(samples), now)
             self._last_ns = now
         elif now - self._last_ns > self._settings.silence_ms * _MS:
@@ -192,11 +194,11 @@ class _Serial:
                 f"the IMU on {self._settings.port} sent no sample for {self._settings.silence_ms} ms. Is it a "
                 f"WitMotion sensor that sends acceleration at {self._settings.baud} baud, and is it still plugged in?"
             )
-        return self._batch(now) if self._held_count >= self._wanted else None
+        return self._batch(now) if len(self._held) >= self._wanted else None
 
-    def _receive(self) -> tuple[np.ndarray[Any, Any], int]:
+    def _receive(self) -> tuple[list[Sample], int]:
         try:
-            data = self._port.read(self._frames.missing_bytes(self._wanted - self._held_count), _PATIENCE_S)
+            data = self._port.read(self._frames.missing_bytes(self._wanted - len(self._held)), _PATIENCE_S)
         except OSError as error:
             raise SensorError(
                 f"the IMU's serial port {self._settings.port} failed: {error}. It was unplugged, or another program "
@@ -204,14 +206,14 @@ class _Serial:
             ) from error
         now = self._context.clock.now_ns()
         damaged = self._frames.damaged
-        samples = self._frames.feed(data)
+        samples = self._frames.samples(data)
         if self._frames.damaged > damaged:
             self._context.count("checksum", self._frames.damaged - damaged)
         return samples, now
 
     def _batch(self, now: int) -> Reading:
-        values = np.concatenate(self._held) if len(self._held) > 1 else self._held[0]
-        self._held, self._held_count = [], 0
+        """What is held, as one reading. A batch has a few samples: numbers one by one cost less than arrays do."""
+        values, self._held = self._held, []
         block = self._times.update(len(values), now)
         if block.lost:
             self._context.count("lost", block.lost)
@@ -223,9 +225,12 @@ class _Serial:
         if excess:
             end = max(now, self._end_ns + len(values))
             step = min(step, (end - self._end_ns) / len(values))
-        times = end - np.rint(np.arange(len(values) - 1, -1, -1) * step).astype(np.int64)
-        self._end_ns = int(times[-1])
-        return _reading(values, times, now, block.uncertainty_ns + excess, block.new_epoch)
+        self._end_ns, last = end, len(values) - 1
+        length = round(last * step)
+        packed = [_SAMPLE.pack(length - round((last - i) * step), *value) for i, value in enumerate(values)]
+        return Reading(layout=ImuLayout(len(values)), data=np.frombuffer(b"".join(packed), IMU_DTYPE),
+                       t_capture_ns=end - length, t_end_ns=end, t_receipt_ns=now,
+                       uncertainty_ns=block.uncertainty_ns + excess, new_epoch=block.new_epoch)  # fmt: skip
 
     def _check_rate(self, samples: int, now: int) -> None:
         """A wrong ``rate_hz`` would make every time wrong: better no data than those."""

@@ -6,7 +6,7 @@ import os
 import threading
 import tty
 from collections.abc import Iterator
-from math import radians
+from math import nan, radians
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodes import imu
-from nodes.imu import Imu
+from nodes.imu import _SAMPLE, Imu
 from pipeline.checks import CheckContext, check_source
 from pipeline.clock import ManualClock, SystemClock
 from pipeline.errors import ConfigError, SensorError
@@ -384,3 +384,12 @@ def test_a_batch_is_as_the_layout_says(iio: Path) -> None:
     (reading,) = check_source(Imu, {"iio": "mpu6050", "rate_hz": 400, "batch_ms": 10}, readings=1, lives=1)
     assert reading.data.dtype == IMU_DTYPE
     assert len(reading.data) == 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**62), *[st.floats(-1e6, 1e6) | st.just(nan)] * 6), min_size=1, max_size=20))
+def test_samples_are_packed_as_arrays_would_hold_them(rows: list[tuple[Any, ...]]) -> None:
+    expected = np.empty(len(rows), IMU_DTYPE)
+    expected["offset_ns"] = [row[0] for row in rows]
+    values = np.array([row[1:] for row in rows], np.float32)
+    expected["accel"], expected["gyro"] = values[:, :3], values[:, 3:]
+    assert b"".join(_SAMPLE.pack(*row) for row in rows) == expected.tobytes()

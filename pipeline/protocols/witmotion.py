@@ -24,8 +24,13 @@ GYRO_SCALE = radians(2000) / 32768
 
 _THREE = struct.Struct("<hhh")
 _PAIR = struct.Struct("<2xhhh5xhhh3x")  # acceleration and rate, one after the other
+_ACCEL_HEAD, _GYRO_HEAD = bytes((HEAD, ACCEL)), bytes((HEAD, GYRO))
 _ALONE = 10
 """So many accelerations in a row without a rate: the sensor is set to send no rates."""
+
+
+Sample = tuple[float, float, float, float, float, float]
+"""Acceleration in m/s^2 and rate in rad/s, NaN where a frame of the sample was damaged or is not sent."""
 
 
 class WitMotion:
@@ -40,11 +45,14 @@ class WitMotion:
         self._alone = 0
 
     def feed(self, data: bytes) -> np.ndarray[Any, Any]:
-        """The samples that ``data`` completes: f4 [n, 6], acceleration in m/s^2 and rate in rad/s, NaN where a frame
-        of the sample was damaged or is not sent."""
+        """``samples`` as f4 [n, 6]."""
+        return np.array(self.samples(data), np.float32).reshape(-1, 6)
+
+    def samples(self, data: bytes) -> list[Sample]:
+        """The samples that ``data`` completes."""
         buffer = self._rest + data
         at, last = 0, len(buffer) - FRAME_BYTES
-        samples: list[tuple[float, ...]] = []
+        samples: list[Sample] = []
         while at <= last:
             if self._in_step and at + FRAME_BYTES <= last and self._is_pair(buffer, at):
                 ax, ay, az, gx, gy, gz = _PAIR.unpack_from(buffer, at)
@@ -63,7 +71,7 @@ class WitMotion:
             self._in_step = False
             at += 1
         self._rest = buffer[at:]
-        return np.array(samples, np.float32).reshape(-1, 6)
+        return samples
 
     def missing_bytes(self, samples: int) -> int:
         """How many bytes at least must come before ``samples`` more samples are complete."""
@@ -75,16 +83,16 @@ class WitMotion:
         """Whether a whole sample of a sensor that sends both stands at ``at``: the usual case, taken at once."""
         return (
             self._accel is None and not self._alone
-            and buffer[at] == HEAD and buffer[at + 1] == ACCEL
-            and buffer[at + 11] == HEAD and buffer[at + 12] == GYRO
-            and self._sums(buffer, at) and self._sums(buffer, at + FRAME_BYTES)
+            and buffer.startswith(_ACCEL_HEAD, at) and buffer.startswith(_GYRO_HEAD, at + 11)
+            and sum(buffer[at : at + 10]) & 0xFF == buffer[at + 10]
+            and sum(buffer[at + 11 : at + 21]) & 0xFF == buffer[at + 21]
         )  # fmt: skip
 
     @staticmethod
     def _sums(buffer: bytes, at: int) -> bool:
         return sum(buffer[at : at + FRAME_BYTES - 1]) & 0xFF == buffer[at + FRAME_BYTES - 1]
 
-    def _frame(self, kind: int, counts: tuple[int, ...], samples: list[tuple[float, ...]]) -> None:
+    def _frame(self, kind: int, counts: tuple[int, ...], samples: list[Sample]) -> None:
         """Pairs an acceleration with the rate that follows it."""
         x, y, z = counts
         if kind == ACCEL:
