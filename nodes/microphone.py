@@ -21,17 +21,17 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 
 from pipeline.calls import LongCall
-from pipeline.clock import Origin
+from pipeline.clock import Clock, wall_ahead_ns
 from pipeline.errors import SensorError
 from pipeline.hosttime import Domain, domain_of, host_zero
 from pipeline.messages import AudioLayout, Payload
-from pipeline.soundblocks import Block, BlockClock, Converter, Regroup, mix
+from pipeline.soundblocks import SETTLING_BLOCKS, Block, BlockClock, Converter, Regroup, mix
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS, _NS = 1_000_000, 1_000_000_000
@@ -46,9 +46,10 @@ _MOST_AT_ONCE = 5
 """So many blocks are handed over together at most, where a message is that long."""
 _STEP_NS = 2 * _MS
 _MOST_CHANNELS = 8
+_PCM = np.dtype("<i2")
 
 
-class _Raw(NamedTuple):
+class _Raw(msgspec.Struct, frozen=True, gc=False):
     """What a callback got: the number of the block's first sample, PortAudio's ADC time, the receipt."""
 
     data: bytes
@@ -76,10 +77,10 @@ def _found(index: int, device: Any, names: list[str]) -> Found:
     return Found(name=f"{index}  {name}", detail=detail, settings={"device": name if names.count(name) == 1 else index})
 
 
-def _wall_ns() -> int:
+def _wall_ns(clock: Clock) -> int:
     """How far the wall clock is ahead of the monotonic one."""
-    now = Origin.now()
-    return now.unix_ns - now.monotonic_ns
+    zero = host_zero(clock)
+    return zero.unix_ns - zero.monotonic_ns
 
 
 def _give_up(stream: Any) -> None:
@@ -186,7 +187,9 @@ class Microphone(Source):
             self._check_alive()
             return None
         self._last_ns = raw[-1].t_receipt_ns
-        readings = [reading for item in self._even(raw) for reading in self._take(item)]
+        readings: list[Reading] = []
+        for item in self._even(raw):
+            self._take(item, readings)
         self._count_losses()
         return readings
 
@@ -207,9 +210,9 @@ class Microphone(Source):
         index = _find(driver, self.settings.device)
         info = driver.query_devices(index)
         rate, channels = self._format(driver, index, info)
-        self._rate, self._channels = rate, channels
+        self._rate, self._channels, self._block = rate, channels, round(rate * _BLOCK_S)
         stream = driver.RawInputStream(
-            samplerate=rate, channels=channels, dtype="int16", device=index, blocksize=round(rate * _BLOCK_S),
+            samplerate=rate, channels=channels, dtype="int16", device=index, blocksize=self._block,
             callback=self._callback(blocks), finished_callback=finished.set,
         )  # fmt: skip
         stream.start()
@@ -255,22 +258,23 @@ class Microphone(Source):
 
     def _callback(self, blocks: queue.SimpleQueue[list[_Raw]]) -> Callable[[Any, int, Any, Any], None]:
         """Keeps blocks until they fill a message, and only then wakes the node: each wake-up costs more than the work
-        it is for."""
+        it is for. The first time fewer are handed over, so that the first block that is placed begins a message."""
         clock, at_once = self.context.clock, self._at_once
         most = round(_QUEUE_S / _BLOCK_S / at_once)
+        wanted = SETTLING_BLOCKS % at_once or at_once
         kept: list[_Raw] = []
 
         def take(data: Any, frames: int, times: Any, status: Any) -> None:
-            nonlocal kept
+            nonlocal kept, wanted
             now = clock.now_ns()
             if blocks is not self._blocks:
                 return
             kept.append(_Raw(bytes(data), self._count, times.inputBufferAdcTime, now))
             self._count += frames
-            if len(kept) >= at_once:
+            if len(kept) >= wanted:
                 if blocks.qsize() < most:  # else they are lost: the clock sees the gap
                     blocks.put(kept)
-                kept = []
+                kept, wanted = [], at_once
 
         return take
 
@@ -286,31 +290,34 @@ class Microphone(Source):
     def _even(self, raws: list[_Raw]) -> list[_Raw]:
         """Blocks as one, where the clock knows its way and their stamps show that nothing is missing between them."""
         first = raws[0]
-        if self._clock is None or not self._clock.settled:
+        if len(raws) == 1 or self._clock is None or not self._clock.settled:
             return raws
-        for i, raw in enumerate(raws):
-            follows = raw.number == first.number + i * round(self._rate * _BLOCK_S)
-            if not follows or abs(raw.adc_s - first.adc_s - i * _BLOCK_S) > _STEP_NS / _NS:
+        number, adc_s = first.number, first.adc_s
+        for raw in raws:
+            if raw.number != number or abs(raw.adc_s - adc_s) > _STEP_NS / _NS:
                 return raws
+            number, adc_s = number + self._block, adc_s + _BLOCK_S
         return [_Raw(b"".join([raw.data for raw in raws]), first.number, first.adc_s, raws[-1].t_receipt_ns)]
 
-    def _take(self, raw: _Raw) -> list[Reading]:
-        """The readings that are complete with this block."""
-        data = np.frombuffer(raw.data, "<i2").reshape(-1, self._channels)
+    def _take(self, raw: _Raw, readings: list[Reading]) -> None:
+        """Adds the readings that are complete with this block."""
+        frame = 2 * self._channels
+        data: np.ndarray[Any, Any] = np.ndarray((len(raw.data) // frame, self._channels), _PCM, raw.data)
         if self._clock is None:
             self._begin(raw)
         assert self._clock is not None
         stamp = round(raw.adc_s * _NS)
         device = None if self._domain is None else stamp
-        placed = self._clock.update(data, self._adc_ns(stamp), device, raw.t_receipt_ns, raw.number)
-        groups = [group for block in placed for group in self._regroup.update(block)]
-        converted = [self._convert(group) for group in groups]
-        return [self._reading(block) for block in converted if block is not None]
+        for block in self._clock.update(data, self._adc_ns(stamp), device, raw.t_receipt_ns, raw.number):
+            for group in self._regroup.update(block):
+                converted = self._convert(group)
+                if converted is not None:
+                    readings.append(self._reading(converted))
 
     def _begin(self, raw: _Raw) -> None:
         """What the first block shows: the clock of ADC times."""
         self._domain = domain_of(round(raw.adc_s * _NS), raw.t_receipt_ns, self._zero)
-        self._wall_ns = _wall_ns()
+        self._wall_ns = _wall_ns(self.context.clock)
         self._clock = BlockClock(self._rate, self._domain is not None)
         self._regroup = Regroup(round(self._rate * self.settings.block_ms / 1000))
         same = self._rate == self.settings.rate_hz
@@ -322,8 +329,8 @@ class Microphone(Source):
             return None
         if self._domain == "monotonic":
             return stamp_ns - self._zero.monotonic_ns
-        if abs((wall := _wall_ns()) - self._wall_ns) > _STEP_NS:
-            self._wall_ns = wall
+        if abs(wall_ahead_ns() - self._wall_ns) > _STEP_NS:  # a step, or this process was stopped between two readings
+            self._wall_ns = _wall_ns(self.context.clock)
         return stamp_ns - self._wall_ns - self._zero.monotonic_ns
 
     def _convert(self, block: Block) -> Block | None:

@@ -29,6 +29,12 @@ class Origin(msgspec.Struct, frozen=True):
         return cls(monotonic_ns=(before + after) // 2, unix_ns=unix)
 
 
+def wall_ahead_ns() -> int:
+    """How far the wall clock is ahead of the monotonic one, at the price of two readings: too much by whatever came
+    between them, so that it shows a step of the wall clock, and ``pipeline.hosttime.host_zero`` measures it."""
+    return time.time_ns() - time.monotonic_ns()
+
+
 class Clock(Protocol):
     """What every node is given instead of the ``time`` module."""
 

@@ -90,10 +90,12 @@ class BlockClock:
         block = Block(data=data, t_capture_ns=begin, t_end_ns=self._end, t_receipt_ns=t_receipt_ns,
                       t_device_ns=t_device_ns, uncertainty_ns=doubt, new_epoch=fresh,
                       gap=fresh or skipped > 0)  # fmt: skip
+        suspect = mapped is not None and self._adc and mapped.residual_ns > _SUSPECT_NS
+        if not (moved or suspect or self._held):
+            return [block]
         self._held.append(block)
         if moved:
             return self._moved()
-        suspect = mapped is not None and self._adc and mapped.residual_ns > _SUSPECT_NS
         return [] if suspect and len(self._held) < _HELD else self._release()
 
     @property
@@ -163,6 +165,8 @@ class Regroup:
 
     def update(self, block: Block) -> list[Block]:
         """Takes the next block; returns the groups that are full."""
+        if not self._parts and len(block.data) == self._samples:
+            return [block]
         full = self._flush() if (block.gap or block.new_epoch) and self._parts else []
         self._parts.append(block)
         self._length += len(block.data)

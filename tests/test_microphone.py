@@ -376,3 +376,23 @@ def test_without_a_server_the_device_is_waited_for(server: Server) -> None:
     with pytest.raises(SensorError):
         source.open()
     source.close()
+
+
+class Times:
+    inputBufferAdcTime = 0.0
+
+
+@pytest.mark.parametrize("block_ms", [10, 20, 30, 50, 100])
+def test_the_first_block_that_is_placed_begins_a_hand_over(block_ms: int) -> None:
+    """Else every message of the device's life would be cut from two."""
+    given = Document("{}", "settings").decode(Microphone.Settings, value={"block_ms": block_ms})
+    microphone = Microphone(given, CheckContext(clock=SystemClock()))
+    microphone._count = 0
+    callback = microphone._callback(microphone._blocks)
+    for _ in range(SETTLING_BLOCKS + 50):
+        callback(bytes(320), 160, Times, None)
+    taken = []
+    while not microphone._blocks.empty():
+        taken.append(microphone._blocks.get())
+    assert SETTLING_BLOCKS in itertools.accumulate(map(len, taken))
+    assert [raw.number for raws in taken for raw in raws] == list(range(0, 160 * sum(map(len, taken)), 160))
