@@ -39,6 +39,7 @@ _PATIENCE_S = 0.05
 _SAMPLE = struct.Struct("<q6f")
 """One sample as ``IMU_DTYPE`` lays it out."""
 _RATE_CHECK_NS = 3 * _NS
+_RATE_DOUBT_NS = _NS
 _RATE_TOLERANCE = 0.05
 
 Rate = Annotated[float, msgspec.Meta(gt=0, le=8000)]
@@ -243,9 +244,12 @@ class _Serial:
         passed = now - self._first_ns
         if passed < _RATE_CHECK_NS:
             return
-        self._rate_known = True
         found, expected = (self._count - 1) * _NS / passed, self._settings.rate_hz
-        if self._count > 10 and abs(found / expected - 1) > _RATE_TOLERANCE:
+        wrong = self._count > 10 and abs(found / expected - 1) > _RATE_TOLERANCE
+        if wrong and passed < _RATE_CHECK_NS + _RATE_DOUBT_NS:
+            return  # this process may just have been stopped, and the rest be waiting in the port
+        self._rate_known = True
+        if wrong:
             raise SensorError(
                 f"the IMU on {self._settings.port} sends {found:.1f} samples per second where `rate_hz` says "
                 f"{expected:g}. Set `rate_hz: {float(f'{found:.3g}'):g}`, or set the sensor to {expected:g} Hz."

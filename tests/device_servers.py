@@ -145,6 +145,7 @@ class SerialImu(Paced):
         return True
 
     def close(self) -> None:
+        self.port.give_up()
         super().close()
         self.port.unplug()
 

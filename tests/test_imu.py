@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import tty
 from collections.abc import Iterator
@@ -56,17 +57,26 @@ def settings(**given: Any) -> Any:
 
 
 class Port:
-    """A sensor on the other side of a pseudo-terminal."""
+    """A sensor on the other side of a pseudo-terminal. What nobody reads fills it: ``give_up`` ends a ``write`` that
+    waits for room, so that a reader that failed shows why, instead of leaving its sender there for ever."""
 
     def __init__(self) -> None:
         self.fd, self._slave = os.openpty()
         tty.setraw(self._slave)
+        os.set_blocking(self.fd, False)
         self.name = os.ttyname(self._slave)
         self._open = True
+        self._given_up = threading.Event()
 
     def write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self.fd, data) :]
+        while data and not self._given_up.is_set():
+            try:
+                data = data[os.write(self.fd, data) :]
+            except BlockingIOError:
+                select.select([], [self.fd], [], 0.05)
+
+    def give_up(self) -> None:
+        self._given_up.set()
 
     def unplug(self) -> None:
         if self._open:
@@ -160,6 +170,7 @@ def test_a_serial_sensor_keeps_the_contract_of_a_source(port: Port) -> None:
         check_source(Imu, {"port": port.name, "rate_hz": RATE}, readings=40)
     finally:
         stop.set()
+        port.give_up()
         sender.join()
 
 
@@ -196,6 +207,7 @@ def test_a_thousand_samples_a_second_none_lost_then_twenty_seconds_of_them_at_on
         found = read_all(source, paced + burst - 20)
     finally:
         source.close()
+        port.give_up()
         sender.join()
     data = np.concatenate([reading.data for reading in found])
     assert indices(data).tolist() == list(range(len(data)))
@@ -294,6 +306,20 @@ def test_a_wrong_rate_is_refused_with_the_right_one(port: Port) -> None:
 
     with pytest.raises(SensorError, match="rate_hz: 200"):
         feed()
+    source.close()
+
+
+@pytest.mark.parametrize("stalled", [range(5), range(293, 312)])
+def test_a_stall_while_the_rate_is_measured_is_no_wrong_rate(port: Port, stalled: range) -> None:
+    """What waited in the port meanwhile comes later: the rate is wrong for a moment, at either end of the measure."""
+    clock = ManualClock()
+    source = Imu(settings(port=port.name, rate_hz=RATE), CheckContext(clock=clock))
+    source.open()
+    for i in range(450):
+        clock.advance(10 * MS)
+        port.write(b"".join(sample(10 * i + j) for j in range(10)))
+        if i not in stalled:
+            source.read()
     source.close()
 
 
