@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from pipeline.clock import Clock
-from pipeline.devices import read_line, refusal, serial_ports
+from pipeline.devices import port_trouble, read_line, refusal, serial_ports
 from pipeline.errors import SensorError
 from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
@@ -96,7 +96,10 @@ class Imu(Source):
     def absence(cls, settings: Any) -> str:
         path = Path(settings.port or f"/dev/i2c-{settings.i2c}")
         if settings.iio is None:
-            return "" if path.exists() else f"the IMU's {path} is not here."
+            if not path.exists():
+                return f"the IMU's {path} is not here."
+            refused = refusal(path, "i2c" if settings.port is None else "dialout")
+            return f"the IMU's {path}: {refused}." if refused else ""
         try:
             _Iio._find(settings.iio)
         except SensorError as error:
@@ -171,8 +174,7 @@ class _Serial:
             self._port = SerialPort(str(settings.port), settings.baud)
         except (OSError, ValueError) as error:
             raise SensorError(
-                f"the IMU's serial port {settings.port} cannot be opened: {error}. Is it plugged in, and may this user "
-                "read it (group dialout)? `ls -l /dev/serial/by-id` lists what is there."
+                f"the IMU's serial port {settings.port} cannot be opened: {port_trouble(str(settings.port), error)}"
             ) from error
         self._settings, self._context = settings, context
         self._frames = WitMotion()
@@ -337,10 +339,12 @@ class _Mpu:
         try:
             return smbus2.SMBus(self._number)
         except OSError as error:
-            raise SensorError(
-                f"the I2C bus /dev/i2c-{self._number} cannot be opened: {error}. Is I2C switched on (`modprobe "
-                "i2c-dev`; on a Raspberry Pi `raspi-config`), and may this user use it (group i2c)?"
-            ) from error
+            path = Path(f"/dev/i2c-{self._number}")
+            if path.exists():
+                why = f"{refusal(path, 'i2c') or error.strerror}."
+            else:
+                why = "it is not here. Is I2C switched on (`modprobe i2c-dev`; on a Raspberry Pi `raspi-config`)?"
+            raise SensorError(f"the I2C bus {path} cannot be opened: {why}") from error
 
     def _ask(self, call: Callable[..., Any], *arguments: int) -> Any:
         try:

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 
 from pipeline.clock import Clock, Origin
-from pipeline.devices import serial_ports
+from pipeline.devices import port_trouble, refusal, serial_ports
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE, Payload, SweepLayout
 from pipeline.protocols import rplidar
@@ -103,7 +103,10 @@ class Lidar(Source):
         """Whether packets come over the network is not asked; who asks would take the port."""
         gone = [str(path) for path in (settings.port, settings.metadata, settings.calibration)
                 if path is not None and not Path(path).exists()]  # fmt: skip
-        return f"the LiDAR's {' and '.join(gone)} {'are' if len(gone) > 1 else 'is'} not here." if gone else ""
+        if gone:
+            return f"the LiDAR's {' and '.join(gone)} {'are' if len(gone) > 1 else 'is'} not here."
+        refused = refusal(Path(settings.port), "dialout") if settings.port is not None else ""
+        return f"the LiDAR's {settings.port}: {refused}." if refused else ""
 
     @property
     def protocol(self) -> Any:
@@ -322,8 +325,7 @@ class _Serial:
             self._port = serial.Serial(settings.port, settings.baud, timeout=_PATIENCE_S)
         except (OSError, ValueError) as error:
             raise SensorError(
-                f"the RPLidar's serial port {settings.port} cannot be opened: {error}. Is it plugged in, and may this "
-                "user read it (group dialout)? `ls -l /dev/serial/by-id` lists what is there."
+                f"the RPLidar's serial port {settings.port} cannot be opened: {port_trouble(str(settings.port), error)}"
             ) from error
         try:
             self._motor(True)

@@ -14,11 +14,13 @@ waits for it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import queue
 import select
 import stat
 import threading
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol
@@ -263,14 +265,18 @@ class _Http:
     so whatever comes from a page (it has an ``Origin``) is refused."""
 
     def __init__(self, settings: Text.Settings, context: SourceContext) -> None:
-        self._clock = context.clock
+        self._clock, self.port = context.clock, settings.http or 0
         self._lock, self._queue = threading.Lock(), queue.SimpleQueue[Line]()
         try:
-            self._server = _Server(("127.0.0.1", settings.http or 0), _handler(self, settings.max_bytes))
+            self._server = _Server(("127.0.0.1", self.port), _handler(self, settings.max_bytes))
         except OSError as error:
+            why = "another program listens there already (`ss -tlnp` shows which)"
+            if isinstance(error, PermissionError):
+                why = "ports below 1024 are for root alone"
+            elif error.errno != errno.EADDRINUSE:
+                why = str(error)
             raise SensorError(
-                f"port {settings.http} of 127.0.0.1 cannot be listened to: {error}. Another program may listen there "
-                "already (`ss -tlnp`); choose another port."
+                f"port {settings.http} of 127.0.0.1 cannot be listened to: {why}; choose another port."
             ) from error
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
@@ -304,6 +310,21 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a client that stays connected must not hold up the end
 
 
+def _usage(port: int) -> str:
+    return f"each line of a POST's body is a line: curl --data 'some text' http://127.0.0.1:{port}"
+
+
+def _refused(line: bytes, max_bytes: int) -> tuple[int, str] | None:
+    """The status and the reason for which a line is refused; None if it is not."""
+    if len(line) > max_bytes:
+        return 413, f"has {len(line)} bytes where `max_bytes` of the rig allows {max_bytes}"
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return 400, f"is no UTF-8 (byte {line[error.start]:#04x} at {error.start})"
+    return None
+
+
 def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = _POST_TIMEOUT_S
@@ -313,25 +334,33 @@ def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("Origin") is not None:
                 return self._answer(403, "requests of web pages are refused")
             if not length.isdecimal():
-                return self._answer(411, "a POST must state its Content-Length")
+                return self._answer(411, "nothing was taken: a POST must state its Content-Length")
             if int(length) > _LARGEST_POST:
-                return self._answer(413, f"a POST may have {_LARGEST_POST} bytes")
+                return self._answer(413, f"nothing was taken: the body has {length} bytes where {_LARGEST_POST} are "
+                                    "the most; send it in several POSTs")  # fmt: skip
             body = self.rfile.read(int(length))
             if len(body) < int(length):
-                return self._answer(400, "the body is shorter than its Content-Length")
+                return self._answer(400, f"nothing was taken: {len(body)} bytes came where its Content-Length says "
+                                    f"{length}")  # fmt: skip
+            if not body.strip():
+                return self._answer(400, f"nothing was taken: the body has no text; {_usage(owner.port)}")
             lines = body.split(b"\n")
             owner.take(lines)
-            if any(len(line.removesuffix(b"\r")) > max_bytes for line in lines):
-                return self._answer(413, f"a line may have {max_bytes} bytes")
-            try:
-                body.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return self._answer(400, f"not UTF-8: {error}")
+            for number, line in enumerate(lines, 1):
+                if (wrong := _refused(line.removesuffix(b"\r"), max_bytes)) is not None:
+                    status, why = wrong
+                    rest = "; the lines that are right were taken" if len(lines) > 1 else ""
+                    return self._answer(status, f"line {number} was left out: it {why}{rest}")
             return self._answer(204, "")
+
+        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+            """What the library would answer with a page: a method that is none of ours, or no HTTP at all."""
+            why = f"this takes a POST and no {self.command}" if code == HTTPStatus.NOT_IMPLEMENTED else message
+            self._answer(code, f"nothing was taken: {why}; {_usage(owner.port)}")
 
         def _answer(self, status: int, text: str) -> None:
             self.close_connection = True
-            body = (text + "\n").encode() if text else b""
+            body = (text + "\n").encode() if text and self.command != "HEAD" else b""
             self.send_response(status)
             if body:
                 self.send_header("Content-Type", "text/plain; charset=utf-8")

@@ -140,6 +140,17 @@ def refusal(path: Path, group: str) -> str:
     return f"you may not open it; join its group: sudo usermod -aG {group} $USER, and log in again"
 
 
+def port_trouble(path: str, error: Exception) -> str:
+    """Why the serial port at ``path`` could not be opened, and what to do, in words that follow "cannot be opened: ".
+    ``error`` is what its driver said, where nothing plainer can be."""
+    if not Path(path).exists():
+        here = ", ".join(str(port) for port, _, _ in serial_ports()) or "none"
+        return f"it is not here; serial ports here: {here}. Is it plugged in?"
+    if refused := refusal(Path(path), "dialout"):
+        return f"{refused}."
+    return f"{error}. Another program may use it, or it is no serial port."
+
+
 def read_line(path: Path) -> str:
     """The text of one of sysfs' small files, "" if it is not there."""
     try:

@@ -147,8 +147,9 @@ class Source:
 
     @classmethod
     def absence(cls, settings: Any) -> str:
-        """For `sensorium check`: that the device named by ``settings`` is not here, in a sentence; "" where it is, and
-        where it would have to be disturbed to tell. It only looks, as ``discover``; absent devices are waited for."""
+        """For `sensorium check`: that the device named by ``settings`` is not here, or may not be opened by this user,
+        in a sentence; "" where it can be, and where it would have to be disturbed to tell. It only looks, as
+        ``discover``; absent devices are waited for."""
         return ""
 
     def open(self) -> None:

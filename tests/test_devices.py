@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import struct
 import subprocess
@@ -24,7 +25,7 @@ from nodes.lidar import Lidar
 from nodes.lsl import Lsl
 from nodes.microphone import Microphone
 from pipeline.config import load_rig
-from pipeline.devices import absences, flow, look, refusal, serial_ports
+from pipeline.devices import absences, flow, look, port_trouble, refusal, serial_ports
 from pipeline.launch import check_rig_file
 from pipeline.protocols import v4l2
 from pipeline.reports import devices_text
@@ -301,3 +302,27 @@ def test_check_names_absent_devices_and_is_content(tmp_path: Path) -> None:
         [SENSORIUM, "check", "rig.yaml", "--json"], capture_output=True, text=True, cwd=tmp_path, check=True
     )
     assert json.loads(told.stdout)["absent"] == ["imu will be waited for: the IMU's /dev/ttyNone is not here."]
+
+
+def test_what_may_not_be_opened_says_so_and_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The superuser may open everything, so the kernel's answer is stood in for."""
+    path = tmp_path / "ttyUSB0"
+    path.touch()
+    clip = tmp_path / "clip.mp4"
+    clip.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    joins = "sudo usermod -aG dialout $USER, and log in again."
+    assert port_trouble(str(path), OSError(13, "x")) == f"you may not open it; join its group: {joins}"
+    for kind, extra in ((Imu, {}), (Lidar, {"sensor": "rplidar"})):
+        settings = Document("{}", "settings").decode(kind.Settings, value=extra | {"port": str(path)})
+        assert kind.absence(settings).endswith(joins)
+    for key in ("file", "device"):
+        settings = Document("{}", "settings").decode(Camera.Settings, value={key: str(clip)})
+        assert "you may not read this file" in Camera.absence(settings)
+
+
+def test_a_port_or_a_clip_that_is_none_says_what_is_here(tmp_path: Path) -> None:
+    assert "it is not here; serial ports here: " in port_trouble("/dev/ttyNone", OSError(2, "x"))
+    assert port_trouble("/dev/null", OSError("odd")) == "odd. Another program may use it, or it is no serial port."
+    settings = Document("{}", "settings").decode(Camera.Settings, value={"device": str(tmp_path)})
+    assert "is no file that could be played; a camera on this machine is named by" in Camera.absence(settings)

@@ -211,6 +211,28 @@ def test_posts_are_lines_and_the_answer_says_what_became_of_them() -> None:
     source.close()
 
 
+@pytest.mark.parametrize(("method", "body", "said"), [
+    ("POST", b"fine\nmuch too long\n", "line 2 was left out: it has 13 bytes where `max_bytes` of the rig allows 10"),
+    ("POST", b"a\xffb", "line 1 was left out: it is no UTF-8 (byte 0xff at 1)"),
+    ("POST", b"", "the body has no text; each line"), ("POST", b"\r\n\n", "the body has no text; each line"),
+    ("PUT", b"x", "takes a POST and no PUT; each line of a POST's body is a line: curl"), ("HEAD", b"", ""),
+])  # fmt: skip
+def test_what_is_refused_is_told_why_and_how_it_is_done(method: str, body: bytes, said: str) -> None:
+    port = free_port()
+    source, _ = opened(http=port, max_bytes=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(method, "/", body)
+        answer = connection.getresponse()
+        told = answer.read().decode()
+    finally:
+        connection.close()
+        source.close()
+    assert answer.status >= 400
+    assert told.count("\n") == bool(said)
+    assert said in told
+
+
 def test_a_post_without_a_length_or_of_unreasonable_size_is_refused() -> None:
     port = free_port()
     source, _ = opened(http=port)

@@ -28,6 +28,7 @@ source that reads too slowly loses the oldest frames, counted as ``superseded``.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -109,7 +110,7 @@ class Camera(Source):
         if isinstance(device, str) and _URL.match(device):
             return ""  # to tell, it would have to be asked
         if (path := _file(device, settings)) is not None:
-            return "" if path.is_file() else _no_file(device)
+            return _file_trouble(path)
         return usb_absence(device)
 
     def open(self) -> None:
@@ -222,8 +223,8 @@ def _driver(settings: Any, context: SourceContext) -> Driver:
         return Network(device, settings, context)
     if (path := _file(device, settings)) is None:
         return Usb(device, settings, context)
-    if not path.is_file():
-        raise SensorError(_no_file(device))
+    if trouble := _file_trouble(path):
+        raise SensorError(trouble)
     return File(path, settings, context)
 
 
@@ -240,8 +241,18 @@ def _file(device: Any, settings: Any) -> Path | None:
     return path if path.is_file() or settings.file or path.suffix or elsewhere else None
 
 
-def _no_file(device: Any) -> str:
-    return f"{shown(device)}: there is no such file."
+def _file_trouble(path: Path) -> str:
+    """Why the file cannot be played; "" if that cannot be seen from here."""
+    if path.is_file():
+        return "" if os.access(path, os.R_OK) else (
+            f"{shown(str(path))}: you may not read this file; ask its owner, or change that: sudo chmod a+r {path}."
+        )  # fmt: skip
+    if not path.exists():
+        return f"{shown(str(path))}: there is no such file."
+    return (
+        f"{shown(str(path))} is no file that could be played; a camera on this machine is named by its number, by a "
+        "part of its name, or as /dev/video0."
+    )
 
 
 __all__ = ["Camera", "usb_cameras"]
