@@ -87,6 +87,12 @@ class Camera(Source):
                 raise ValueError("`device` and `file` stand here together; a camera is one of them. Remove the other.")
             if self.encoding == "native" and self.format != "bgr8":
                 raise ValueError("`format` is for raw frames; `encoding: native` passes on what the device gives.")
+            elsewhere = self.file is not None or (isinstance(self.device, str) and _URL.match(self.device))
+            if self.encoding == "native" and elsewhere and (self.width or self.height):
+                raise ValueError(
+                    "`width` and `height` choose what a USB camera gives; `encoding: native` passes on what comes from "
+                    "elsewhere untouched. Remove them and set the size in the camera, or use `encoding: jpeg`."
+                )
 
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
