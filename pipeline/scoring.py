@@ -14,6 +14,12 @@ stated plainly: what cannot be told from a flash is not called ``calm`` either. 
 a camera a ``shake`` is still a ``shake``. The bound holds with the finite-sample correction of split conformal
 prediction (Vovk's label-conditional form) where held-out windows and later ones are exchangeable.
 
+That alone bounds what is done to the classes, not what an answer is worth: a rare ``shake`` may be said in every tenth
+window of a common ``calm`` and be wrong more often than right. So of *each answer by itself*, too, the share is bounded
+that is wrong among those that count (selective risk: Geifman and El-Yaniv 2017), with the same kind of correction, one
+wrong answer more than was seen (as in selection by conformal p-values: Jin and Candes 2023). An answer that was never
+wrong has no limit.
+
 **Prediction sets that keep their word in both directions.** A set that always holds the most probable label covers as
 often as the model is right; where that is more often than stated, the statement is untrue, if to the good side, and
 the set says nothing that the label did not. There are two ways to the stated coverage. One is to leave labels out at
@@ -262,13 +268,26 @@ def fit_threshold(p: Array, truth: Array, coverage: float, exact: bool = False) 
     return 1.0 - _round_up(_quantile(1.0 - own, coverage))
 
 
-def fit_limits(p: Array, truth: Array, wrong: float) -> dict[int, float]:
+def fit_limits(p: Array, truth: Array, wrong: float, mistaken: float | None = None) -> dict[int, float]:
     """Confidences above which each answer counts, by label, such that of every class at most a share ``wrong`` of its
-    windows gets a wrong answer that counts. Labels that need no limit are left out.
+    windows gets a wrong answer that counts, and of every answer at most a share ``mistaken`` (as ``wrong`` if None) of
+    those that count is wrong. Labels that need no limit are left out.
 
     A class may have so and so many errors, (windows + 1) * wrong less one; they are left to the answers with the
     fewest, and an answer with more is limited as far as it must be. A class with too few windows for any error to be
-    allowed limits every wrong answer to it that was seen."""
+    allowed limits every wrong answer to it that was seen. Then each answer is limited further, if (its errors + 1) /
+    (its windows + 1) is still more than ``mistaken``: to the most windows at which it is not, the surest ones."""
+    limits = _by_class(p, truth, wrong)
+    predicted, confidence = p.argmax(axis=1), p.max(axis=1)
+    for label in np.unique(predicted).tolist():
+        own = (predicted == label) & (confidence > limits.get(label, -1.0))
+        limit = _by_answer(confidence[own], truth[own] == label, wrong if mistaken is None else mistaken)
+        if limit is not None:
+            limits[label] = limit
+    return limits
+
+
+def _by_class(p: Array, truth: Array, wrong: float) -> dict[int, float]:
     predicted, confidence = p.argmax(axis=1), p.max(axis=1)
     limits: dict[int, float] = {}
     for true in np.unique(truth):
@@ -283,6 +302,22 @@ def fit_limits(p: Array, truth: Array, wrong: float) -> dict[int, float]:
     return limits
 
 
+def _by_answer(confidence: Array, right: Array, mistaken: float) -> float | None:
+    """The confidence that an answer has to exceed so that few enough of its windows [n] are wrong; None if all of them
+    may count, 1 if it had better never be given."""
+    if right.all():
+        return None
+    # Limits are stated to six digits, so windows that these do not tell apart are taken together.
+    steps, place = np.unique(-np.ceil(confidence * 1e6), return_inverse=True)
+    answered = np.bincount(place).cumsum()
+    errors = np.bincount(place, weights=~right).cumsum()
+    good = np.flatnonzero(errors + 1 <= mistaken * (answered + 1))
+    if not len(good):
+        return 1.0
+    last = int(good[-1])
+    return None if last == len(steps) - 1 else float(round(-steps[last + 1] / 1e6, 6))
+
+
 def fit_calibration(
     logits_by_subset: Mapping[frozenset[str], Array],
     truth: Array,
@@ -291,6 +326,7 @@ def fit_calibration(
     coverage: float = 0.9,
     sets: Literal["mass", "threshold", "exact"] = "mass",
     wrong: float = 0.1,
+    mistaken: float = 0.1,
     abstain_below: float = 0.0,
 ) -> Calibration:
     """A calibration from held-out windows, for each set of streams by itself and, for sets that it does not state, for
@@ -299,7 +335,8 @@ def fit_calibration(
     ``logits_by_subset`` [windows, labels]: what the model says of the same windows with just these streams left
     unmasked; rows that are not finite (windows in which a stream of the subset had nothing) and rows whose truth is -1
     are left out, and so is the empty subset. ``coverage`` is the prediction sets'; ``wrong`` the share of any class's
-    windows that may get a confident wrong answer (see above). ValueError if no row is left.
+    windows that may get a confident wrong answer, and ``mistaken`` that of any answer's that may be wrong (see above).
+    ValueError if no row is left.
     """
     usable: dict[str, tuple[Array, Array]] = {}
     for streams, logits in sorted(logits_by_subset.items(), key=lambda item: (len(item[0]), sorted(item[0]))):
@@ -313,7 +350,7 @@ def fit_calibration(
         temperature, biases = fit_scale(logits, own)
         p = softmax(logits, temperature, biases)
         bias = dict(zip(labels, biases.tolist(), strict=True))
-        limits = {labels[i]: limit for i, limit in sorted(fit_limits(p, own, wrong).items())}
+        limits = {labels[i]: limit for i, limit in sorted(fit_limits(p, own, wrong, mistaken).items())}
         size = (
             {"set_mass": fit_mass(p, own, coverage)}
             if sets == "mass"

@@ -267,6 +267,46 @@ def test_a_limit_is_no_higher_than_it_must_be() -> None:
     assert fit_limits(p, truth, 0.5) == {}
 
 
+@given(st.integers(0, 1 << 16), st.integers(1, 400), st.floats(0.02, 0.9), st.floats(0.02, 0.9))
+def test_no_answer_that_counts_is_wrong_more_often_than_allowed(
+    seed: int, n: int, wrong: float, mistaken: float
+) -> None:
+    logits, truth = world(seed, n, 0.5)
+    p = softmax(np.round(logits, 1))  # some are equally sure
+    limits = fit_limits(p, truth, wrong, mistaken)
+    predicted, confidence = p.argmax(axis=1), p.max(axis=1)
+    for label in range(4):
+        own = (predicted == label) & (confidence > limits.get(label, -1.0))
+        errors = int(np.sum(own & (truth != label)))
+        assert errors == 0 or errors + 1 <= mistaken * (own.sum() + 1) + 1e-9
+    for label, limit in fit_limits(p, truth, wrong, 1 - 1e-9).items():
+        assert limits[label] >= limit  # it comes on top of what each class is promised
+
+
+def test_an_answer_that_is_never_wrong_has_no_limit() -> None:
+    truth = np.array([0] * 50 + [1] * 3 + [2] * 50)
+    predicted = np.array([0] * 50 + [1] * 3 + [2] * 25 + [3] * 25)
+    p = np.full((103, 4), 0.1) + 0.5 * np.eye(4)[predicted]
+    assert fit_limits(p / p.sum(axis=1, keepdims=True), truth, 0.9, 0.05) == {3: 1.0}  # `d` never was right
+
+
+def test_a_decoy_that_fools_a_sensor_half_of_the_time_keeps_it_from_answering() -> None:
+    """Of the microphone's sirens half are the neighbour's. They are a twentieth of `clear`, so that it would not be
+    denied too often if all of them were called alarms; but an alarm would then be a toss of a coin."""
+    random = np.random.default_rng(1)
+    truth = random.choice(2, 6000, p=[0.95, 0.05])  # clear, alarm
+    siren = (truth == 1) | (random.random(6000) < 0.05)
+    heard = np.where(siren, 2.0, -4.0) + random.normal(0, 0.5, 6000)
+    logits = np.stack([np.zeros(6000), heard], axis=1)
+    p = softmax(logits)
+    assert 1 not in fit_limits(p, truth, 0.1, 0.9)
+    limit = fit_limits(p, truth, 0.1, 0.1)[1]
+    answered = (p[:, 1] > 0.5) & (p[:, 1] > limit)
+    assert answered[truth == 1].mean() < 0.05
+    found = fit_calibration({frozenset({"microphone"}): logits}, truth, ("clear", "alarm"))
+    assert found.at(["microphone"]).answer_above["alarm"] > 0.5
+
+
 def test_what_looks_like_another_class_is_not_answered() -> None:
     """Without its camera a model takes a rare flash for calm; calm cannot be answered then, and shake still can."""
     random = np.random.default_rng(0)

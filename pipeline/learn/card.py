@@ -197,7 +197,8 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
         f"From the sessions held out, for each of {len(calibration.subsets)} sets of streams by itself: temperature "
         f"(all together {calibration.temperature:g}), prediction sets that hold the truth in {entry.coverage:.0%} of "
         f"the windows{' (an empty set where nothing is probable enough)' if calibration.set_may_be_empty else ''}, and "
-        f"abstention such that of no label more than {entry.wrong:.0%} of the windows get a confident wrong answer."
+        f"abstention such that of no label more than {entry.wrong:.0%} of the windows get a confident wrong answer, "
+        f"and that no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
     )
 
 

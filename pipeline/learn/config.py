@@ -101,13 +101,15 @@ class PretrainEntry(_Strict, frozen=True):
 
 class CalibrateEntry(_Strict, frozen=True):
     """``coverage`` of the prediction sets; ``wrong``: the share of any class's windows that may get a confident wrong
-    answer. ``sets``: ``exact`` ones hold the truth as often as stated and may be empty, in which case the model
-    abstains; those by ``mass`` or ``threshold`` always hold the most probable label, and so the truth at least as often
-    (see ``pipeline.scoring``)."""
+    answer; ``mistaken``: the share of the windows in which any one answer counts that it may be wrong in. ``sets``:
+    ``exact`` ones hold the truth as often as stated and may be empty, in which case the model abstains; those by
+    ``mass`` or ``threshold`` always hold the most probable label, and so the truth at least as often (see
+    ``pipeline.scoring``)."""
 
     sets: Literal["exact", "mass", "threshold"] = "exact"
     coverage: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.9
     wrong: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
+    mistaken: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
 
 
 class InitEntry(_Strict, frozen=True):

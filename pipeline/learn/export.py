@@ -158,8 +158,9 @@ def _calibrate(trained: Trained, said: Said | None) -> Calibration:
         logits[subset] = np.where(whole[:, None], found, np.nan)
     try:
         return fit_calibration(
-            logits, said.truth, trained.labels, coverage=entry.coverage, sets=entry.sets, wrong=entry.wrong
-        )
+            logits, said.truth, trained.labels, coverage=entry.coverage, sets=entry.sets, wrong=entry.wrong,
+            mistaken=entry.mistaken,
+        )  # fmt: skip
     except ValueError as error:
         raise RecordingError(f"the sessions held out cannot calibrate the model: {error}; hold out others") from None
 
