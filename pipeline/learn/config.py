@@ -73,7 +73,9 @@ class TrainEntry(_Strict, frozen=True):
     """The loop: AdamW with one cycle of the learning rate (up over ``warm_up`` of all steps, then down along a cosine).
     A chunk of ``chunk_steps`` is encoded once and gives all windows that end in it (default: six windows' length);
     ``batch_windows`` are seen between two changes of the weights. ``ema`` is the share that the mean of the weights,
-    which is what is exported, keeps at each change. ``stream_loss`` weighs what each stream says by itself."""
+    which is what is exported, keeps at each change. ``stream_loss`` weighs what each stream says by itself;
+    ``step_loss`` what each of its steps does, by one linear layer that is thrown away: the shortest way from a label to
+    an encoder (deep supervision: Lee et al. 2015), for a cue that others tell more easily."""
 
     epochs: Positive = 20
     batch_windows: Positive = 256
@@ -86,6 +88,7 @@ class TrainEntry(_Strict, frozen=True):
     class_weights: Literal["none", "root", "balanced"] = "root"
     clip_norm: PositiveFloat = 2.0
     stream_loss: NotNegative = 0.3
+    step_loss: NotNegative = 0.0
 
 
 class PretrainEntry(_Strict, frozen=True):

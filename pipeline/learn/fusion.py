@@ -33,16 +33,18 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.errors import ConfigError
-from pipeline.learn.summaries import HIDDEN, Condense, Each, Perceptron, Summary, normed
+from pipeline.learn.summaries import HIDDEN, Condense, Each, Moved, Perceptron, Summary, normed
 from pipeline.strict import listed, nearest
 
 
 class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``width`` of all inner vectors, ``queries``: summaries a stream, ``layers`` and ``heads`` of the attention across
     streams. ``fine``: how many of the newest steps are looked at one by one. ``head``: what makes evidence of a
-    stream's summaries, a ``perceptron`` or one ``linear`` layer, which a few hundred windows teach better."""
+    stream's summaries, a ``perceptron`` or one ``linear`` layer, which a few hundred windows teach better. ``change``:
+    whether the differences from step to step are looked at beside the steps themselves."""
 
     width: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 64
     queries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
@@ -52,6 +54,7 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
     head: Literal["perceptron", "linear"] = "perceptron"
     impute: bool = True
+    change: bool = False
 
 
 class FusionOut(NamedTuple):
@@ -89,6 +92,8 @@ class Fusion(nn.Module):
         self.enter = nn.ModuleDict(
             {name: nn.Sequential(nn.LayerNorm(n), nn.Linear(n, settings.width)) for name, n in tokens.items()}
         )
+        moves = settings.change and self.condense.parts > 1
+        self.moved = nn.ModuleDict({name: Moved(n, settings.width) for name, n in tokens.items()} if moves else {})
 
     @torch.no_grad()
     def set_prior(self, counts: Tensor | Sequence[float]) -> None:
@@ -137,7 +142,11 @@ class Fusion(nn.Module):
         found, shares = [], []
         for name, enter in self.enter.items():
             means, share = self.condense(tokens[name], masks[name])
-            found.append(enter(means))
+            x = enter(means)
+            if name in self.moved:
+                known = (share > 0).to(x)[..., None]
+                x = x + self.moved[name](functional.layer_norm(means, means.shape[2:]), known)
+            found.append(x)
             shares.append(share)
         share = torch.stack(shares)
         return torch.stack(found) * (share > 0).to(share)[..., None], share

@@ -80,6 +80,26 @@ def normed(x: Tensor) -> Tensor:
     return functional.layer_norm(x, (x.shape[-1],))
 
 
+class Moved(nn.Module):
+    """By how much each part [B, P, n] differs from the one before it, which way and how far, in a common ``width``
+    [B, P, width]. Differences are scaled to what is usual for their channel: what changes little from step to step is
+    lost beside what differs from place to place, and a light that flashes is all in the change. ``known`` [B, P, 1]: 0
+    where a part has no content; there, and just after, nothing has changed."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.scale = nn.BatchNorm1d(2 * size, affine=False)
+        self.enter = nn.Linear(2 * size, width, bias=False)
+
+    def forward(self, x: Tensor, known: Tensor) -> Tensor:
+        steps = (x[:, 1:] - x[:, :-1]) * (known[:, 1:] * known[:, :-1])
+        steps = torch.cat([torch.zeros_like(x[:, :1]), steps], 1)
+        both = torch.cat([steps, steps.abs()], 2)
+        scaled = torch.unflatten(self.scale(both.flatten(0, 1)), 0, (-1, x.shape[1]))
+        found: Tensor = self.enter(scaled)
+        return found
+
+
 class Change(nn.Module):
     """A residual block over time, [M, B, P, width]: each channel is convolved along the parts, then channels mix. Parts
     without content stay zeros."""

@@ -188,6 +188,10 @@ class _Run:
         self._model.fusion.set_prior(counts.tolist())
         self._weights = _class_weights(counts, file.train.class_weights).to(device)
         self._balance = Balance(file.robust.balance, file.robust.balance_noise)
+        tokens = {name: self._model.encoder(name).token for name in self._model.encoders}
+        heads = {name: nn.Linear(token, len(ready.labels)) for name, token in tokens.items() if file.train.step_loss}
+        self._heads = nn.ModuleDict(heads).to(device)
+        """What makes a label of a single token; thrown away after the training."""
         self._curves: list[dict[str, Any]] = []
         self._begun_from = {} if file.init is None else begin_from(self._model, file.init, ready.labels)
 
@@ -210,15 +214,17 @@ class _Run:
             self._pretrain(self._config.file.pretrain, checkpoints, state.get("pretraining"))
         self._curves = state.get("curves", self._curves)
         entry = self._config.file.train
-        phase = self._phase("training", self._model, entry.epochs, entry.learning_rate, entry.weight_decay)
+        both = nn.ModuleDict({"model": self._model, "heads": self._heads})
+        phase = self._phase("training", both, entry.epochs, entry.learning_rate, entry.weight_decay)
         self._go_on(phase, state.get("training"))
         earlier = list(self._curves)
+        learnt: Any = phase.mean.module
         phase.run(
-            self._config.file.seed, self._batches, self._loss, lambda: self._judge(phase.mean.module),
+            self._config.file.seed, self._batches, self._loss, lambda: self._judge(learnt["model"]),
             lambda: checkpoints.save({"training": phase.state(), "curves": earlier}), self._watch, self._modulate,
         )  # fmt: skip
         self._curves = earlier + phase.curves
-        self._model.load_state_dict(phase.mean.module.state_dict())
+        self._model.load_state_dict(learnt["model"].state_dict())
 
     def _phase(self, name: str, module: nn.Module, epochs: int, learning_rate: float, weight_decay: float) -> Phase:
         entry = self._config.file.train
@@ -285,12 +291,13 @@ class _Run:
         batch = batch.twice() if robust.agree else batch
         given = batch._replace(prepared=self._distorted(batch, draws))
         tokens, masks, truth = cut_windows(self._model, given)
+        parts = [entry.step_loss * self._of_steps(tokens, masks, truth)] if entry.step_loss else []
         tokens, masks = views(tokens, masks, robust, draws.torch)
         out = self._model.fusion.train_step(tokens, masks)
         whole = len(truth)
         right = float((out.logits[:whole].argmax(1) == truth).float().mean())
         truth = torch.cat([truth, truth])
-        parts = [self._cross_entropy(out.logits, truth, None)]
+        parts.append(self._cross_entropy(out.logits, truth, None))
         if out.stream_logits and entry.stream_loss:
             own = [self._cross_entropy(z, truth, masks[name].amax(1)) for name, z in out.stream_logits.items()]
             parts.append(entry.stream_loss * torch.stack(own).mean())
@@ -306,6 +313,12 @@ class _Run:
         if robust.balance:
             self._balance.watch(out.stream_logits, masks, truth)
         return torch.stack([*parts, *out.extra_losses.values()]).sum(), {"accuracy": right}
+
+    def _of_steps(self, tokens: dict[str, Tensor], masks: dict[str, Tensor], truth: Tensor) -> Tensor:
+        """What the newest token of each window [n, S, token] says of its label by itself, the mean over streams."""
+        prior = self._model.fusion.log_prior
+        said = {name: prior + self._heads[name](token[:, -1]) for name, token in tokens.items()}
+        return torch.stack([self._cross_entropy(z, truth, masks[name][:, -1]) for name, z in said.items()]).mean()
 
     def _modulate(self, draws: Draws) -> None:
         if self._config.file.robust.balance:
