@@ -224,7 +224,8 @@ class Breaks(Silent):
 
 @pytest.mark.parametrize(("phase", "after"), [("training", 250), ("pretraining", 150)])
 def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase: str, after: int) -> None:
-    train, robust = {"epochs": 3, "batch_windows": 64}, {"balance": 0.3, "agree": 0.5}
+    train = {"epochs": 3, "batch_windows": 64, "step_loss": 0.5}
+    robust = {"balance": 0.3, "agree": 0.5}
     config = configured(sessions, ("imu", "camera"), train=train, pretrain={"epochs": 2}, robust=robust)
     cache = tmp_path / "cache"
     whole = learn.train(config, recorded(config), cache=cache, device="cpu")
@@ -234,6 +235,16 @@ def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase
     assert resumed.curves == whole.curves
     assert [row["phase"] for row in whole.curves] == ["pretraining"] * 2 + ["training"] * 3
     assert same_weights(whole, resumed)
+
+
+def test_a_loss_on_single_steps_teaches_the_encoders_and_leaves_no_trace(sessions: Path, tmp_path: Path) -> None:
+    found = []
+    for weight in (0.0, 3.0):
+        config = configured(sessions, train={"epochs": 1, "batch_windows": 64, "step_loss": weight})
+        found.append(learn.train(config, recorded(config), cache=tmp_path / "cache", device="cpu"))
+    assert found[0].model.state_dict().keys() == found[1].model.state_dict().keys()
+    assert not same_weights(*found)
+    assert found[1].curves[0]["loss"] > found[0].curves[0]["loss"]
 
 
 def test_pretraining_takes_sessions_that_nobody_labelled(sessions: Path, tmp_path: Path) -> None:

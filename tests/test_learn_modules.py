@@ -25,7 +25,7 @@ from pipeline.learn.graphs import encoder_graph, fusion_graph  # noqa: E402
 from pipeline.learn.pictures import TURN, azimuths  # noqa: E402
 from pipeline.learn.series import lagged  # noqa: E402
 from pipeline.learn.sound import fourier, triangles  # noqa: E402
-from pipeline.learn.summaries import spans  # noqa: E402
+from pipeline.learn.summaries import Moved, spans  # noqa: E402
 
 ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "frame": ("frame", {"size": 32, "widths": [8, 16]}, {}),
@@ -356,14 +356,15 @@ def test_every_payload_has_an_encoder() -> None:
 
 WIDTHS = {"one": 5, "two": 3, "three": 4}
 STEPS, LABELS = 7, 4
-KINDS = [*STRATEGIES, *(f"{strategy} linear" for strategy in STRATEGIES)]
+KINDS = [*STRATEGIES, *(f"{strategy} linear" for strategy in STRATEGIES), "early change", "hybrid change"]
 LOG_PRIOR = np.log(np.array([6, 3, 2, 1]) / 12)
 
 
 def fusion_of(strategy: str, widths: dict[str, int] | None = None, steps: int = STEPS) -> Fusion:
     torch.manual_seed(2)
-    name, _, head = strategy.partition(" ")
-    small = {"width": 16, "queries": 2, "layers": 1, "heads": 2, "fine": 4, "head": head or "perceptron"}
+    name, _, other = strategy.partition(" ")
+    small = {"width": 16, "queries": 2, "layers": 1, "heads": 2, "fine": 4, "change": other == "change"}
+    small["head"] = "linear" if other == "linear" else "perceptron"
     fusion: Fusion = build_fusion(name, widths or WIDTHS, steps, LABELS, small)
     fusion.set_prior([5, 2, 1, 0])
     for parameter in fusion.parameters():  # nothing may hide behind a weight that begins with 0
@@ -438,7 +439,7 @@ def test_all_of_a_fusion_learns(strategy: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["early", "hybrid", "hybrid linear"])  # which hold all of `late`
+@pytest.mark.parametrize("strategy", ["early", "hybrid", "hybrid linear", "hybrid change"])  # which hold all of `late`
 def test_the_exported_fusion_says_the_same_for_any_batch(strategy: str) -> None:
     widths = {"one": 5, "two": 3}
     fusion = fusion_of(strategy, widths, 6)
@@ -460,6 +461,41 @@ def test_a_window_may_have_any_length_and_one_stream(strategy: str, steps: int) 
     fusion = fusion_of(strategy, {"only": 3}, steps)
     tokens, masks = window(2, 0, {"only": 3}, steps)
     assert torch.isfinite(fusion(tokens, masks)).all()
+
+
+def test_change_is_found_in_places_that_differ_more_than_it_changes() -> None:
+    """A light flashes by a tenth of what the brightness of two places differs by, in half of the windows."""
+    rng = torch.Generator().manual_seed(5)
+
+    def some(lots: int) -> tuple[Any, Any, Any]:
+        flashes = torch.arange(lots) % 2
+        place = 3 * torch.randn(lots, 1, 6, generator=rng)
+        toggled = (torch.rand(lots, 8, 1, generator=rng) < 0.5).float() * flashes[:, None, None]
+        light = torch.tensor([0.3, -0.3, 0.0, 0.0, 0.0, 0.0]) * toggled
+        return {"camera": place + light}, {"camera": torch.ones(lots, 8)}, flashes
+
+    def learnt(change: bool) -> float:
+        torch.manual_seed(3)
+        fusion: Fusion = build_fusion("late", {"camera": 6}, 8, 2, {"width": 16, "queries": 2, "change": change})
+        optimiser = torch.optim.AdamW(fusion.parameters(), 3e-3)
+        for _ in range(80):
+            tokens, masks, truth = some(64)
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(fusion.train_step(tokens, masks).logits, truth).backward()
+            optimiser.step()
+        tokens, masks, truth = some(512)
+        with torch.no_grad():
+            return float((fusion.eval()(tokens, masks).argmax(1) == truth).float().mean())
+
+    assert learnt(True) > 0.95 > learnt(False) + 0.1
+
+
+def test_after_a_gap_nothing_has_changed() -> None:
+    moved = Moved(1, 1).eval()
+    torch.nn.init.ones_(moved.enter.weight)
+    known = torch.tensor([1.0, 1, 0, 1, 1]).reshape(1, 5, 1)
+    found = moved(torch.tensor([1.0, 3, 0, 9, 8]).reshape(1, 5, 1), known)[0, :, 0]
+    np.testing.assert_allclose(found.detach(), [0, 4, 0, 0, 0], atol=1e-4)  # up: 2 + |2|; down: -1 + |-1|
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))
