@@ -23,6 +23,7 @@ from pipeline.errors import RecordingError
 from pipeline.learn.begin import begin_from
 from pipeline.learn.config import Config, PretrainEntry, streams_of
 from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
+from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
 from pipeline.learn.preparing import Recipe, prepare
@@ -304,15 +305,20 @@ class _Run:
         if robust.distil:
             parts.append(robust.distil * distilled(out.logits, masks))
         if robust.agree:
-            there = {name: mask[:whole].amax(1).chunk(2)[0] for name, mask in masks.items()}
-            apart = [disagreement(out.logits[:whole], torch.stack([*there.values()]).amax(0))]
-            if out.stream_logits and entry.stream_loss:
-                own = [disagreement(z[:whole], there[name]) for name, z in out.stream_logits.items()]
-                apart.append(entry.stream_loss * torch.stack(own).mean())
-            parts.append(robust.agree * torch.stack(apart).sum())
+            parts.append(robust.agree * self._apart(out, masks, whole))
         if robust.balance:
             self._balance.watch(out.stream_logits, masks, truth)
         return torch.stack([*parts, *out.extra_losses.values()]).sum(), {"accuracy": right}
+
+    def _apart(self, out: FusionOut, masks: dict[str, Tensor], whole: int) -> Tensor:
+        """How far what is said of the two variations differs, of the first ``whole`` windows, in which nothing is left
+        out: all streams together, and each by itself, weighed as their losses by labels are."""
+        there = {name: mask[:whole].amax(1).chunk(2)[0] for name, mask in masks.items()}
+        apart = disagreement(out.logits[:whole], torch.stack([*there.values()]).amax(0))
+        if not out.stream_logits:
+            return apart
+        own = [disagreement(z[:whole], there[name]) for name, z in out.stream_logits.items()]
+        return apart + self._config.file.train.stream_loss * torch.stack(own).mean()
 
     def _of_steps(self, tokens: dict[str, Tensor], masks: dict[str, Tensor], truth: Tensor) -> Tensor:
         """What the newest token of each window [n, S, token] says of its label by itself, the mean over streams."""
