@@ -30,6 +30,7 @@ class Answers:
         }
         everyone: list[tuple[int | None, Calibration]] = [(None, self._general), *self._own.items()]
         self._biases = {code: self._bias(stated) for code, stated in everyone}
+        self._mixes = {code: self._mix(stated) for code, stated in everyone} if any(s.mix for _, s in everyone) else {}
 
     def at(self, member: Array) -> Calibration:
         """What holds for one set of streams, boolean [streams]."""
@@ -65,16 +66,22 @@ class Answers:
         nothing = (codes == 0) | ~np.isfinite(confidence)
         return np.where(nothing, -1, label), abstains | nothing, inside
 
-    def _scales(self, members: Array) -> tuple[Any, Any]:
-        """Temperature and bias: two numbers for all rows, or an array each that has a row for each."""
+    def _scales(self, members: Array) -> tuple[Any, Any, Any]:
+        """Temperature, bias and mix: what holds for all rows, or arrays that have a row for each; no mix is None."""
         if not self._own:
-            return self._general.temperature, self._biases[None]
+            return self._general.temperature, self._biases[None], self._mixes.get(None)
         codes = [code if code in self._own else None for code in (members @ self._bits).tolist()]
         stated = [self._general if code is None else self._own[code] for code in codes]
-        return np.array([[one.temperature] for one in stated]), np.array([self._biases[code] for code in codes])
+        mix = np.array([self._mixes[code] for code in codes]) if self._mixes else None
+        return np.array([[one.temperature] for one in stated]), np.array([self._biases[code] for code in codes]), mix
 
     def _bias(self, stated: Calibration) -> Array:
         return np.array([stated.bias.get(label, 0.0) for label in self._labels])
+
+    def _mix(self, stated: Calibration) -> Array:
+        """[labels, labels]: what is added to each label's logit, by whose."""
+        rows = (stated.mix.get(label, {}) for label in self._labels)
+        return np.array([[row.get(label, 0.0) for label in self._labels] for row in rows])
 
 
 def _least(stated: Calibration) -> float:
@@ -82,9 +89,14 @@ def _least(stated: Calibration) -> float:
     return max(stated.abstain_below, stated.set_threshold if stated.set_may_be_empty else 0.0)
 
 
-def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0) -> Array:
-    """Probabilities, float64 [rows, labels]; rows that are not finite become NaN."""
+def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0, mix: Array | None = None) -> Array:
+    """Probabilities, float64 [rows, labels]; rows that are not finite become NaN. ``mix`` [labels, labels], or one for
+    each row, adds to each label's logit so many times the logits, each less the mean of all."""
     scaled = logits.astype(np.float64) / temperature + bias
+    if mix is not None:
+        apart = logits.astype(np.float64) - logits.astype(np.float64).mean(axis=1, keepdims=True)
+        for label in range(logits.shape[1]):  # not as a product of matrices, which rounds by how many rows there are
+            scaled += apart[:, label : label + 1] * mix[..., label]
     scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
     raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     result: Array = raised / raised.sum(axis=1, keepdims=True)

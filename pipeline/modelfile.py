@@ -99,6 +99,7 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
 
     temperature: PositiveFloat | None = None
     bias: dict[str, float] | None = None
+    mix: dict[str, dict[str, float]] | None = None
     abstain_below: Share | None = None
     answer_above: dict[str, Share] | None = None
     set_threshold: Share | None = None
@@ -107,7 +108,8 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
 
 class Calibration(_Strict, frozen=True, omit_defaults=True):
     """From held-out data: logits are divided by ``temperature``, and the ``bias`` of their label is added, where one is
-    stated. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
+    stated, and from ``mix`` (label -> label -> weight) so many times the logits of those labels, each less the mean of
+    all. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
     ``answer_above`` and its confidence not above what stands there (1: it never answers with that label). The
     prediction set is the most probable label, those of at least ``set_threshold``, and those before which the more
     probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds the truth
@@ -121,6 +123,7 @@ class Calibration(_Strict, frozen=True, omit_defaults=True):
 
     temperature: PositiveFloat = 1.0
     bias: dict[str, float] = {}
+    mix: dict[str, dict[str, float]] = {}
     abstain_below: Share = 0.0
     answer_above: dict[str, Share] = {}
     set_threshold: Share = 1.0
@@ -342,11 +345,14 @@ def _check_calibration(document: Document, model: ModelFile) -> None:
 def _check_labels(
     document: Document, model: ModelFile, at: tuple[str, ...], stated: Calibration | SubsetCalibration
 ) -> None:
-    for key, by_label in (("bias", stated.bias or {}), ("answer_above", stated.answer_above or {})):
-        for label in by_label:
-            if label not in model.labels:
-                raise document.error(
-                    (*at, key, label),
-                    f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
-                    f"{nearest(label, model.labels)}",
-                )
+    mix = stated.mix or {}
+    named = [(key, label) for key, by in (("bias", stated.bias), ("answer_above", stated.answer_above), ("mix", mix))
+             for label in by or {}]  # fmt: skip
+    for where in [*named, *(("mix", one, other) for one, row in mix.items() for other in row)]:
+        label = where[-1]
+        if label not in model.labels:
+            raise document.error(
+                (*at, *where),
+                f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
+                f"{nearest(label, model.labels)}",
+            )

@@ -50,6 +50,8 @@ Array = np.ndarray[Any, Any]
 BINS = 10
 LEAST = 30
 """Held-out windows below which a subset of the streams gets no calibration of its own."""
+MIXED = 50
+"""Held-out windows for each number of a linear map below which none is fitted."""
 _COARSEST, _FINEST = 0.02, 50.0
 """Limits of 1 / temperature."""
 _HELD = 10.0
@@ -248,6 +250,47 @@ def fit_scale(logits: Array, truth: Array) -> tuple[float, Array]:
     return float(f"{1 / scale[0]:.5g}"), np.round(scale[1:], 4)
 
 
+def fit_mix(logits: Array, truth: Array, temperature: float, biases: Array) -> tuple[Array, Array]:
+    """Biases [labels] and mix [labels, labels] of the least log loss, from temperature and biases of ``fit_scale``:
+    together any linear map of the logits (matrix scaling: Guo et al. 2017; Kull et al. 2019). What a lone sensor cannot
+    tell apart it may be sure about for one label and fair about another, and which other label it then is shows in the
+    logits, too. All are held to where they begin as if 10 windows had said so, with a standard deviation of 1. Newton's
+    method on a convex loss, with all windows at once: labels * (labels + 1) unknowns."""
+    n, labels = logits.shape
+    z = logits.astype(np.float64)
+    x = np.concatenate([z - z.mean(axis=1, keepdims=True), np.ones((n, 1))], axis=1)
+    first = np.concatenate([np.eye(labels) / temperature, biases[:, None]], axis=1)
+    soft, held, weights = 1.0 / (n + 2), _HELD / max(n, 1), first
+    target = np.full((n, labels), soft / (labels - 1))
+    target[np.arange(n), truth] = 1 - soft
+
+    def loss_of(weights: Array) -> float:
+        scaled = x @ weights.T
+        logs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
+        return float(held * ((weights - first) ** 2).sum() / 2 - (target * logs).sum(axis=1).mean())
+
+    loss, size = loss_of(first), labels * (labels + 1)
+    for _ in range(40):
+        p = softmax(x @ weights.T)
+        slope = (p - target).T @ x / n + held * (weights - first)
+        curve = np.empty((labels, labels + 1, labels, labels + 1))
+        for one in range(labels):
+            for other in range(one, labels):
+                spread = p[:, one] * ((one == other) - p[:, other])
+                curve[one, :, other] = curve[other, :, one] = (x * spread[:, None]).T @ x / n
+        step = np.linalg.solve(curve.reshape(size, size) + held * np.eye(size), slope.reshape(-1))
+        step = step.reshape(labels, labels + 1)
+        while np.abs(step).max() > 1e-7:
+            if (found := loss_of(weights - step)) < loss:
+                weights, loss = weights - step, found
+                break
+            step = step / 2
+        else:
+            break
+    mix = weights[:, :labels] - np.eye(labels) / temperature
+    return np.round(weights[:, labels], 4), np.round(mix, 4)
+
+
 def _loss(z: Array, target: Array, scale: Array, held: float) -> float:
     scaled = z * scale[0] + scale[1:]
     logs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
@@ -327,6 +370,7 @@ def fit_calibration(
     sets: Literal["mass", "threshold", "exact"] = "mass",
     wrong: float = 0.1,
     mistaken: float = 0.1,
+    mix: bool = False,
     abstain_below: float = 0.0,
 ) -> Calibration:
     """A calibration from held-out windows, for each set of streams by itself and, for sets that it does not state, for
@@ -336,6 +380,7 @@ def fit_calibration(
     unmasked; rows that are not finite (windows in which a stream of the subset had nothing) and rows whose truth is -1
     are left out, and so is the empty subset. ``coverage`` is the prediction sets'; ``wrong`` the share of any class's
     windows that may get a confident wrong answer, and ``mistaken`` that of any answer's that may be wrong (see above).
+    ``mix`` fits any linear map of the logits, where there are so many windows (``MIXED``) for each of its numbers.
     ValueError if no row is left.
     """
     usable: dict[str, tuple[Array, Array]] = {}
@@ -348,7 +393,10 @@ def fit_calibration(
 
     def fitted(logits: Array, own: Array) -> dict[str, Any]:
         temperature, biases = fit_scale(logits, own)
-        p = softmax(logits, temperature, biases)
+        many, weights = len(logits) >= MIXED * len(labels) * (len(labels) + 1), None
+        if mix and many:
+            biases, weights = fit_mix(logits, own, temperature, biases)
+        p = softmax(logits, temperature, biases, weights)
         bias = dict(zip(labels, biases.tolist(), strict=True))
         limits = {labels[i]: limit for i, limit in sorted(fit_limits(p, own, wrong, mistaken).items())}
         size = (
@@ -356,7 +404,10 @@ def fit_calibration(
             if sets == "mass"
             else {"set_threshold": fit_threshold(p, own, coverage, sets == "exact")}
         )
-        return {"temperature": temperature, "bias": bias, "answer_above": limits, **size}
+        mixed = {} if weights is None else {
+            label: dict(zip(labels, row, strict=True)) for label, row in zip(labels, weights.tolist(), strict=True)
+        }  # fmt: skip
+        return {"temperature": temperature, "bias": bias, "mix": mixed, "answer_above": limits, **size}
 
     pooled = fitted(*(np.concatenate(part) for part in zip(*usable.values(), strict=True)))
     own = {key: SubsetCalibration(**fitted(*rows)) for key, rows in usable.items() if len(rows[0]) >= LEAST}

@@ -361,6 +361,7 @@ def test_contributions_sum_whatever_each_set_of_streams_is_calibrated_with(tmp_p
         ({"imu": {"temprature": 1}}, r"Did you mean `temperature`"),
         ({"imu": {"answer_above": {"yse": 0.5}}}, r"answer_above\.yse: `yse` is no label.*Did you mean `yes`"),
         ({"imu": {"bias": {"x": 0.5}}}, r"bias\.x: `x` is no label of this bundle, which has `no`, `yes`"),
+        ({"imu": {"mix": {"no": {"yess": 0.5}}}}, r"mix\.no\.yess: `yess` is no label .* Did you mean `yes`"),
     ],
 )
 def test_a_calibration_that_does_not_fit_its_bundle(tmp_path: Path, subsets: Any, words: str) -> None:

@@ -24,6 +24,7 @@ from pipeline.scoring import (
     fit_calibration,
     fit_limits,
     fit_mass,
+    fit_mix,
     fit_scale,
     fit_temperature,
     fit_threshold,
@@ -178,6 +179,41 @@ def test_biases_mend_what_a_temperature_cannot() -> None:
     assert perfect[0] > 0.2
     assert np.abs(perfect[1]).max() < 0.5
     assert fit_scale(logits[:0], truth[:0])[0] == 1.0
+
+
+def test_a_linear_map_mends_what_biases_cannot() -> None:
+    """A model that is sure of `c` where it is a toss of a coin between `c` and `d`, and fair about the others."""
+    logits, truth = world(6, 20_000)
+    skew = np.array([[0.7, 0, 0, 0], [0, 0.7, 0, 0], [0, 0, 1.6, -1.2], [0, 0, -0.2, 0.5]])
+    wrong = (logits - logits.mean(axis=1, keepdims=True)) @ skew.T
+    temperature, bias = fit_scale(wrong, truth)
+    more, mix = fit_mix(wrong, truth, temperature, bias)
+    right = softmax(logits)
+    assert np.abs(softmax(wrong, temperature, more, mix) - right).max() < 0.06
+    assert np.abs(softmax(wrong, temperature, bias) - right).max() > 0.2
+    assert np.abs(fit_mix(logits[:40], truth[:40], *fit_scale(logits[:40], truth[:40]))[1]).max() < 1.0
+    perfect = np.eye(4)[truth[:400]] * 3
+    assert np.isfinite(fit_mix(perfect, truth[:400], *fit_scale(perfect, truth[:400]))[1]).all()
+
+
+def test_a_map_is_fitted_where_it_is_wanted_and_windows_are_many() -> None:
+    logits, truth = world(7, 2000)
+    given_ = {frozenset({"x"}): logits, frozenset({"y"}): np.where(np.arange(2000)[:, None] < 900, logits, np.nan)}
+    plain = fit_calibration(given_, truth, LABELS)
+    assert not plain.mix
+    assert not any(one.mix for one in plain.subsets.values())
+    mixed = fit_calibration(given_, truth, LABELS, mix=True)
+    assert mixed.subsets["x"].mix
+    assert not mixed.subsets["y"].mix  # 900 windows are too few for 20 numbers
+    answers = Answers(mixed, LABELS, ("x", "y"))
+    members = np.array([[True, False], [False, True]])[np.arange(50) % 2]
+    together = answers.probabilities(logits[:50], members)
+    for i in range(50):  # live one by one, in training all at once: to the last bit the same
+        assert np.array_equal(answers.probabilities(logits[i : i + 1], members[i : i + 1])[0], together[i])
+    held = answers.probabilities(logits, np.tile([True, False], (2000, 1)))
+    one = Answers(plain, LABELS, ("x", "y")).probabilities(logits, np.tile([True, False], (2000, 1)))
+    rows = np.arange(2000)
+    assert -np.log(held[rows, truth]).mean() <= -np.log(one[rows, truth]).mean()
 
 
 def test_a_temperature_of_a_perfect_model_stays_finite() -> None:

@@ -159,7 +159,7 @@ def _calibrate(trained: Trained, said: Said | None) -> Calibration:
     try:
         return fit_calibration(
             logits, said.truth, trained.labels, coverage=entry.coverage, sets=entry.sets, wrong=entry.wrong,
-            mistaken=entry.mistaken,
+            mistaken=entry.mistaken, mix=entry.mix,
         )  # fmt: skip
     except ValueError as error:
         raise RecordingError(f"the sessions held out cannot calibrate the model: {error}; hold out others") from None
