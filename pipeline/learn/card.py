@@ -193,10 +193,12 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
     if calibration.set_coverage is None:
         return "No session was held out, so its confidence is not calibrated and its sets hold one label."
     entry = trained.config.file.calibration
+    subsets = calibration.subsets.values()
+    mixed = " and a linear map of what it says" if any(own.mix for own in subsets) else ""
     return (
-        f"From the sessions held out, for each of {len(calibration.subsets)} sets of streams by itself: temperature "
-        f"(all together {calibration.temperature:g}), prediction sets that hold the truth in {entry.coverage:.0%} of "
-        f"the windows{' (an empty set where nothing is probable enough)' if calibration.set_may_be_empty else ''}, and "
+        f"From the sessions held out, for each of {len(subsets)} sets of streams by itself: temperature (all together "
+        f"{calibration.temperature:g}){mixed}, prediction sets that hold the truth in {entry.coverage:.0%} of the "
+        f"windows{' (an empty set where nothing is probable enough)' if calibration.set_may_be_empty else ''}, and "
         f"abstention such that of no label more than {entry.wrong:.0%} of the windows get a confident wrong answer, "
         f"and that no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
     )
