@@ -15,6 +15,7 @@ most one of its own periods (1 ms) old.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from math import ceil, nan
@@ -96,7 +97,7 @@ class Imu(Source):
     def absence(cls, settings: Any) -> str:
         path = Path(settings.port or f"/dev/i2c-{settings.i2c}")
         if settings.iio is None:
-            if not path.exists():
+            if not os.path.exists(path):
                 return f"the IMU's {path} is not here."
             refused = refusal(path, "i2c" if settings.port is None else "dialout")
             return f"the IMU's {path}: {refused}." if refused else ""
@@ -185,6 +186,7 @@ class _Serial:
         self._end_ns = -1
         self._last_ns = self._first_ns = context.clock.now_ns()
         self._rate_known = False
+        self._doubt_ns: int | None = None
 
     def read(self) -> Reading | None:
         samples, now = self._receive()
@@ -248,8 +250,10 @@ class _Serial:
             return
         found, expected = (self._count - 1) * _NS / passed, self._settings.rate_hz
         wrong = self._count > 10 and abs(found / expected - 1) > _RATE_TOLERANCE
-        if wrong and passed < _RATE_CHECK_NS + _RATE_DOUBT_NS:
-            return  # this process may just have been stopped, and the rest be waiting in the port
+        if wrong:  # this process may just have been stopped, and the rest be waiting in the port
+            self._doubt_ns = now if self._doubt_ns is None else self._doubt_ns
+            if now - self._doubt_ns < _RATE_DOUBT_NS:
+                return
         self._rate_known = True
         if wrong:
             raise SensorError(
@@ -340,7 +344,7 @@ class _Mpu:
             return smbus2.SMBus(self._number)
         except OSError as error:
             path = Path(f"/dev/i2c-{self._number}")
-            if path.exists():
+            if os.path.exists(path):
                 why = f"{refusal(path, 'i2c') or error.strerror}."
             else:
                 why = "it is not here. Is I2C switched on (`modprobe i2c-dev`; on a Raspberry Pi `raspi-config`)?"

@@ -13,6 +13,7 @@ packets (``timebase``). Packets that the kernel dropped, because this process wa
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
@@ -102,7 +103,7 @@ class Lidar(Source):
     def absence(cls, settings: Any) -> str:
         """Whether packets come over the network is not asked; who asks would take the port."""
         gone = [str(path) for path in (settings.port, settings.metadata, settings.calibration)
-                if path is not None and not Path(path).exists()]  # fmt: skip
+                if path is not None and not os.path.exists(path)]  # fmt: skip
         if gone:
             return f"the LiDAR's {' and '.join(gone)} {'are' if len(gone) > 1 else 'is'} not here."
         refused = refusal(Path(settings.port), "dialout") if settings.port is not None else ""

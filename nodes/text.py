@@ -346,16 +346,21 @@ def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
                 return self._answer(400, f"nothing was taken: the body has no text; {_usage(owner.port)}")
             lines = body.split(b"\n")
             owner.take(lines)
-            for number, line in enumerate(lines, 1):
-                if (wrong := _refused(line.removesuffix(b"\r"), max_bytes)) is not None:
-                    status, why = wrong
-                    rest = "; the lines that are right were taken" if len(lines) > 1 else ""
-                    return self._answer(status, f"line {number} was left out: it {why}{rest}")
-            return self._answer(204, "")
+            numbered = [(number, line.removesuffix(b"\r")) for number, line in enumerate(lines, 1) if line]
+            found = [(number, _refused(line, max_bytes)) for number, line in numbered]
+            wrong = [(number, *refused) for number, refused in found if refused is not None]
+            if not wrong:
+                return self._answer(204, "")
+            number, status, why = wrong[0]
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            rest = "; the lines that are right were taken" if len(wrong) < len(found) else ""
+            return self._answer(status, f"line {number}{more} was left out: it {why}{rest}")
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
             """What the library would answer with a page: a method that is none of ours, or no HTTP at all."""
-            why = f"this takes a POST and no {self.command}" if code == HTTPStatus.NOT_IMPLEMENTED else message
+            why = f"this takes a POST and no {self.command}" if code == HTTPStatus.NOT_IMPLEMENTED else (
+                message or HTTPStatus(code).phrase
+            )  # fmt: skip
             self._answer(code, f"nothing was taken: {why}; {_usage(owner.port)}")
 
         def _answer(self, status: int, text: str) -> None:

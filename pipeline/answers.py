@@ -94,7 +94,8 @@ def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0, mix: Array |
     each row, adds to each label's logit so many times the logits, each less the mean of all."""
     scaled = logits.astype(np.float64) / temperature + bias
     if mix is not None:
-        apart = logits.astype(np.float64) - logits.astype(np.float64).mean(axis=1, keepdims=True)
+        finite = np.where(np.isfinite(logits), logits, np.nan).astype(np.float64)
+        apart = finite - finite.mean(axis=1, keepdims=True)
         for label in range(logits.shape[1]):  # not as a product of matrices, which rounds by how many rows there are
             scaled += apart[:, label : label + 1] * mix[..., label]
     scaled[~np.isfinite(scaled).all(axis=1)] = np.nan

@@ -135,7 +135,7 @@ def refusal(path: Path, group: str) -> str:
     """Why the user may not open the device at ``path``, as a line of ``detail``; "" if they may."""
     if os.access(path, os.R_OK | os.W_OK):
         return ""
-    if not path.exists():
+    if not os.path.exists(path):  # which a closed folder makes no error
         return f"{path} is not there; in a container it must be passed in"
     return f"you may not open it; join its group: sudo usermod -aG {group} $USER, and log in again"
 
@@ -143,7 +143,7 @@ def refusal(path: Path, group: str) -> str:
 def port_trouble(path: str, error: Exception) -> str:
     """Why the serial port at ``path`` could not be opened, and what to do, in words that follow "cannot be opened: ".
     ``error`` is what its driver said, where nothing plainer can be."""
-    if not Path(path).exists():
+    if not os.path.exists(path):
         here = ", ".join(str(port) for port, _, _ in serial_ports()) or "none"
         return f"it is not here; serial ports here: {here}. Is it plugged in?"
     if refused := refusal(Path(path), "dialout"):

@@ -391,10 +391,9 @@ def fit_calibration(
     if not usable:
         raise ValueError("no held-out window has both a label and something to predict it from")
 
-    def fitted(logits: Array, own: Array) -> dict[str, Any]:
-        temperature, biases = fit_scale(logits, own)
-        many, weights = len(logits) >= MIXED * len(labels) * (len(labels) + 1), None
-        if mix and many:
+    def fitted(logits: Array, own: Array, *, windows: int) -> dict[str, Any]:
+        (temperature, biases), weights = fit_scale(logits, own), None
+        if mix and windows >= MIXED * len(labels) * (len(labels) + 1):
             biases, weights = fit_mix(logits, own, temperature, biases)
         p = softmax(logits, temperature, biases, weights)
         bias = dict(zip(labels, biases.tolist(), strict=True))
@@ -409,8 +408,12 @@ def fit_calibration(
         }  # fmt: skip
         return {"temperature": temperature, "bias": bias, "mix": mixed, "answer_above": limits, **size}
 
-    pooled = fitted(*(np.concatenate(part) for part in zip(*usable.values(), strict=True)))
-    own = {key: SubsetCalibration(**fitted(*rows)) for key, rows in usable.items() if len(rows[0]) >= LEAST}
+    # All together have each window once for every set.
+    most = max(len(own) for _, own in usable.values())
+    everything, truths = (np.concatenate(part) for part in zip(*usable.values(), strict=True))
+    pooled = fitted(everything, truths, windows=most)
+    own = {key: SubsetCalibration(**fitted(found, known, windows=len(known)))
+           for key, (found, known) in usable.items() if len(known) >= LEAST}  # fmt: skip
     return Calibration(
         **pooled, abstain_below=abstain_below, set_coverage=coverage, set_may_be_empty=sets == "exact", subsets=own
     )

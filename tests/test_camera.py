@@ -105,6 +105,7 @@ def test_without_any_clock_the_receipt_counts() -> None:
     ({"device": 0, "file": "a.mp4"}, "Remove the other"), ({"fps": 30}, "rate_hz"), ({"encoding": "h264"}, "one of"),
     ({"encoding": "native", "format": "gray8"}, "passes on"),
     ({"encoding": "native", "device": "http://10.0.0.8/mjpeg", "width": 320}, "set the size in the camera"),
+    ({"encoding": "native", "device": "clip.mp4", "height": 240}, "set the size in the camera"),
     ({"pixel_format": "mjpeg"}, "matching"),
     ({"width": 0}, "at least 1"),
 ])  # fmt: skip

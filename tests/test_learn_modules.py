@@ -5,14 +5,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.align import Latest, Resample
 from pipeline.errors import ConfigError
-from pipeline.modelfile import BundleStream
+from pipeline.modelfile import BundleStream, Calibration, SubsetCalibration
 from pipeline.onnxfile import open_session
 
 torch = pytest.importorskip("torch", reason="the package torch is missing: pip install 'sensorium[learn]'")
@@ -20,6 +22,7 @@ pytest.importorskip("onnxscript", reason="the package onnxscript is missing: pip
 
 from pipeline.learn.blocks import Moments, Normalise, averaging, pooled, statistics  # noqa: E402
 from pipeline.learn.encoders import SETTINGS, StepGraph, StreamEncoder, build_encoder, encode_steps  # noqa: E402
+from pipeline.learn.export import _plain  # noqa: E402
 from pipeline.learn.fusion import STRATEGIES, Fusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import encoder_graph, fusion_graph  # noqa: E402
 from pipeline.learn.pictures import TURN, azimuths  # noqa: E402
@@ -556,3 +559,14 @@ def test_a_broken_stream_loses_its_say_after_learning_from_broken_ones() -> None
 def test_fusion_settings_that_do_not_fit_are_refused(strategy: str, given_settings: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build_fusion(strategy, WIDTHS, STEPS, LABELS, given_settings)
+
+
+def test_a_calibration_is_written_as_it_was_fitted() -> None:
+    """A set of streams that has no limits or no map of its own does not get those of all sets together."""
+    general = {"mix": {"a": {"b": 0.5}}, "answer_above": {"a": 0.7}}
+    subsets = {"x": SubsetCalibration(temperature=2.0, mix={}, answer_above={}), "y": SubsetCalibration(mix={"b": {}})}
+    fitted = Calibration(**general, subsets=subsets, set_coverage=0.9)
+    written = yaml.safe_load(yaml.safe_dump(_plain(fitted)))
+    assert msgspec.convert(written, Calibration) == fitted
+    assert fitted.at(("x",)).mix == {}
+    assert "temperature" not in written  # what is as by default is not written

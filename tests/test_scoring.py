@@ -205,6 +205,8 @@ def test_a_map_is_fitted_where_it_is_wanted_and_windows_are_many() -> None:
     mixed = fit_calibration(given_, truth, LABELS, mix=True)
     assert mixed.subsets["x"].mix
     assert not mixed.subsets["y"].mix  # 900 windows are too few for 20 numbers
+    few = {frozenset(name): logits[:900] for name in "xyz"}
+    assert not fit_calibration(few, truth[:900], LABELS, mix=True).mix  # each window counts once, not once a set
     answers = Answers(mixed, LABELS, ("x", "y"))
     members = np.array([[True, False], [False, True]])[np.arange(50) % 2]
     together = answers.probabilities(logits[:50], members)

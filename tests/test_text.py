@@ -213,6 +213,7 @@ def test_posts_are_lines_and_the_answer_says_what_became_of_them() -> None:
 
 @pytest.mark.parametrize(("method", "body", "said"), [
     ("POST", b"fine\nmuch too long\n", "line 2 was left out: it has 13 bytes where `max_bytes` of the rig allows 10"),
+    ("POST", b"fine\nmuch too long\nmuch too long\n", "line 2 (and 1 more) was left out: it has 13 bytes"),
     ("POST", b"a\xffb", "line 1 was left out: it is no UTF-8 (byte 0xff at 1)"),
     ("POST", b"", "the body has no text; each line"), ("POST", b"\r\n\n", "the body has no text; each line"),
     ("PUT", b"x", "takes a POST and no PUT; each line of a POST's body is a line: curl"), ("HEAD", b"", ""),

@@ -87,7 +87,8 @@ class Camera(Source):
                 raise ValueError("`device` and `file` stand here together; a camera is one of them. Remove the other.")
             if self.encoding == "native" and self.format != "bgr8":
                 raise ValueError("`format` is for raw frames; `encoding: native` passes on what the device gives.")
-            elsewhere = self.file is not None or (isinstance(self.device, str) and _URL.match(self.device))
+            device = _device(self)
+            elsewhere = (isinstance(device, str) and _URL.match(device)) or _file(device, self) is not None
             if self.encoding == "native" and elsewhere and (self.width or self.height):
                 raise ValueError(
                     "`width` and `height` choose what a USB camera gives; `encoding: native` passes on what comes from "
@@ -244,16 +245,20 @@ def _file(device: Any, settings: Any) -> Path | None:
         return None
     path = Path(device)
     elsewhere = "/" in str(path) and not str(path).startswith("/dev/")
-    return path if path.is_file() or settings.file or path.suffix or elsewhere else None
+    return path if os.path.isfile(path) or settings.file or path.suffix or elsewhere else None
 
 
 def _file_trouble(path: Path) -> str:
     """Why the file cannot be played; "" if that cannot be seen from here."""
-    if path.is_file():
+    if os.path.isfile(path):
         return "" if os.access(path, os.R_OK) else (
             f"{shown(str(path))}: you may not read this file; ask its owner, or change that: sudo chmod a+r {path}."
         )  # fmt: skip
-    if not path.exists():
+    if not os.path.exists(path):
+        above = path.absolute().parents[::-1]
+        closed = next((folder for folder in above if os.path.isdir(folder) and not os.access(folder, os.X_OK)), None)
+        if closed is not None:
+            return f"{shown(str(path))}: you may not look into {closed}; ask its owner, or move the file."
         return f"{shown(str(path))}: there is no such file."
     return (
         f"{shown(str(path))} is no file that could be played; a camera on this machine is named by its number, by a "

@@ -194,13 +194,14 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
         return "No session was held out, so its confidence is not calibrated and its sets hold one label."
     entry = trained.config.file.calibration
     subsets = calibration.subsets.values()
-    mixed = " and a linear map of what it says" if any(own.mix for own in subsets) else ""
+    count = sum(bool(own.mix) for own in subsets)
+    mixed = f" and (for {count}) a linear map of what it says" if count else ""
     return (
         f"From the sessions held out, for each of {len(subsets)} sets of streams by itself: temperature (all together "
         f"{calibration.temperature:g}){mixed}, prediction sets that hold the truth in {entry.coverage:.0%} of the "
         f"windows{' (an empty set where nothing is probable enough)' if calibration.set_may_be_empty else ''}, and "
-        f"abstention such that of no label more than {entry.wrong:.0%} of the windows get a confident wrong answer, "
-        f"and that no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
+        f"abstention such that there, of no label more than {entry.wrong:.0%} of the windows get a confident wrong "
+        f"answer, and no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
     )
 
 

@@ -106,7 +106,9 @@ def _write(trained: Trained, folder: Path, watch: Watch) -> list[Score]:
     watch.advance()
     _write_rest(trained, folder)
     _write_model(trained, folder, calibration)
-    proven = prove(trained, load_bundle(folder))
+    bundle = load_bundle(folder)
+    assert bundle.calibration == calibration, "what was written is not what was fitted"
+    proven = prove(trained, bundle)
     text = card(trained, calibration, scores, tested, agreement, proven)
     (folder / CARD).write_text(text, encoding="utf-8")
     watch.advance()
@@ -197,11 +199,18 @@ def _plain(value: Any) -> Any:
         config = value.__struct_config__
         tag = {config.tag_field: config.tag} if config.tag_field else {}
         fields = {f.name: getattr(value, f.name) for f in msgspec.structs.fields(value)}
-        defaults = {f.name: f.default for f in msgspec.structs.fields(value)}
-        return tag | {key: _plain(item) for key, item in fields.items() if item != defaults[key] and item != {}}
+        return tag | {f.name: _plain(fields[f.name]) for f in msgspec.structs.fields(value)
+                      if fields[f.name] != _default(f)}  # fmt: skip
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _default(field: msgspec.structs.FieldInfo) -> Any:
+    """What a field is where nothing is stated. (An empty mapping may be a statement: a set of streams without limits,
+    where all together have some.)"""
+    factory: Any = field.default_factory
+    return field.default if factory is msgspec.NODEFAULT else factory()
 
 
 # -- proof ---------------------------------------------------------------------------------------------------------
