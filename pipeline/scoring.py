@@ -225,9 +225,7 @@ def fit_scale(logits: Array, truth: Array) -> tuple[float, Array]:
     if not n:
         return 1.0, scale[1:]
     z = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    soft, held = 1.0 / (n + 2), _HELD / n
-    target = np.full((n, labels), soft / (labels - 1))
-    target[np.arange(n), truth] = 1 - soft
+    held, target = _HELD / n, _softened(truth, labels)
     loss = _loss(z, target, scale, held)
     for _ in range(40):
         p = softmax(z * scale[0] + scale[1:])
@@ -260,14 +258,10 @@ def fit_mix(logits: Array, truth: Array, temperature: float, biases: Array) -> t
     z = logits.astype(np.float64)
     x = np.concatenate([z - z.mean(axis=1, keepdims=True), np.ones((n, 1))], axis=1)
     first = np.concatenate([np.eye(labels) / temperature, biases[:, None]], axis=1)
-    soft, held, weights = 1.0 / (n + 2), _HELD / max(n, 1), first
-    target = np.full((n, labels), soft / (labels - 1))
-    target[np.arange(n), truth] = 1 - soft
+    held, target, weights = _HELD / max(n, 1), _softened(truth, labels), first
 
     def loss_of(weights: Array) -> float:
-        scaled = x @ weights.T
-        logs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
-        return float(held * ((weights - first) ** 2).sum() / 2 - (target * logs).sum(axis=1).mean())
+        return float(held * ((weights - first) ** 2).sum() / 2 + _log_loss(x @ weights.T, target))
 
     loss, size = loss_of(first), labels * (labels + 1)
     for _ in range(40):
@@ -292,9 +286,20 @@ def fit_mix(logits: Array, truth: Array, temperature: float, biases: Array) -> t
 
 
 def _loss(z: Array, target: Array, scale: Array, held: float) -> float:
-    scaled = z * scale[0] + scale[1:]
+    return float(held * (scale[1:] ** 2).sum() / 2 + _log_loss(z * scale[0] + scale[1:], target))
+
+
+def _log_loss(scaled: Array, target: Array) -> float:
     logs = scaled - np.logaddexp.reduce(scaled, axis=1, keepdims=True)
-    return float(held * (scale[1:] ** 2).sum() / 2 - (target * logs).sum(axis=1).mean())
+    return float(-(target * logs).sum(axis=1).mean())
+
+
+def _softened(truth: Array, labels: int) -> Array:
+    """Targets [windows, labels]: the truth, but for one part in windows + 2, which the other labels share."""
+    soft = 1.0 / (len(truth) + 2)
+    target = np.full((len(truth), labels), soft / (labels - 1))
+    target[np.arange(len(truth)), truth] = 1 - soft
+    return target
 
 
 def fit_mass(p: Array, truth: Array, coverage: float) -> float:

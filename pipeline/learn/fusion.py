@@ -33,7 +33,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.learn.summaries import HIDDEN, Condense, Each, Moved, Perceptron, Summary, normed
@@ -145,7 +144,7 @@ class Fusion(nn.Module):
             x = enter(means)
             if name in self.moved:
                 known = (share > 0).to(x)[..., None]
-                x = x + self.moved[name](functional.layer_norm(means, means.shape[2:]), known)
+                x = x + self.moved[name](normed(means), known)
             found.append(x)
             shares.append(share)
         share = torch.stack(shares)
