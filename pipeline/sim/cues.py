@@ -25,19 +25,19 @@ and what is none of these, but is for one sensor (``clear`` holds all of them):
 ============  ======================  =======================  =======================  ==============================
 decoy of      camera                  microphone               imu                      lidar
 ============  ======================  =======================  =======================  ==============================
-rough_ground  gravel is painted on    a loose cover rattles    a fan is out of balance  the ground is wet
+rough_ground  gravel is painted on    a loose cover rattles    its plate shakes         the ground is wet
               smooth ground
 approach      a picture on gauze      someone passes behind a  --                       a plume of steam drifts by
                                       wall
-impact        a ball misses and only  a door is slammed        a tug at the tether      a ball misses
+impact        a ball misses and only  a door is slammed        its housing is hit       a ball misses
               shakes the mast
 alarm         the sun glints          the neighbour's siren    --                       a chain comes down, no alarm
-tilt          the camera's mount      --                       the IMU's mount slips    the LiDAR's mount slips
+tilt          the camera's mount      --                       its mount slips          the LiDAR's mount slips
               slips
 ============  ======================  =======================  =======================  ==============================
 
-(A ball that misses is seen by camera and LiDAR both; the camera's decoy shakes its mast as well. A tug moves the whole
-rover, and so the camera a little. Neither is heard.)
+(A ball that misses is seen by camera and LiDAR both; the camera's decoy shakes its mast as well. What the IMU alone
+feels is, bit by bit, what it would feel on stones, hit by a ball, or leaning: a double of the rover meets them.)
 
 Conditions take a sensor's sight for a while, one at a time: ``dark`` blinds the camera, ``wind`` deafens the
 microphone, ``dust`` thins the LiDAR, and an ``outage`` silences any of the four.

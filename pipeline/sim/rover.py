@@ -6,6 +6,7 @@ middle in m, x forward along the way, z up.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import mujoco
@@ -44,8 +45,6 @@ class Rover:
 
     def __init__(self, xml: str, seed: int) -> None:
         self.model = mujoco.MjModel.from_xml_string(xml)
-        # MuJoCo takes a site in the middle of its body for the body itself, unless told that it may turn.
-        self.model.site_sameframe[:] = 0
         self.data = mujoco.MjData(self.model)
         self._rng = np.random.Generator(np.random.PCG64([seed, 4]))
         self._chassis = int(self.model.body("rover").id)
@@ -67,9 +66,8 @@ class Rover:
         """The greatest force of the ball on the rover in the last tick."""
         self.watch = False
         """Whether contacts are looked at; they are not while nothing can be met."""
-        self.push = np.zeros((STEPS, 6))
-        """Forces and torques on the chassis in each step of the next tick."""
-        self.speed_limits = (0.0, SPEED[1])
+        self.speed_limits = self.driven_limits = (0.0, SPEED[1])
+        """Between which speeds it is to drive from the next tick on, and was to in the last."""
         self._speed, self._lane = float(self._rng.uniform(*SPEED)), 0.0
         self._change_s = 0.0
         self.ticks = 0
@@ -79,6 +77,14 @@ class Rover:
             if name.rpartition("_")[0] in SCENERY:
                 self._place_scenery(name, float(self._rng.uniform(SIGHT_M[0], SIGHT_M[2])))
         mujoco.mj_forward(self.model, self.data)
+
+    def double(self) -> Rover:
+        """Another rover, in a world that is as this one's is now. What happens there, nobody here sees; who sees which
+        prop (``show``) is the same in both."""
+        double = copy.copy(self)
+        double.data, double._rng = copy.copy(self.data), copy.deepcopy(self._rng)
+        double.contacts, double._forces, double.watch = [], {}, False
+        return double
 
     # -- where everything is -----------------------------------------------------------------------------------------
 
@@ -170,12 +176,10 @@ class Rover:
         readings = np.empty((STEPS, 6))
         self.contacts, self.force_n = [], 0.0
         for i in range(STEPS):
-            self.data.xfrc_applied[self._chassis] = self.push[i]
             mujoco.mj_step(self.model, self.data)
             readings[i] = self.data.sensordata
             if self.watch:
                 self._read_contacts(self.now_s + (i + 1) * TIMESTEP_S)
-        self.push[:] = 0.0
         self.ticks += 1
         # Positions are those after the step, but derived quantities those before it; sensors need both to agree.
         mujoco.mj_kinematics(self.model, self.data)
@@ -189,7 +193,8 @@ class Rover:
             self._speed = 0.0 if stops else float(self._rng.uniform(*SPEED))
             self._lane = float(self._rng.uniform(-0.5, 0.5))
             self._change_s = now + float(self._rng.uniform(2.0, 5.0))
-        speed = float(np.clip(self._speed, *self.speed_limits))
+        self.driven_limits = self.speed_limits
+        speed = float(np.clip(self._speed, *self.driven_limits))
         wanted = np.clip(0.4 * (self._lane - self.data.qpos[1]), -0.2, 0.2)
         turn = np.clip(1.5 * (wanted - self.heading_rad), -0.6, 0.6) * (speed > 0)
         sides = {"l": speed - turn * TRACK_M, "r": speed + turn * TRACK_M}

@@ -155,8 +155,7 @@ class Simulation:
             for act in acts:
                 self.stage.begin(act)
             self._spells += spells
-        self._turn_imu()
-        readings = self.rover.tick()
+        readings = self.rover.tick() + self.stage.felt()
         self._force_n = max(self._force_n, self.rover.force_n)
         self._state_truth(self.stage.tick())
         self._struck += self.stage.sounds.strokes
@@ -243,10 +242,6 @@ class Simulation:
         now = self.rover.ticks * TICK_NS
         end = now if length_ns is None else now - ago_ns + length_ns
         self._push(self._outlets[stream].send(layout, data, now - ago_ns, end, self._start_ns))
-
-    def _turn_imu(self) -> None:
-        half = self.stage.slip["imu"] / 2
-        self.rover.model.site_quat[0] = (np.cos(half), np.sin(half), 0.0, 0.0)
 
     # -- conditions and truth ----------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """Plays the script's acts in the world, and says what is true and what can be heard of them.
 
 An act of several cues and a decoy of one run the same code: ``seen_by`` alone decides which props stand, which sounds
-sound, which mount slips. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
+sound, which mount slips. A decoy of the IMU happens to a double of the rover, to the whole of it, and the IMU alone
+feels that (``Apart``): no force made up to resemble stones or a ball does so to a model that has heard thousands of
+them. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
 with a label's first moment already holds evidence of it:
 
 rough_ground   from the first stone that a wheel meets until the last bed is left
@@ -14,15 +16,14 @@ tilt           the chassis leans by more than half of what its suspension is tol
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import numpy as np
 
 from pipeline.sim.cues import DELAY_S, Label, Sensor
 from pipeline.sim.ranges import Drawn
-from pipeline.sim.rover import SPEED, STEPS, TICK_S, Rover
+from pipeline.sim.rover import SPEED, STEPS, TICK_S, Array, Rover
 from pipeline.sim.script import Act
-from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, TIMESTEP_S, WHEELBASE_M
+from pipeline.sim.world import BED_M, BOTH, CAMERA_ONLY, LIDAR_ONLY, NEITHER, STONE_BEDS, WHEELBASE_M
 
 IMPACT_S, RAMP_S = 0.7, 0.4
 AHEAD_M, STOP_M = 6.3, 1.5
@@ -33,11 +34,10 @@ GRAVITY = 9.81
 GRAIN_N, THUD_N = 60.0, 900.0
 """The rise of a contact's force that sounds with strength 1."""
 RATTLE_HZ, RATTLE = 170.0, (-3.0, 1.5)
-SHAKE = (30.0, 30.0, 48.0, 60.0, 60.0, 10.0)
-TUG_S, TUG_N = 0.025, 1300.0
 """Decoys are as strong as what they resemble, as measured over many sessions: how often a loose cover rattles and the
-logarithm's mean and deviation of how strongly; forces (N) and torques (N m) of a fan out of balance, before smoothing;
-how long and how hard a tether is pulled."""
+logarithm's mean and deviation of how strongly."""
+SETTLE_S = 1.0
+"""So long after an act the IMU still feels what came of it apart."""
 
 
 class Sounds:
@@ -49,11 +49,26 @@ class Sounds:
         self.engine = 0.0
 
 
+class Apart:
+    """What the IMU feels that the rover does not do: how a double that an act happens to differs from one that is
+    spared. Both begin as the rover is now and drive as it does, so that what really happens meanwhile adds up."""
+
+    def __init__(self, rover: Rover, until_s: float) -> None:
+        self.struck, self._spared = rover.double(), rover.double()
+        self._rover, self.until_s = rover, until_s
+
+    def tick(self) -> Array:
+        """What to add to the rover's own readings of this tick, f8 [STEPS, 6]."""
+        self.struck.speed_limits = self._spared.speed_limits = self._rover.driven_limits
+        return self.struck.tick() - self._spared.tick()
+
+
 class Play:
     """One act on the stage."""
 
     def __init__(self, act: Act, stage: Stage) -> None:
-        self.act, self.rover, self.world, self.sounds = act, stage.rover, stage.world, stage.sounds
+        self.act, self.world, self.sounds = act, stage.world, stage.sounds
+        self.rover = stage.rover if act.seen_by != ("imu",) else stage.apart(act.end_s + SETTLE_S)
         self.stage = stage
         self.limits: tuple[float, float] | None = None
         """Between which speeds the rover is to drive, in m/s."""
@@ -94,35 +109,25 @@ class Rough(Play):
             self.rover.lay_carpet("gravel_seen", start, carpet)
         if self.by("lidar"):
             self.rover.lay_carpet("gravel_ranged", start, carpet)
-        self.stones = self.act.real
+        self.stones = self.act.real or self.by("imu")
         self.met = False
         if self.stones:
             self.rover.lay_stones(start, self.beds)
         # Decoys last as long as the wheels would be on the stones.
         self.on_s = self.act.start_s + 0.4
         self.off_s = min(self.on_s + (self.beds * BED_M + 0.5) / 0.75, self.act.end_s)
-        self.shake = np.zeros(6)
 
     def tick(self, now_s: float) -> bool:
-        if self.stones:
+        if self.act.real:
             for contact in self.rover.contacts:
                 if contact.stone:
                     self.met = True
                     self.sounds.strokes.append(("grain", contact.t_s, contact.force_n / GRAIN_N))
             return self.met and float(self.rover.position[0]) < self.start + self.beds * BED_M + WHEELBASE_M
-        if self.on_s < now_s < self.off_s:
-            if self.by("microphone"):
-                for strength in self.rng.lognormal(*RATTLE, self.rng.poisson(RATTLE_HZ * TICK_S)):
-                    self.sounds.strokes.append(("grain", now_s - self.rng.uniform(0, TICK_S), strength))
-            if self.by("imu"):
-                self._shake()
+        if self.by("microphone") and self.on_s < now_s < self.off_s:
+            for strength in self.rng.lognormal(*RATTLE, self.rng.poisson(RATTLE_HZ * TICK_S)):
+                self.sounds.strokes.append(("grain", now_s - self.rng.uniform(0, TICK_S), strength))
         return False
-
-    def _shake(self) -> None:
-        """A force without a contact, of the strength and the spectrum of stones under the wheels."""
-        for i in range(STEPS):
-            self.shake += (self.rng.normal(0.0, 1.0, 6) - self.shake) * 0.25
-            self.rover.push[i] += self.shake * SHAKE
 
     def end(self) -> None:
         self.rover.park("gravel_seen", "gravel_ranged", *(f"bed_{i}" for i in range(STONE_BEDS)))
@@ -209,16 +214,18 @@ class Impact(Play):
         self.touched_s: float | None = None
         self.direction = self.rng.uniform(-2.2, 2.2)
         self.strength = float(self.rng.uniform(0.7, 1.3))
-        if self.by("camera") or self.by("lidar"):
+        self.hits = self.act.real or self.by("imu")
+        if self.group != NEITHER:
+            self.rover.show("ball", BOTH)
+        if self.hits or self.group != NEITHER:
             self._throw(flight)
 
     def _throw(self, flight: float) -> None:
-        self.rover.show("ball", BOTH)
         rover, heading = self.rover, self.rover.heading_rad
         target = rover.position + rover.velocity * flight
         angle = heading + self.direction
         coming = np.array([np.cos(angle), np.sin(angle), 0.0])
-        if not self.act.real:  # a ball that misses passes beside or in front
+        if not self.hits:  # a ball that misses passes beside or in front
             target = target + np.array([-coming[1], coming[0], 0.0]) * self.rng.choice([-1, 1]) * 0.95
         distance = self.rng.uniform(2.6, 3.6)
         start = target + coming * distance
@@ -241,9 +248,6 @@ class Impact(Play):
         self.done = True
         if self.by("microphone"):
             self.sounds.strokes.append(("thud", now_s, 0.7 * self.strength))
-        if self.by("imu"):
-            force = np.append(-np.cos([self.direction, self.direction - np.pi / 2]), self.rng.uniform(-0.5, 0.5))
-            self.stage.tug = (now_s, self.strength, np.append(force, self.rng.uniform(-0.07, 0.07, 3)))
         if self.by("camera"):
             self.stage.knock = (now_s, self.strength * self.rng.choice([-1, 1]))
 
@@ -290,17 +294,17 @@ class Tilt(Play):
     def tick(self, now_s: float) -> bool:
         since, left = now_s - self.act.start_s, self.act.end_s - now_s
         angle = self.angle * float(np.clip(min(since, left) / RAMP_S, 0.0, 1.0))
-        if self.act.real:
+        self._lean(angle)
+        return self.act.real and bool(abs(self.rover.roll_rad) > abs(self.angle) / 2)
+
+    def _lean(self, angle: float) -> None:
+        if self.by("imu"):
             self.rover.lean_rad = angle
-            return bool(abs(self.rover.roll_rad) > abs(self.angle) / 2)
-        self.stage.slip[self.act.seen_by[0]] = angle
-        return False
+        else:
+            self.stage.slip[self.act.seen_by[0]] = angle
 
     def end(self) -> None:
-        if self.act.real:
-            self.rover.lean_rad = 0.0
-        else:
-            self.stage.slip[self.act.seen_by[0]] = 0.0
+        self._lean(0.0)
 
 
 PLAYS: dict[Label, type[Play]] = {
@@ -318,21 +322,30 @@ class Stage:
     def __init__(self, rover: Rover, world: Drawn) -> None:
         self.rover, self.world = rover, world
         self.sounds = Sounds()
-        self.slip: dict[str, float] = {"camera": 0.0, "imu": 0.0, "lidar": 0.0}
+        self.slip: dict[str, float] = {"camera": 0.0, "lidar": 0.0}
         """By how much each mount has turned, to the right, in rad."""
         self.knock: tuple[float, float] = (-10.0, 0.0)
         """When something shook the camera's mast, and how hard."""
-        self.tug: tuple[float, float, Any] = (-10.0, 0.0, np.zeros(6))
-        """When the tether was pulled, how hard, and in which direction."""
         self.limits = (0.0, SPEED[1])
         """Between which speeds the rover drives when no act asks for others."""
         self._plays: list[Play] = []
+        self._apart: list[Apart] = []
         self._cues: deque[Label] = deque(["clear"] * round(DELAY_S / TICK_S))
         self._beacon = int(rover.model.light("beacon").id)
         rover.park_ball()
 
     def begin(self, act: Act) -> None:
         self._plays.append(PLAYS[act.label](act, self))
+
+    def apart(self, until_s: float) -> Rover:
+        """A double of the rover, of which the IMU feels until then what happens to it alone."""
+        self._apart.append(Apart(self.rover, until_s))
+        return self._apart[-1].struck
+
+    def felt(self) -> Array:
+        """What the IMU feels in the tick that the rover has just made beside what the rover did, f8 [STEPS, 6]."""
+        self._apart = [apart for apart in self._apart if apart.until_s > self.rover.now_s]
+        return sum((apart.tick() for apart in self._apart), np.zeros((STEPS, 6)))
 
     def flash(self, on: bool) -> None:
         """The light that an alarm has, or the glint that resembles it."""
@@ -351,18 +364,9 @@ class Stage:
                 self._plays.remove(play)
             elif play.tick(now):
                 cue = play.act.label
-        self._pull(now)
         # What is real prevails: a rover that stopped on rough ground, for somebody who is none, would not shake.
         asked = sorted((p.act.real, p.limits) for p in self._plays if p.limits is not None)
         self.rover.speed_limits = asked[-1][1] if asked else self.limits
-        self.rover.watch = any(isinstance(p, Impact) or (isinstance(p, Rough) and p.stones) for p in self._plays)
+        self.rover.watch = any(isinstance(p, Impact) or (isinstance(p, Rough) and p.act.real) for p in self._plays)
         self._cues.append(cue)
         return self._cues.popleft()
-
-    def _pull(self, now_s: float) -> None:
-        """The tug's force: half a sine of 25 ms, with as much momentum as a ball has."""
-        since, strength, direction = self.tug
-        for i in range(STEPS):
-            t = now_s + i * TIMESTEP_S - since
-            if 0 <= t < TUG_S:
-                self.rover.push[i] += strength * TUG_N * np.sin(np.pi * t / TUG_S) * direction
