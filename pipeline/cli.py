@@ -319,6 +319,10 @@ def train(
         Path | None, typer.Option("--init-from", metavar="BUNDLE", help="begin with the weights of a trained bundle")
     ] = None,
     freeze: Annotated[bool, typer.Option("--freeze", help="keep the encoders of --init-from as they are")] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=64, help="processes that prepare sessions; else one a core"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Train a model on labelled sessions.
@@ -335,8 +339,9 @@ def train(
     from pipeline import commands
 
     commands.train(
-        file, out, seed=seed, epochs=epochs, device=device, resume=resume, init_from=init_from, freeze=freeze, json=json
-    )
+        file, out, seed=seed, epochs=epochs, device=device, resume=resume, init_from=init_from, freeze=freeze,
+        jobs=jobs, json=json,
+    )  # fmt: skip
 
 
 @app.command("import")

@@ -6,6 +6,7 @@ asked wrongly or it failed.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
@@ -522,6 +523,7 @@ def train(
     resume: bool,
     init_from: Path | None,
     freeze: bool,
+    jobs: int | None,
     json: bool,
 ) -> None:
     """``sensorium train``."""
@@ -541,7 +543,8 @@ def train(
     tell = _print_line if json else None
     try:
         with Bars(console(sys.stderr), tell) as bars:
-            trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars)
+            trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
+                                              jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt:
         raise SensoriumError(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
     if json:
@@ -550,6 +553,11 @@ def train(
     screen = console(sys.stdout)
     screen.print(curves(trained.curves), "", score_table(made.scores))
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _print_line(value: Any) -> None:

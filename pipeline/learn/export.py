@@ -48,11 +48,17 @@ class Exported(msgspec.Struct, frozen=True):
 
 
 def train_bundle(
-    config: Config, out: Path, *, device: str = "auto", resume: bool = False, watch: Watch | None = None
+    config: Config,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    watch: Watch | None = None,
+    jobs: int = 1,
 ) -> tuple[Trained, Exported]:
     """Trains what ``config`` says on the recordings that it names, and writes the bundle ``out``. Prepared steps are
     kept in its ``cache`` (default: a folder ``.prepared`` beside the training file), the state of an unfinished
-    training beside ``out``. Raises ConfigError, RecordingError, BundleError."""
+    training beside ``out``. ``jobs``: see ``train``. Raises ConfigError, RecordingError, BundleError."""
     file = config.file
     paths = config.sessions(file.sessions, "sessions")
     more = config.sessions(file.pretrain.sessions, "pretrain") if file.pretrain is not None else []
@@ -60,7 +66,7 @@ def train_bundle(
     work = out.with_name(f"{out.name}.unfinished")
     trained = train(
         config, [Recorded(path) for path in paths], cache=cache, work=work, device=device, resume=resume, watch=watch,
-        unlabelled=[Recorded(path) for path in more],
+        unlabelled=[Recorded(path) for path in more], jobs=jobs,
     )  # fmt: skip
     made = export(trained, out, watch)
     shutil.rmtree(work, ignore_errors=True)

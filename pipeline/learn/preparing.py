@@ -13,10 +13,13 @@ import inspect
 import math
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,7 +33,7 @@ from pipeline.bundle import encoder_input
 from pipeline.encoding import GridEncoder, MessageEncoder
 from pipeline.errors import RecordingError
 from pipeline.lanes import Lane, cross_gap
-from pipeline.learn.sessions import Given, Mode, Session
+from pipeline.learn.sessions import Given, Mode, Recorded, Session
 from pipeline.learn.stream_encoder import StreamEncoder
 from pipeline.messages import payload_of
 from pipeline.modelfile import BundleStream
@@ -39,6 +42,8 @@ from pipeline.strict import listed
 Array = np.ndarray[Any, Any]
 _FORMAT = 1
 """Of the folder; another number makes all of them anew."""
+SHARED = 4
+"""Recordings for which another process is worth its start (of torch, mostly)."""
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -120,19 +125,58 @@ class PreparedSession(msgspec.Struct):
 def prepare(session: Session, recipe: Recipe, cache: Path) -> PreparedSession:
     """The session, prepared; from ``cache`` if it lies there. RecordingError, naming session and time, where it cannot
     be learnt from: a stream is missing, is another one's payload, never has content, or has numbers that are none."""
-    _check_streams(session, recipe)
-    key = hashlib.sha256(f"{recipe.digest()} {next(iter(session.sha256.values()))}".encode()).hexdigest()
-    folder = cache / key[:32]
-    if not (folder / "steps.npz").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix="part-", dir=cache))
-        try:
-            _write(session, recipe, part)
-            if not folder.exists():
-                os.replace(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    folder = _folder(session, recipe, cache)
+    _ensure(session, recipe, folder)
     return _read(session, recipe, folder)
+
+
+def prepare_each(sessions: Sequence[Session], recipe: Recipe, cache: Path, jobs: int = 1) -> Iterator[PreparedSession]:
+    """``prepare`` for each of them, in order; recordings that do not lie in ``cache`` are prepared by ``jobs``
+    processes at a time, with the same result."""
+    folders = [_folder(session, recipe, cache) for session in sessions]
+    missing = [i for i, f in enumerate(folders) if isinstance(sessions[i], Recorded) and not _whole(f)]
+    workers = min(jobs, len(missing) // SHARED)
+    with ExitStack() as stack:
+        made: dict[int, Future[None]] = {}
+        if workers > 1:
+            # Fresh interpreters: a forked one would inherit threads of torch that do not run in it. Ctrl-C reaches them
+            # as well, and ends them at once.
+            ends = (signal.SIGINT, signal.SIG_DFL)
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ends)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            made = {i: pool.submit(_ensure, sessions[i], recipe, folders[i]) for i in missing}
+        for i, (session, folder) in enumerate(zip(sessions, folders, strict=True)):
+            made[i].result() if i in made else _ensure(session, recipe, folder)
+            yield _read(session, recipe, folder)
+
+
+def _folder(session: Session, recipe: Recipe, cache: Path) -> Path:
+    """Where the session lies when it is prepared."""
+    key = hashlib.sha256(f"{recipe.digest()} {next(iter(session.sha256.values()))}".encode()).hexdigest()
+    return cache / key[:32]
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / "steps.npz").is_file()
+
+
+def _ensure(session: Session, recipe: Recipe, folder: Path) -> None:
+    """Prepares the session into ``folder``, unless it lies there. On one thread: what is made does not depend on how
+    many there are, and the pieces are too small to share."""
+    _check_streams(session, recipe)
+    if _whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _write(session, recipe, part)
+        if not folder.exists():
+            os.replace(part, folder)
+    finally:
+        torch.set_num_threads(threads)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_streams(session: Session, recipe: Recipe) -> None:

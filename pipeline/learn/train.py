@@ -26,7 +26,7 @@ from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_smal
 from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
-from pipeline.learn.preparing import Recipe, prepare
+from pipeline.learn.preparing import Recipe, prepare_each
 from pipeline.learn.pretrain import Contrast
 from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
@@ -38,6 +38,8 @@ from pipeline.strict import listed
 Array = np.ndarray[Any, Any]
 FITTED_ON = 4096
 """Steps of each stream from which its normalisation is taken."""
+JUDGED_ON = 8192
+"""Steps of sessions held out that an epoch is judged on, for the curves. What is calibrated is calibrated on all."""
 
 
 class Trained(NamedTuple):
@@ -60,7 +62,7 @@ class Trained(NamedTuple):
         return {name: digest for session in self.sources for name, digest in session.sha256.items()}
 
     def dataset(self, sessions: Sequence[Labelled]) -> Dataset:
-        """``sessions`` in chunks as they were trained on."""
+        """``sessions``, to be looked at."""
         return _dataset(self.config, sessions, self.labels)
 
 
@@ -81,8 +83,9 @@ def prepare_all(
     cache: Path,
     watch: Watch | None = None,
     unlabelled: Sequence[Session] = (),
+    jobs: int = 1,
 ) -> Prepared:
-    """The sessions, prepared and labelled. Raises RecordingError, ConfigError."""
+    """The sessions, prepared by ``jobs`` processes and labelled. Raises RecordingError, ConfigError."""
     watch, file = watch or Silent(), config.file
     _check_names(sessions)
     layouts = _layouts(config, sessions)
@@ -93,19 +96,17 @@ def prepare_all(
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
+    stated = [session.labels(known) for session in sessions]
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
-    found = []
-    for session in sessions:
-        stated = session.labels(known)
-        found.append((prepare(session, recipe, cache), stated))
+    made = []
+    for one in prepare_each([*sessions, *unlabelled], recipe, cache, jobs):
+        made.append(one)
         watch.advance()
-    labelled, labels = label_sessions(found, file.labels, file.ignore_labels)
-    more = []
-    for session in unlabelled:
-        made = prepare(session, recipe, cache)
-        more.append(Labelled(made, np.full(len(made), -1, np.int64)))
-        watch.advance()
-    return Prepared(recipe, layouts, labelled, labels, more)
+    found, more = made[: len(sessions)], made[len(sessions) :]
+    labelled, labels = label_sessions([*zip(found, stated, strict=True)], file.labels, file.ignore_labels)
+    return Prepared(
+        recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more]
+    )
 
 
 def _check_names(sessions: Sequence[Session]) -> None:
@@ -138,15 +139,17 @@ def train(
     resume: bool = False,
     watch: Watch | None = None,
     unlabelled: Sequence[Session] = (),
+    jobs: int = 1,
 ) -> Trained:
     """The model that ``config`` asks for; ``unlabelled`` sessions are for its pretraining. ``cache`` keeps prepared
-    steps, ``work`` checkpoints; None keeps nothing. Equal sessions, configuration and machine give equal weights.
-    Raises ConfigError, RecordingError, BundleError."""
+    steps, ``work`` checkpoints; None keeps nothing. ``jobs`` processes prepare recordings; more than one begin by
+    importing the main module, so that a script must keep its work under ``if __name__ == "__main__"``. Equal sessions,
+    configuration and machine give equal weights. Raises ConfigError, RecordingError, BundleError."""
     watch = watch or Silent()
     chosen = pick_device(device)
     with deterministic(), tempfile.TemporaryDirectory(prefix="sensorium-learn-") as scratch:
         torch.manual_seed(config.file.seed)
-        ready = prepare_all(config, sessions, cache or Path(scratch), watch, unlabelled)
+        ready = prepare_all(config, sessions, cache or Path(scratch), watch, unlabelled, jobs)
         parts = split(ready.sessions, config.file.split, len(ready.labels))
         _check_parts(parts, ready.labels)
         hold_if_small([*ready.sessions, *ready.unlabelled])
@@ -168,11 +171,14 @@ def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
         )
 
 
-def _dataset(config: Config, sessions: Sequence[Labelled], labels: tuple[str, ...]) -> Dataset:
+def _dataset(
+    config: Config, sessions: Sequence[Labelled], labels: tuple[str, ...], chunk_steps: int | None = None
+) -> Dataset:
+    """The sessions in chunks of ``chunk_steps``; by default long ones, of which each step is encoded but once or twice,
+    since what is said of a window does not depend on its chunk. (What is learnt from a batch does.)"""
     steps = config.file.window.steps
     longest = max((len(session) for session in sessions), default=1) + steps - 1
-    chunk = config.file.train.chunk_steps or (1 if steps == 1 else 6 * steps)
-    return Dataset(sessions, steps, min(chunk, longest), labels)
+    return Dataset(sessions, steps, min(chunk_steps or (1 if steps == 1 else 6 * steps), longest), labels)
 
 
 class _Run:
@@ -181,7 +187,8 @@ class _Run:
     def __init__(self, config: Config, ready: Prepared, parts: Split, device: torch.device, watch: Watch) -> None:
         self._config, self._ready, self._parts, self._device, self._watch = config, ready, parts, device, watch
         file = config.file
-        self._train, self._held_out = (_dataset(config, part, ready.labels) for part in parts[:2])
+        self._train = _dataset(config, parts.train, ready.labels, file.train.chunk_steps)
+        self._looked_at = _dataset(config, some_of(parts.held_out, JUDGED_ON), ready.labels)
         torch.manual_seed(file.seed)
         encoders = build_encoders(ready.recipe.streams, ready.recipe.settings)
         self._model = build_model(encoders, file.strategy, file.window.steps, len(ready.labels), file.fusion)
@@ -339,11 +346,11 @@ class _Run:
         return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def _judge(self, average: Any) -> dict[str, float]:
-        """What the mean of the weights makes of the sessions that are held out, with all streams."""
-        if not self._held_out.sessions:
+        """What the mean of the weights makes of sessions that are held out, with all streams."""
+        if not self._looked_at.sessions:
             return {}
         everything = frozenset(self._ready.recipe.streams)
-        said = say(average, self._held_out, [everything], self._device)
+        said = say(average, self._looked_at, [everything], self._device)
         return scores(said.logits[everything], said.truth, len(self._ready.labels))
 
 
@@ -374,6 +381,13 @@ def fit_normalisation(model: Model, sessions: Sequence[Labelled], only: Sequence
         total = sum(int(session.session.present[name].sum()) for session in sessions)
         every = max(1, total // FITTED_ON)
         model.encoder(name).fit(_some(sessions, name, every))
+
+
+def some_of(sessions: Sequence[Labelled], steps: int) -> list[Labelled]:
+    """Some of them, evenly, with about ``steps`` steps; all if they have no more together."""
+    total = sum(len(session) for session in sessions)
+    every = max(1, total // steps)
+    return list(sessions[::every])
 
 
 def _some(sessions: Sequence[Labelled], name: str, every: int) -> Iterator[Tensor]:
