@@ -109,7 +109,7 @@ class CalibrateEntry(_Strict, frozen=True):
     many numbers that it takes a hundred sessions held out, for windows of one session are alike. ``sets``:
     ``exact`` ones hold the truth as often as stated and may be empty, in which case the model abstains; those by
     ``mass`` or ``threshold`` always hold the most probable label, and so the truth at least as often (see
-    ``pipeline.scoring``)."""
+    ``pipeline.confidence``)."""
 
     sets: Literal["exact", "mass", "threshold"] = "exact"
     coverage: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.9

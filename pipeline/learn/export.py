@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from pipeline.bundle import Bundle, load_bundle
+from pipeline.confidence import fit_calibration
 from pipeline.errors import BundleError, RecordingError
 from pipeline.inference import FuseOptions, Fuser
 from pipeline.learn.begin import WEIGHTS
@@ -30,7 +31,6 @@ from pipeline.learn.model import Said, say, subsets_of, windows
 from pipeline.learn.sessions import Recorded
 from pipeline.learn.train import Trained, train
 from pipeline.modelfile import MODEL_FILE, Calibration, Lineage, ModelFile
-from pipeline.scoring import fit_calibration
 
 Array = np.ndarray[Any, Any]
 SAMPLES = 16
