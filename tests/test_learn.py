@@ -37,10 +37,10 @@ from pipeline.learn.config import streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
 from pipeline.learn.export import prove  # noqa: E402
 from pipeline.learn.loop import Silent  # noqa: E402
-from pipeline.learn.model import build_encoders, cut_windows, windows  # noqa: E402
+from pipeline.learn.model import build_encoders, cut_windows, say, windows  # noqa: E402
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
 from pipeline.learn.robust import disagreement, distort  # noqa: E402
-from pipeline.learn.train import prepare_all  # noqa: E402
+from pipeline.learn.train import prepare_all, some_of  # noqa: E402
 
 SECONDS, SESSIONS, NS = 6.0, 8, 1_000_000_000
 SMALL: dict[str, Any] = {
@@ -469,6 +469,46 @@ def test_prepared_steps_are_kept_and_streamed(sessions: Path, tmp_path: Path, mo
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npz")} == written
     assert same_weights(held, streamed)
     assert recipe_of(config).digest() != recipe_of(configured(sessions, streams={"imu": {"context_ms": 100}})).digest()
+
+
+def test_several_processes_prepare_what_one_does(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, ("imu", "camera"))
+    digests = []
+    for jobs in (1, 2):
+        ready = prepare_all(config, recorded(config), tmp_path / str(jobs), jobs=jobs)
+        assert [s.session.name for s in ready.sessions] == [f"s{seed}.mcap" for seed in range(SESSIONS)]
+        files = [p for p in (tmp_path / str(jobs)).rglob("*") if p.is_file()]
+        digests.append({p.relative_to(tmp_path / str(jobs)): p.read_bytes() for p in files})
+    assert len(digests[0]) == 4 * SESSIONS
+    assert digests[0] == digests[1]
+
+
+def test_what_another_process_cannot_prepare_is_named(tmp_path: Path) -> None:
+    for seed in range(8):
+        scenes.record(tmp_path / f"s{seed}.mcap", seed, 2.0, streams=["imu"] if seed == 5 else ["imu", "camera"])
+    config = configured(tmp_path, ("imu", "camera"))
+    with pytest.raises(RecordingError, match=r"s5.mcap has no stream `camera`"):
+        prepare_all(config, recorded(config), tmp_path / "cache", jobs=2)
+    assert not list((tmp_path / "cache").glob("part-*"))
+
+
+def test_what_is_said_of_a_window_does_not_depend_on_its_chunk(sessions: Path, tmp_path: Path) -> None:
+    config = configured(sessions, ("imu", "camera"), train={"epochs": 1, "batch_windows": 64, "chunk_steps": 6})
+    made = learn.train(config, recorded(config), cache=tmp_path / "cache", device="cpu")
+    everything = frozenset({"imu", "camera"})
+    looked_at = made.dataset(made.split.held_out)
+    assert looked_at.chunk > 6
+    found = [say(made.model, Dataset(made.split.held_out, 5, chunk, made.labels), [everything], torch.device("cpu"))
+             for chunk in (looked_at.chunk, 6)]  # fmt: skip
+    assert np.array_equal(found[0].truth, found[1].truth)
+    assert np.allclose(found[0].logits[everything], found[1].logits[everything], atol=1e-5)
+
+
+def test_sessions_that_an_epoch_is_judged_on_are_some_of_all() -> None:
+    many = [made_session(20, [0], f"s{i}") for i in range(30)]
+    assert some_of(many, 600) == some_of(many, 10_000) == many
+    assert some_of(many, 150) == many[::4]
+    assert some_of([], 10) == []
 
 
 # -- sessions of a program's own ---------------------------------------------------------------------------------------
