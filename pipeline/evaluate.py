@@ -7,9 +7,7 @@ more for every stream, fault and severity; passes are independent, so they may r
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from pipeline.faults import Fault, Loss, Noise, Offset
 from pipeline.prediction import BundleRef
 from pipeline.recording import RecordingReader
 from pipeline.strict import listed
+from pipeline.workers import workers
 
 SEVERITIES: dict[str, tuple[float, ...]] = {
     "loss": (0.1, 0.3, 0.6),
@@ -119,16 +118,9 @@ def _here(bundle: Bundle, tasks: Sequence[_Task], progress: Progress) -> Iterato
 
 
 def _elsewhere(path: Path, allow_code: bool, tasks: Sequence[_Task], jobs: int) -> Iterator[Pass]:
-    # Fresh interpreters: a forked child would inherit threads of the inference engine that do not run in it.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
-        try:
-            futures = [pool.submit(_in_worker, str(path), allow_code, task) for task in tasks]
-            for future in futures:
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with workers(min(jobs, len(tasks))) as pool:
+        for future in [pool.submit(_in_worker, str(path), allow_code, task) for task in tasks]:
+            yield future.result()
 
 
 def _in_worker(path: str, allow_code: bool, task: _Task) -> Pass:

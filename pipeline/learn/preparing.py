@@ -13,13 +13,11 @@ import inspect
 import math
 import os
 import shutil
-import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -38,6 +36,7 @@ from pipeline.learn.stream_encoder import StreamEncoder
 from pipeline.messages import payload_of
 from pipeline.modelfile import BundleStream
 from pipeline.strict import listed
+from pipeline.workers import workers
 
 Array = np.ndarray[Any, Any]
 _FORMAT = 1
@@ -135,15 +134,11 @@ def prepare_each(sessions: Sequence[Session], recipe: Recipe, cache: Path, jobs:
     processes at a time, with the same result."""
     folders = [_folder(session, recipe, cache) for session in sessions]
     missing = [i for i, f in enumerate(folders) if isinstance(sessions[i], Recorded) and not _whole(f)]
-    workers = min(jobs, len(missing) // SHARED)
+    number = min(jobs, len(missing) // SHARED)
     with ExitStack() as stack:
         made: dict[int, Future[None]] = {}
-        if workers > 1:
-            # Fresh interpreters: a forked one would inherit threads of torch that do not run in it. Ctrl-C reaches them
-            # as well, and ends them at once.
-            ends = (signal.SIGINT, signal.SIG_DFL)
-            pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal, initargs=ends)
-            stack.callback(pool.shutdown, cancel_futures=True)
+        if number > 1:
+            pool = stack.enter_context(workers(number))
             made = {i: pool.submit(_ensure, sessions[i], recipe, folders[i]) for i in missing}
         for i, (session, folder) in enumerate(zip(sessions, folders, strict=True)):
             made[i].result() if i in made else _ensure(session, recipe, folder)

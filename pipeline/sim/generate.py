@@ -8,10 +8,8 @@ processor or its versions of MuJoCo and numpy do.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import msgspec
@@ -20,6 +18,7 @@ from pipeline.recording import Label, RecordingWriter, SessionInfo
 from pipeline.sim.camera import prepare
 from pipeline.sim.ranges import Name
 from pipeline.sim.script import Spell
+from pipeline.workers import workers
 
 UNIX_NS = 1_767_225_600_000_000_000
 """Simulated sessions begin at 2026-01-01T00:00:00Z, so that the same seed gives the same bytes."""
@@ -93,17 +92,13 @@ def record_sessions(
     prepare()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [seed for seed in seeds if not session_file(folder, seed, ranges).exists()]
-    # Ctrl-C reaches the workers as well: they end at once, instead of taking the next session.
-    ends = (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=signal.signal, initargs=ends) as pool:
-        coming = [pool.submit(_record_whole, folder, seed, ranges, duration_s) for seed in wanted]
-        try:
-            for done in as_completed(coming):
+    try:
+        with workers(jobs) as pool:
+            for done in as_completed([pool.submit(_record_whole, folder, seed, ranges, duration_s) for seed in wanted]):
                 yield done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            for seed in wanted:
-                _unfinished(folder, seed, ranges).unlink(missing_ok=True)
+    finally:
+        for seed in wanted:
+            _unfinished(folder, seed, ranges).unlink(missing_ok=True)
 
 
 def _unfinished(folder: Path, seed: int, ranges: Name) -> Path:
