@@ -28,7 +28,7 @@ from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS
 from pipeline.sim.generate import record_session, record_sessions, session_file
 from pipeline.sim.ranges import RANGES, draw
 from pipeline.sim.script import APART_S, TWICE, Act, Spell, block
-from pipeline.sim.world import CAMERA_AT, FOVY_DEG, LIDAR_AT
+from pipeline.sim.world import BALL_M, CAMERA_AT, FAR_M, FOVY_DEG, LIDAR_AT
 from tests.rigs import make_rig, short_folder, simulation_lacks
 
 NS = 1_000_000_000
@@ -307,8 +307,8 @@ ALONE = [
 LiDAR both see."""
 
 
-STEADY = 17
-"""A seed whose rover drives at a speed that no act limits."""
+STEADY, HURRIED = 17, 5
+"""Seeds whose rover drives at a speed that no act limits, and at one that acts do."""
 
 
 @pytest.fixture(scope="module")
@@ -337,17 +337,28 @@ def test_a_ball_that_misses_is_no_impact(simulation: Callable[..., Any], sensor:
     assert np.linalg.norm(imu[t > 0.4, :3] - np.median(imu[:, :3], axis=0), axis=1).max() < 10.0
 
 
+@pytest.mark.parametrize("seed", [STEADY, HURRIED])
 @pytest.mark.parametrize("label", [label for label, sensors in CUES.items() if "imu" in sensors])
-def test_to_the_imu_its_decoy_is_what_the_event_is(simulation: Callable[..., Any], label: str) -> None:
-    """Bit by bit, to the end and beyond it: it settles. And it is not nothing."""
-    felt = {}
+def test_to_the_imu_its_decoy_is_what_the_event_is(simulation: Callable[..., Any], label: str, seed: int) -> None:
+    """Bit by bit until a second after it, to a few cm/s² from then on; and it is not nothing."""
+    felt = []
     for seen_by in (CUES[label], ("imu",), None):  # type: ignore[index]
-        one = simulation(STEADY, script=False)
-        ran = Session(one, 4.5, None if seen_by is None else act(label, seen_by, lasts_s=3.2, seed=3))
-        felt[seen_by] = ran.bytes_of("imu")
+        one = simulation(seed, script=False)
+        ran = Session(one, 6.5, None if seen_by is None else act(label, seen_by, lasts_s=3.2, seed=3))
+        felt.append(ran.samples("imu"))
         assert ({x.label for x in ran.labels} == {"clear"}) == (seen_by != CUES[label])  # type: ignore[index]
-    event, decoy, nothing = felt.values()
-    assert event == decoy != nothing
+    (t, event), (_, decoy), (_, nothing) = felt
+    until = t < START_S + 3.2 + 0.95
+    assert np.array_equal(event[until], decoy[until])
+    assert np.abs(event - decoy).max() < 0.05
+    assert np.abs(event - nothing).max() > 1.0
+
+
+def of_the_imu(items: list[Any]) -> tuple[Any, Any]:
+    """Times in s, and accelerations [n, 3]."""
+    messages = [w for _, w in items if not isinstance(w, Label) and w.header.stream == "imu"]
+    times = [(m.header.t_capture_ns + array(m)["offset_ns"]) / NS for m in messages]
+    return np.concatenate(times), np.concatenate([array(m)["accel"] for m in messages])
 
 
 def test_what_really_happens_during_a_decoy_of_the_imu_is_felt(simulation: Callable[..., Any]) -> None:
@@ -358,12 +369,59 @@ def test_what_really_happens_during_a_decoy_of_the_imu_is_felt(simulation: Calla
     items += one.until(2 * NS)
     one.stage.begin(Act("tilt", CUES["tilt"], 2.0, 6.0, 1))
     items += one.until(5 * NS)
-    batches = [array(w) for _, w in items if not isinstance(w, Label) and w.header.stream == "imu"]
-    accel = np.concatenate([b["accel"] for b in batches if b.dtype.names and "accel" in b.dtype.names])[-400:]
+    accel = of_the_imu(items)[1][-400:]
     lean = np.arctan2(accel[:, 1].mean(), accel[:, 2].mean())
     assert abs(one.rover.roll_rad) > np.deg2rad(7)
     assert lean == pytest.approx(one.rover.roll_rad, abs=np.deg2rad(2.0))
     assert accel[:, 2].std() > 1.0
+
+
+def test_what_really_ends_during_a_decoy_of_the_imu_is_over(simulation: Callable[..., Any]) -> None:
+    """Stones that were left while the mount slips shake nobody, and a rover that is upright again is so for its IMU."""
+    one = simulation(STEADY, script=False)
+    items = list(one.until(round(START_S * NS)))
+    one.stage.begin(act("rough_ground", lasts_s=4.5))
+    items += one.until(4 * NS)
+    one.stage.begin(Act("tilt", ("imu",), 4.0, 8.0, 1))
+    items += one.until(7 * NS)
+    t, accel = of_the_imu(items)
+    assert accel[(t > 2.0) & (t < 4.0), 2].std() > 1.0
+    assert accel[(t > 5.6) & (t < 7.0), 2].std() < 0.3
+    one = simulation(STEADY, script=False)
+    one.stage.begin(Act("tilt", CUES["tilt"], 0.0, 3.0, 1))
+    items = list(one.until(2 * NS))
+    one.stage.begin(Act("rough_ground", ("imu",), 2.0, 7.0, 1))
+    items += one.until(6 * NS)
+    t, accel = of_the_imu(items)
+    upright = accel[t > 4.5].mean(0) - one._bias[:3]
+    assert np.arctan2(upright[1], upright[2]) == pytest.approx(0.0, abs=np.deg2rad(1.5))
+
+
+def test_doubles_stop_when_the_rover_does(simulation: Callable[..., Any]) -> None:
+    one = simulation(STEADY, script=False)
+    list(one.until(NS))
+    one.stage.begin(Act("tilt", ("imu",), 1.0, 9.0, 1))
+    one.stage.begin(Act("approach", CUES["approach"], 1.0, 9.5, 1))
+    list(one.until(7 * NS))
+    assert one.stage.doubles
+    for rover in (one.rover, *one.stage.doubles):
+        assert np.hypot(*rover.velocity[:2]) < 0.05
+
+
+def test_the_end_of_rough_ground_is_no_jolt(simulation: Callable[..., Any]) -> None:
+    """Its stones sink where the wheels stand on them."""
+    one = simulation(STEADY, script=False)
+    ran = Session(one, 4.0, act("rough_ground", lasts_s=2.5))
+    t, imu = ran.samples("imu")
+    shaken = np.abs(imu[:, 2] - 9.81)
+    assert shaken[(t > 1.5) & (t < 2.5)].max() > 3.0
+    assert shaken[t > START_S + 2.5].max() < 1.5
+
+
+def test_a_ball_that_is_put_away_stays_there(simulation: Callable[..., Any]) -> None:
+    one = simulation(STEADY, script=False)
+    Session(one, 5.0, act("impact", lasts_s=2.5))
+    assert one.rover.ball_at[1:] == pytest.approx([FAR_M, BALL_M], abs=0.05)
 
 
 @pytest.mark.parametrize(("condition", "sensor"), [("dark", "camera"), ("wind", "microphone"), ("dust", "lidar")])

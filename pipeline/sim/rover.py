@@ -13,12 +13,15 @@ import mujoco
 import numpy as np
 
 from pipeline.sim.world import (
+    BALL_M,
     BED_M,
     CORRIDOR_M,
+    FAR_M,
     GRAVEL_M,
     PARKED_M,
     SCENERY,
     STONE_BEDS,
+    STONES_OUT_M,
     TIMESTEP_S,
     TRACK_M,
     WHEEL_M,
@@ -47,6 +50,8 @@ class Rover:
         self.model = mujoco.MjModel.from_xml_string(xml)
         self.data = mujoco.MjData(self.model)
         self._rng = np.random.Generator(np.random.PCG64([seed, 4]))
+        # Its own, since when scenery moves on depends on where the rover is, and how it is to drive must not.
+        self._scenery_rng = np.random.Generator(np.random.PCG64([seed, 11]))
         self._chassis = int(self.model.body("rover").id)
         self._mocap = {
             self.model.body(i).name: int(self.model.body_mocapid[i])
@@ -66,8 +71,7 @@ class Rover:
         """The greatest force of the ball on the rover in the last tick."""
         self.watch = False
         """Whether contacts are looked at; they are not while nothing can be met."""
-        self.speed_limits = self.driven_limits = (0.0, SPEED[1])
-        """Between which speeds it is to drive from the next tick on, and was to in the last."""
+        self.speed_limits = (0.0, SPEED[1])
         self._speed, self._lane = float(self._rng.uniform(*SPEED)), 0.0
         self._change_s = 0.0
         self.ticks = 0
@@ -75,14 +79,15 @@ class Rover:
         """How far the suspension leans the chassis to the right."""
         for name in self._mocap:
             if name.rpartition("_")[0] in SCENERY:
-                self._place_scenery(name, float(self._rng.uniform(SIGHT_M[0], SIGHT_M[2])))
+                self._place_scenery(name, float(self._scenery_rng.uniform(SIGHT_M[0], SIGHT_M[2])))
         mujoco.mj_forward(self.model, self.data)
 
     def double(self) -> Rover:
-        """Another rover, in a world that is as this one's is now. What happens there, nobody here sees; who sees which
-        prop (``show``) is the same in both."""
+        """Another rover, in a world that is as this one's is now. Where things are and what happens to them, each has
+        for itself; the model is one: who sees a prop (``show``), a carpet's length, the light, the cameras."""
         double = copy.copy(self)
-        double.data, double._rng = copy.copy(self.data), copy.deepcopy(self._rng)
+        double.data = copy.copy(self.data)
+        double._rng, double._scenery_rng = copy.deepcopy(self._rng), copy.deepcopy(self._scenery_rng)
         double.contacts, double._forces, double.watch = [], {}, False
         return double
 
@@ -153,7 +158,8 @@ class Rover:
         self.data.qvel[self._ball_qvel : self._ball_qvel + 6] = [*velocity, 0, 0, 0]
 
     def park_ball(self) -> None:
-        self.throw_ball((0.0, 0.0, PARKED_M - 0.8), (0.0, 0.0, 0.0))
+        """Where nothing sees it; not under the ground, which is solid for it and would throw it up."""
+        self.throw_ball((self.data.qpos[0], FAR_M, BALL_M), (0.0, 0.0, 0.0))
 
     def lay_carpet(self, name: str, start_m: float, length_m: float) -> None:
         """Lays ``gravel_seen`` or ``gravel_ranged`` on the way from x = ``start_m``."""
@@ -165,6 +171,12 @@ class Rover:
         """Lays so many beds of stones on the way from x = ``start_m``."""
         for i in range(beds):
             self.put(f"bed_{i}", (start_m + (i + 0.5) * BED_M, self.position[1], 0.0))
+
+    def sink_stones(self, share: float) -> None:
+        """Lets the stones down by ``share`` of what they stand out at most."""
+        for i in range(STONE_BEDS):
+            if (at := self.data.mocap_pos[self._mocap[f"bed_{i}"]])[2] > PARKED_M:
+                at[2] = -share * STONES_OUT_M
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -193,8 +205,7 @@ class Rover:
             self._speed = 0.0 if stops else float(self._rng.uniform(*SPEED))
             self._lane = float(self._rng.uniform(-0.5, 0.5))
             self._change_s = now + float(self._rng.uniform(2.0, 5.0))
-        self.driven_limits = self.speed_limits
-        speed = float(np.clip(self._speed, *self.driven_limits))
+        speed = float(np.clip(self._speed, *self.speed_limits))
         wanted = np.clip(0.4 * (self._lane - self.data.qpos[1]), -0.2, 0.2)
         turn = np.clip(1.5 * (wanted - self.heading_rad), -0.6, 0.6) * (speed > 0)
         sides = {"l": speed - turn * TRACK_M, "r": speed + turn * TRACK_M}
@@ -212,11 +223,12 @@ class Rover:
         x = self.data.qpos[0]
         for name, mocap in self._mocap.items():
             if name.rpartition("_")[0] in SCENERY and self.data.mocap_pos[mocap, 0] < x + SIGHT_M[0]:
-                self._place_scenery(name, x + float(self._rng.uniform(*SIGHT_M[1:])))
+                self._place_scenery(name, x + float(self._scenery_rng.uniform(*SIGHT_M[1:])))
 
     def _place_scenery(self, name: str, x: float) -> None:
         nearest = CORRIDOR_M + {"wall": 0.8, "post": 0.0, "bush": 0.6}[name.rpartition("_")[0]]
-        self.put(name, (x, self._rng.choice([-1, 1]) * self._rng.uniform(nearest, nearest + 4.0), 0.0))
+        rng = self._scenery_rng
+        self.put(name, (x, rng.choice([-1, 1]) * rng.uniform(nearest, nearest + 4.0), 0.0))
 
     def _read_contacts(self, t_s: float) -> None:
         """Rises of the normal force where the ball meets the rover, or a wheel a stone."""

@@ -2,9 +2,9 @@
 
 An act of several cues and a decoy of one run the same code: ``seen_by`` alone decides which props stand, which sounds
 sound, which mount slips. A decoy of the IMU happens to a double of the rover, to the whole of it, and the IMU alone
-feels that (``Apart``): no force made up to resemble stones or a ball does so to a model that has heard thousands of
-them. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends
-with a label's first moment already holds evidence of it:
+feels that (``Apart``): no force made up to resemble stones or a ball does so to a model that has felt thousands of
+them. What is true follows from the physics, ``DELAY_S`` after the cue, so that a window which ends with a label's first
+moment already holds evidence of it:
 
 rough_ground   from the first stone that a wheel meets until the last bed is left
 approach       somebody's front is within 6.3 m and in the way, until out of it
@@ -36,6 +36,8 @@ GRAIN_N, THUD_N = 60.0, 900.0
 RATTLE_HZ, RATTLE = 170.0, (-3.0, 1.5)
 """Decoys are as strong as what they resemble, as measured over many sessions: how often a loose cover rattles and the
 logarithm's mean and deviation of how strongly."""
+SINK_S = 0.5
+"""So long before the end of rough ground its stones begin to sink."""
 SETTLE_S = 1.0
 """So long after an act the IMU still feels what came of it apart."""
 
@@ -51,16 +53,22 @@ class Sounds:
 
 class Apart:
     """What the IMU feels that the rover does not do: how a double that an act happens to differs from one that is
-    spared. Both begin as the rover is now and drive as it does, so that what really happens meanwhile adds up."""
+    spared. Both begin as the rover is now, and drive and lean as it does; what else really happens meanwhile happens to
+    the rover alone, and adds up. What really ends, ends for all."""
 
-    def __init__(self, rover: Rover, until_s: float) -> None:
-        self.struck, self._spared = rover.double(), rover.double()
-        self._rover, self.until_s = rover, until_s
+    def __init__(self, rover: Rover, until_s: float, leans: bool) -> None:
+        self.struck, self.spared = rover.double(), rover.double()
+        self.until_s = until_s
+        self._rover, self._leans = rover, leans
 
     def tick(self) -> Array:
-        """What to add to the rover's own readings of this tick, f8 [STEPS, 6]."""
-        self.struck.speed_limits = self._spared.speed_limits = self._rover.driven_limits
-        return self.struck.tick() - self._spared.tick()
+        """Lets the rover's last tick pass here, too. What to add to its readings of that, f8 [STEPS, 6]."""
+        for double in (self.struck, self.spared):
+            double.speed_limits = self._rover.speed_limits
+        self.spared.lean_rad = self._rover.lean_rad
+        if not self._leans:
+            self.struck.lean_rad = self._rover.lean_rad
+        return self.struck.tick() - self.spared.tick()
 
 
 class Play:
@@ -68,7 +76,7 @@ class Play:
 
     def __init__(self, act: Act, stage: Stage) -> None:
         self.act, self.world, self.sounds = act, stage.world, stage.sounds
-        self.rover = stage.rover if act.seen_by != ("imu",) else stage.apart(act.end_s + SETTLE_S)
+        self.rover = stage.rover if act.seen_by != ("imu",) else stage.apart(act)
         self.stage = stage
         self.limits: tuple[float, float] | None = None
         """Between which speeds the rover is to drive, in m/s."""
@@ -85,6 +93,11 @@ class Play:
         return {(True, True): BOTH, (True, False): CAMERA_ONLY, (False, True): LIDAR_ONLY}.get(
             (self.by("camera"), self.by("lidar")), NEITHER
         )
+
+    @property
+    def worlds(self) -> list[Rover]:
+        """Where the act's props have to be cleared away: doubles of the rover may have been made among them."""
+        return [self.rover] if self.rover is not self.stage.rover else [self.rover, *self.stage.doubles]
 
     def begin(self) -> None:
         """Sets up the props."""
@@ -109,15 +122,18 @@ class Rough(Play):
             self.rover.lay_carpet("gravel_seen", start, carpet)
         if self.by("lidar"):
             self.rover.lay_carpet("gravel_ranged", start, carpet)
-        self.stones = self.act.real or self.by("imu")
         self.met = False
-        if self.stones:
+        if self.act.real or self.by("imu"):
             self.rover.lay_stones(start, self.beds)
         # Decoys last as long as the wheels would be on the stones.
         self.on_s = self.act.start_s + 0.4
         self.off_s = min(self.on_s + (self.beds * BED_M + 0.5) / 0.75, self.act.end_s)
 
     def tick(self, now_s: float) -> bool:
+        # Stones that vanished under the wheels would be a jolt, which is another class.
+        if (left_s := self.act.end_s - now_s) < SINK_S:
+            for rover in self.worlds:
+                rover.sink_stones(1.0 - left_s / SINK_S)
         if self.act.real:
             for contact in self.rover.contacts:
                 if contact.stone:
@@ -130,7 +146,8 @@ class Rough(Play):
         return False
 
     def end(self) -> None:
-        self.rover.park("gravel_seen", "gravel_ranged", *(f"bed_{i}" for i in range(STONE_BEDS)))
+        for rover in self.worlds:
+            rover.park("gravel_seen", "gravel_ranged", *(f"bed_{i}" for i in range(STONE_BEDS)))
 
 
 class Approach(Play):
@@ -252,7 +269,8 @@ class Impact(Play):
             self.stage.knock = (now_s, self.strength * self.rng.choice([-1, 1]))
 
     def end(self) -> None:
-        self.rover.park_ball()
+        for rover in self.worlds:
+            rover.park_ball()
 
 
 class Alarm(Play):
@@ -317,7 +335,7 @@ PLAYS: dict[Label, type[Play]] = {
 
 
 class Stage:
-    """All acts that are on. ``tick`` once a tick, after physics."""
+    """All acts that are on. ``felt`` and then ``tick`` once a tick, after physics."""
 
     def __init__(self, rover: Rover, world: Drawn) -> None:
         self.rover, self.world = rover, world
@@ -337,14 +355,19 @@ class Stage:
     def begin(self, act: Act) -> None:
         self._plays.append(PLAYS[act.label](act, self))
 
-    def apart(self, until_s: float) -> Rover:
-        """A double of the rover, of which the IMU feels until then what happens to it alone."""
-        self._apart.append(Apart(self.rover, until_s))
+    def apart(self, act: Act) -> Rover:
+        """A double of the rover for ``act`` to happen to, which the IMU alone feels."""
+        self._apart.append(Apart(self.rover, act.end_s + SETTLE_S, act.label == "tilt"))
         return self._apart[-1].struck
 
+    @property
+    def doubles(self) -> list[Rover]:
+        return [double for apart in self._apart for double in (apart.struck, apart.spared)]
+
     def felt(self) -> Array:
-        """What the IMU feels in the tick that the rover has just made beside what the rover did, f8 [STEPS, 6]."""
-        self._apart = [apart for apart in self._apart if apart.until_s > self.rover.now_s]
+        """Lets the rover's last tick pass for its doubles, too: once a tick, between the rover's and this stage's.
+        Returns what the IMU feels of it beside what the rover did, f8 [STEPS, 6]."""
+        self._apart = [apart for apart in self._apart if apart.until_s > self.rover.now_s - TICK_S / 2]
         return sum((apart.tick() for apart in self._apart), np.zeros((STEPS, 6)))
 
     def flash(self, on: bool) -> None:

@@ -1,6 +1,7 @@
 """The MuJoCo model: a wheeled rover on an endless plain, scenery, and the props of every act.
 
-Props wait under the ground, where nothing sees them, until an act puts them on the stage. Who sees a geom is its group:
+Props wait under the ground or far away, where nothing sees them, until an act puts them on the stage. Who sees a geom
+is its group:
 
 =====  ===============================================
 group  seen by
@@ -44,6 +45,10 @@ SCENERY = {"wall": 6, "post": 8, "bush": 6}
 CORRIDOR_M = 2.4
 """Half the width of the way, which scenery leaves free."""
 PARKED_M = -30.0
+FAR_M = -500.0
+"""Where what is parked lies: under the ground; and beside the way, further than any sensor sees."""
+STONES_OUT_M = 0.05
+"""More than any stone stands out."""
 WHEELS = ("fl", "fr", "rl", "rr")
 
 
@@ -139,12 +144,11 @@ def _props(world: Drawn, rng: np.random.Generator) -> str:
         box = f'<geom type="box" size="{GRAVEL_M / 2} 1.3 0.002" material="gravel" group="{group}"/>'
         parts.append(_actor(name, box))
     parts += [_bed(f"bed_{i}", world, rng) for i in range(STONE_BEDS)]
-    parts.append(f"""<body name="ball" pos="0 0 {PARKED_M}">
+    parts.append(f"""<body name="ball" pos="0 {FAR_M} {BALL_M}">
       <freejoint name="ball"/>
       <geom name="ball" type="sphere" size="{BALL_M}" mass="{world.ball_kg:.3f}" contype="4" conaffinity="3" group="3"
             solref="-30000 -60" rgba="{_rgb(_colour(rng, world.hue))} 1"/>
-    </body>
-    <geom name="cellar" type="plane" size="5 5 1" pos="0 0 {PARKED_M - 1}" contype="2" conaffinity="4" group="3"/>""")
+    </body>""")
     return "".join(parts)
 
 
