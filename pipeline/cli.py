@@ -321,7 +321,7 @@ def train(
     freeze: Annotated[bool, typer.Option("--freeze", help="keep the encoders of --init-from as they are")] = False,
     jobs: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=64, help="processes that prepare sessions; else one a core"),
+        typer.Option(metavar="N", min=1, max=64, help="processes that prepare sessions; else one a core, 8 at most"),
     ] = None,
     json: Json = False,
 ) -> None:

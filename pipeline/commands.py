@@ -556,8 +556,8 @@ def train(
 
 
 def _cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """How many this process may use; at most as many as have enough memory with them, 0.3 GB each."""
+    return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 def _print_line(value: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 
 from pipeline.errors import SensoriumError
 
@@ -20,11 +21,18 @@ from pipeline.errors import SensoriumError
 def workers(number: int) -> Iterator[ProcessPoolExecutor]:
     """So many processes; when the block is left, work that has not begun is dropped and what has is waited for. They
     begin by importing the main module: a script must keep its work under ``if __name__ == "__main__"``. SensoriumError
-    if one of them is ended from outside."""
-    pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=_begin)
+    if it does not, or if one of them is ended from outside."""
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    pool = ProcessPoolExecutor(number, context, initializer=_begin, initargs=(begun,))
     try:
         yield pool
     except BrokenProcessPool:
+        if not begun.is_set():
+            raise SensoriumError(
+                "no other process could begin to share the work: it imports the script that was started, which must "
+                'be a file and keep its own work under `if __name__ == "__main__":`. Write that line, or say `jobs=1`'
+            ) from None
         raise SensoriumError(
             f"one of the {number} processes that shared the work was ended from outside; if nobody did that, memory "
             "ran out. Try again with fewer at a time (`--jobs`)"
@@ -33,9 +41,10 @@ def workers(number: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
+def _begin(begun: Event) -> None:
     """Of a worker. It would otherwise take its next task after a Ctrl-C, and wait for ever if nobody is left to give it
     one."""
+    begun.set()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -41,6 +41,7 @@ from pipeline.learn.model import build_encoders, cut_windows, say, windows  # no
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
 from pipeline.learn.robust import disagreement, distort  # noqa: E402
 from pipeline.learn.train import prepare_all, some_of  # noqa: E402
+from pipeline.workers import workers  # noqa: E402
 
 SECONDS, SESSIONS, NS = 6.0, 8, 1_000_000_000
 SMALL: dict[str, Any] = {
@@ -94,6 +95,11 @@ def recorded(config: learn.Config) -> list[learn.Recorded]:
 def same_weights(one: learn.Trained, other: learn.Trained) -> bool:
     pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def prepared(session: learn.Session, recipe: Recipe, cache: Path) -> PreparedSession:
+    [found] = prepare([session], recipe, cache)
+    return found
 
 
 def recipe_of(config: learn.Config) -> Recipe:
@@ -344,18 +350,18 @@ def test_windows_in_training_are_those_that_were_lived(
 ) -> None:
     path, manifests = lived
     recipe = recipe_of(configured(sessions, STREAMS))
-    found = prepare(learn.Recorded(path), recipe, tmp_path)
+    found = prepared(learn.Recorded(path), recipe, tmp_path)
     assert found.digests == [m.digest for m in manifests]
     verdicts = {m.streams[name].verdict for m in manifests for name in STREAMS}
     assert verdicts >= {"ok", "late", "missing"}
     for name in STREAMS:
         there = [m.streams[name].verdict in ("ok", "partial") for m in manifests]
         assert found.present[name].tolist() == there
-    again = prepare(learn.Recorded(path), msgspec.structs.replace(recipe, mode="event_time"), tmp_path)
+    again = prepared(learn.Recorded(path), msgspec.structs.replace(recipe, mode="event_time"), tmp_path)
     assert again.digests != found.digests
     assert again.present["imu"].sum() > found.present["imu"].sum()  # what was late is there by event time
     other = recipe_of(configured(sessions, STREAMS, window={"hop_ms": 50, "steps": 5}))  # windows that nobody lived
-    assert len(prepare(learn.Recorded(path), other, tmp_path)) > 1.9 * len(manifests)
+    assert len(prepared(learn.Recorded(path), other, tmp_path)) > 1.9 * len(manifests)
 
 
 def test_a_stream_that_was_recorded_beside_the_windows(
@@ -371,7 +377,7 @@ def test_a_stream_that_was_recorded_beside_the_windows(
             writer.write_json(
                 MANIFEST_TOPIC, msgspec.json.encode(msgspec.structs.replace(manifest, streams=streams)), 0
             )
-    found = prepare(learn.Recorded(beside), recipe_of(configured(sessions, PAIR)), tmp_path)
+    found = prepared(learn.Recorded(beside), recipe_of(configured(sessions, PAIR)), tmp_path)
     late = sum(manifest.streams["imu"].verdict == "late" for manifest in lived[1])
     assert late >= 10
     assert (~found.present["imu"]).sum() <= 2
@@ -414,7 +420,7 @@ def test_a_restarted_aligner_leaves_masked_steps(
         for data, at, _ in reader.json(MANIFEST_TOPIC):
             if msgspec.json.decode(data, type=Manifest).step not in gone:
                 writer.write_json(MANIFEST_TOPIC, data, at)
-    found = prepare(learn.Recorded(cut), recipe_of(configured(sessions, STREAMS)), tmp_path)
+    found = prepared(learn.Recorded(cut), recipe_of(configured(sessions, STREAMS)), tmp_path)
     assert len(found) == len(manifests)
     masked = np.flatnonzero(found.step < 0)
     assert masked.tolist() == [9, 10, 11]
@@ -471,24 +477,54 @@ def test_prepared_steps_are_kept_and_streamed(sessions: Path, tmp_path: Path, mo
     assert recipe_of(config).digest() != recipe_of(configured(sessions, streams={"imu": {"context_ms": 100}})).digest()
 
 
-def test_several_processes_prepare_what_one_does(sessions: Path, tmp_path: Path) -> None:
-    config = configured(sessions, ("imu", "camera"))
-    digests = []
-    for jobs in (1, 2):
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many processes were begun, each time that some were; any recording is worth them."""
+    numbers = []
+
+    def counted(number: int) -> Any:
+        numbers.append(number)
+        return workers(number)
+
+    monkeypatch.setattr("pipeline.learn.preparing.workers", counted)
+    monkeypatch.setattr("pipeline.learn.preparing.WORTH_BYTES", 1)
+    return numbers
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_several_processes_prepare_what_one_does(sessions: Path, tmp_path: Path, begun: list[int]) -> None:
+    """On however many threads, and what lies there is not prepared again."""
+    config = configured(sessions, STREAMS)
+    for jobs, threads in ((1, 2), (2, 1), (2, 1)):
+        torch.set_num_threads(threads)
         ready = prepare_all(config, recorded(config), tmp_path / str(jobs), jobs=jobs)
         assert [s.session.name for s in ready.sessions] == [f"s{seed}.mcap" for seed in range(SESSIONS)]
-        files = [p for p in (tmp_path / str(jobs)).rglob("*") if p.is_file()]
-        digests.append({p.relative_to(tmp_path / str(jobs)): p.read_bytes() for p in files})
-    assert len(digests[0]) == 4 * SESSIONS
-    assert digests[0] == digests[1]
+    assert begun == [2]
+    assert len(files_of(tmp_path / "1")) == 5 * SESSIONS
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
-def test_what_another_process_cannot_prepare_is_named(tmp_path: Path) -> None:
-    for seed in range(8):
-        scenes.record(tmp_path / f"s{seed}.mcap", seed, 2.0, streams=["imu"] if seed == 5 else ["imu", "camera"])
-    config = configured(tmp_path, ("imu", "camera"))
-    with pytest.raises(RecordingError, match=r"s5.mcap has no stream `camera`"):
-        prepare_all(config, recorded(config), tmp_path / "cache", jobs=2)
+def test_a_recording_under_two_names_is_prepared_once(sessions: Path, tmp_path: Path, begun: list[int]) -> None:
+    for name in ("one", "other", "third"):
+        (tmp_path / f"{name}.mcap").write_bytes((sessions / "s0.mcap").read_bytes())
+    config = configured(tmp_path)
+    ready = prepare_all(config, recorded(config), tmp_path / "cache", jobs=2)
+    assert begun == [2]
+    assert len({rows.file for s in ready.sessions for rows in s.session.rows.values()}) == 1
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_cannot_be_prepared_is_named_and_leaves_nothing(tmp_path: Path, begun: list[int], jobs: int) -> None:
+    labels = [Label(0, 50_000_000, "a")]
+    for seed, lasts_s in enumerate((0.05, 2.0, 2.0)):
+        scenes.record(tmp_path / f"s{seed}.mcap", seed, lasts_s, labels, streams=["imu"])
+    config = configured(tmp_path)
+    with pytest.raises(RecordingError, match=r"s0.mcap is empty: it holds no whole step of 100 ms"):
+        prepare_all(config, recorded(config), tmp_path / "cache", jobs=jobs)
+    assert begun == [2] * (jobs - 1)
     assert not list((tmp_path / "cache").glob("part-*"))
 
 
@@ -505,9 +541,11 @@ def test_what_is_said_of_a_window_does_not_depend_on_its_chunk(sessions: Path, t
 
 
 def test_sessions_that_an_epoch_is_judged_on_are_some_of_all() -> None:
-    many = [made_session(20, [0], f"s{i}") for i in range(30)]
-    assert some_of(many, 600) == some_of(many, 10_000) == many
-    assert some_of(many, 150) == many[::4]
+    many = [made_session(20, [0], f"s{i}") for i in range(100)]
+    assert some_of(many, 2000) == some_of(many, 10_000) == many
+    assert some_of(many, 999) == many[::2]
+    assert some_of(many, 10) == many[::6]
+    assert some_of(many[:30], 10) == many[:30]
     assert some_of([], 10) == []
 
 
@@ -615,7 +653,7 @@ def test_an_encoder_that_gives_no_numbers_is_named_with_the_time(sessions: Path,
 
     encoder.prepare = broken
     with pytest.raises(RecordingError, match=r"s0.mcap: the step of `imu` that ends at \d+\.\d+ s .* not finite"):
-        prepare(recorded(config)[0], recipe, tmp_path)
+        prepared(recorded(config)[0], recipe, tmp_path)
 
 
 def test_a_label_that_no_session_to_learn_from_has(sessions: Path) -> None:

@@ -55,6 +55,17 @@ def test_a_worker_that_is_ended_is_one_clear_error() -> None:
         pool.submit(end_yourself).result()
 
 
+def test_a_script_that_works_when_it_is_imported_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PARENT.replace('if __name__ == "__main__":', "if True:"))
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, str(script), "-"], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert ran.returncode == 1
+    assert 'keep its own work under `if __name__ == "__main__":`' in ran.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe")
 def test_workers_do_not_outlive_who_began_them(tmp_path: Path) -> None:
     """The pipe is closed when the last that holds it is gone, so that reading comes to its end."""

@@ -155,8 +155,9 @@ def _training(trained: Trained) -> str:
     last = [row for row in trained.curves if "held_out_accuracy" in row][-1:]
     for row in last:
         text += (
-            f" At the end the loss was {row['loss']:.3f}, and of windows held out {row['held_out_accuracy']:.1%} were "
-            f"right (macro-F1 {row['held_out_f1']:.3f}, log loss {row['held_out_loss']:.3f})."
+            f" At the end the loss was {row['loss']:.3f}, and of {row['held_out_windows']} windows held out "
+            f"{row['held_out_accuracy']:.1%} were right (macro-F1 {row['held_out_f1']:.3f}, log loss "
+            f"{row['held_out_loss']:.3f})."
         )
     return text
 

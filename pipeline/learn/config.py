@@ -58,10 +58,10 @@ class LearnStream(_Strict, frozen=True):
 
 
 class SplitEntry(_Strict, frozen=True):
-    """Which sessions are learnt from (the rest), held out (for the curves and the calibration) and tested on (once, at
-    the end). A part is a share of the groups, or the groups by name; ``by`` is ``session`` or an attribute of the
-    sessions, all of whose sessions stay together. Of the draws by ``seed`` the one is taken whose parts have the labels
-    most alike."""
+    """Which sessions are learnt from (the rest), held out (for the calibration, and some of them for the curves) and
+    tested on (once, at the end). A part is a share of the groups, or the groups by name; ``by`` is ``session`` or an
+    attribute of the sessions, all of whose sessions stay together. Of the draws by ``seed`` the one is taken whose
+    parts have the labels most alike."""
 
     by: str = "session"
     held_out: Part = 0.2

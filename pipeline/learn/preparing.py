@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,8 +39,8 @@ from pipeline.workers import workers
 Array = np.ndarray[Any, Any]
 _FORMAT = 1
 """Of the folder; another number makes all of them anew."""
-SHARED = 4
-"""Recordings for which another process is worth its start (of torch, mostly)."""
+WORTH_BYTES = 8 << 20
+"""Of recordings for which another process is worth its start, which takes some seconds."""
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -121,27 +119,31 @@ class PreparedSession(msgspec.Struct):
         return len(self.step)
 
 
-def prepare(session: Session, recipe: Recipe, cache: Path) -> PreparedSession:
-    """The session, prepared; from ``cache`` if it lies there. RecordingError, naming session and time, where it cannot
-    be learnt from: a stream is missing, is another one's payload, never has content, or has numbers that are none."""
-    folder = _folder(session, recipe, cache)
-    _ensure(session, recipe, folder)
-    return _read(session, recipe, folder)
-
-
-def prepare_each(sessions: Sequence[Session], recipe: Recipe, cache: Path, jobs: int = 1) -> Iterator[PreparedSession]:
-    """``prepare`` for each of them, in order; recordings that do not lie in ``cache`` are prepared by ``jobs``
-    processes at a time, with the same result."""
+def prepare(sessions: Sequence[Session], recipe: Recipe, cache: Path, jobs: int = 1) -> Iterator[PreparedSession]:
+    """Each session prepared, in order; from ``cache`` where it lies there. Recordings that do not are prepared by up to
+    ``jobs`` processes at a time, if there is enough to do, with the same result. RecordingError, naming session and
+    time, where one cannot be learnt from: a stream is missing, is another one's payload, never has content, or has
+    numbers that are none."""
+    for session in sessions:
+        _check_streams(session, recipe)
     folders = [_folder(session, recipe, cache) for session in sessions]
-    missing = [i for i, f in enumerate(folders) if isinstance(sessions[i], Recorded) and not _whole(f)]
-    number = min(jobs, len(missing) // SHARED)
+    missing = {folder: session for folder, session in zip(folders, sessions, strict=True) if not _whole(folder)}
+    shared = {folder: session for folder, session in missing.items() if isinstance(session, Recorded)}
+    number = min(jobs, sum(session.path.stat().st_size for session in shared.values()) // WORTH_BYTES)
     with ExitStack() as stack:
-        made: dict[int, Future[None]] = {}
+        made: dict[Path, Future[None]] = {}
+        if missing:
+            cache.mkdir(parents=True, exist_ok=True)
+            # Of this process, which cleans up behind workers that were ended.
+            parts = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="part-", dir=cache)))
         if number > 1:
             pool = stack.enter_context(workers(number))
-            made = {i: pool.submit(_ensure, sessions[i], recipe, folders[i]) for i in missing}
-        for i, (session, folder) in enumerate(zip(sessions, folders, strict=True)):
-            made[i].result() if i in made else _ensure(session, recipe, folder)
+            made = {folder: pool.submit(_make, session, recipe, folder, parts) for folder, session in shared.items()}
+        for session, folder in zip(sessions, folders, strict=True):
+            if folder in made:
+                made[folder].result()
+            elif not _whole(folder):
+                _make(session, recipe, folder, parts)
             yield _read(session, recipe, folder)
 
 
@@ -155,23 +157,21 @@ def _whole(folder: Path) -> bool:
     return (folder / "steps.npz").is_file()
 
 
-def _ensure(session: Session, recipe: Recipe, folder: Path) -> None:
-    """Prepares the session into ``folder``, unless it lies there. On one thread: what is made does not depend on how
-    many there are, and the pieces are too small to share."""
-    _check_streams(session, recipe)
-    if _whole(folder):
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix="part-", dir=folder.parent))
+def _make(session: Session, recipe: Recipe, folder: Path, parts: Path) -> None:
+    """Prepares the session in ``parts``, and moves it to ``folder`` when it is whole. On one thread: what is made does
+    not depend on how many there are, and the pieces are too small to share."""
+    part = Path(tempfile.mkdtemp(dir=parts))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         _write(session, recipe, part)
-        if not folder.exists():
-            os.replace(part, folder)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.replace(folder)
+    except OSError:
+        if not _whole(folder):  # where another training was faster, its work is as good
+            raise
 
 
 def _check_streams(session: Session, recipe: Recipe) -> None:

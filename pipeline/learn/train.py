@@ -26,7 +26,7 @@ from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_smal
 from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
-from pipeline.learn.preparing import Recipe, prepare_each
+from pipeline.learn.preparing import Recipe, prepare
 from pipeline.learn.pretrain import Contrast
 from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
@@ -38,8 +38,8 @@ from pipeline.strict import listed
 Array = np.ndarray[Any, Any]
 FITTED_ON = 4096
 """Steps of each stream from which its normalisation is taken."""
-JUDGED_ON = 8192
-"""Steps of sessions held out that an epoch is judged on, for the curves. What is calibrated is calibrated on all."""
+JUDGED_ON, FEWEST = 8192, 16
+"""Steps, and sessions, held out that an epoch is judged on, for the curves. What is calibrated is calibrated on all."""
 
 
 class Trained(NamedTuple):
@@ -96,10 +96,10 @@ def prepare_all(
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
-    stated = [session.labels(known) for session in sessions]
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
+    stated = [session.labels(known) for session in sessions]
     made = []
-    for one in prepare_each([*sessions, *unlabelled], recipe, cache, jobs):
+    for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
         made.append(one)
         watch.advance()
     found, more = made[: len(sessions)], made[len(sessions) :]
@@ -361,6 +361,7 @@ def scores(logits: Array, truth: Array, labels: int) -> dict[str, float]:
     predicted = logits.argmax(1)
     lost = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
     found = {
+        "held_out_windows": len(truth),
         "held_out_accuracy": accuracy(truth, predicted),
         "held_out_f1": float(macro_f1(confusion(truth, predicted, labels))),
         "held_out_loss": float(lost),
@@ -384,9 +385,9 @@ def fit_normalisation(model: Model, sessions: Sequence[Labelled], only: Sequence
 
 
 def some_of(sessions: Sequence[Labelled], steps: int) -> list[Labelled]:
-    """Some of them, evenly, with about ``steps`` steps; all if they have no more together."""
+    """Every n-th of them, such that they have ``steps`` steps or more, and are not fewer than ``FEWEST``."""
     total = sum(len(session) for session in sessions)
-    every = max(1, total // steps)
+    every = max(1, min(total // steps, len(sessions) // FEWEST))
     return list(sessions[::every])
 
 
