@@ -29,7 +29,7 @@ PAYLOADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "frame": ({"size": 16, "widths": [4], "flip": True}, {}),
     "audio": ({"mels": 8, "widths": [4]}, {"samples": 800, "channels": 1, "rate_hz": 8000}),
     "imu": ({"widths": [8], "warp": 0.2, "turn_deg": 30.0, "scale": 0.1, "jitter": 0.1, "bend": 0.5, "hide": 0.2,
-             "thin": 0.3}, {"samples": 20, "channels": 6, "rate_hz": 100}),
+             "thin": 0.3, "style": 0.5}, {"samples": 20, "channels": 6, "rate_hz": 100}),
     "signal": ({"widths": [8], "dims": 3, "turn_deg": 20.0, "warp": 0.1, "parents": [-1, 0, 1], "limbs": 0.1},
                {"samples": 16, "channels": 9, "rate_hz": 30}),
     "sweep": ({"widths": [4], "columns": 16, "rows": 4, "turn_deg": 90.0}, {}),
@@ -102,6 +102,35 @@ def test_stronger_noise_is_further_off(payload: str) -> None:
     off = [float((encoder.disturb(prepared, torch.full((8, 6), s), draws()) - prepared).abs().mean())
            for s in (0.05, 0.4, 2.0)]  # fmt: skip
     assert off[0] < off[1] < off[2]
+
+
+def test_another_style_moves_mean_and_spread_and_nothing_else() -> None:
+    """By at most half of the way to another row's; a row without anything is neither moved nor moved to."""
+    _, prepared, _ = chunk("imu", lots=200, length=3)
+    prepared *= torch.linspace(1, 5, 200)[:, None, None, None]
+    prepared[:, :, :-1] += torch.linspace(-4, 4, 200)[:, None, None, None]
+    prepared[:, :, -1] = 1.0
+    prepared[:20] = 0.0
+    given_settings = {"widths": [8], "style": 0.5}
+    encoder = build_encoder("imu", given_settings, token=4, samples=20, context=0, channels=6, rate_hz=100)
+    found = encoder.augment(prepared, draws())
+    assert torch.equal(found[:, :, -1], prepared[:, :, -1])
+    assert not found[:20].any()
+
+    def of(x: Any) -> tuple[Any, Any]:
+        rows = x[20:, :, :-1].transpose(1, 2).flatten(2)
+        return rows.mean(2), rows.std(2)
+
+    (mean, spread), (new_mean, new_spread) = of(prepared), of(found)
+    moved = (new_mean - mean).abs().amax(1) > 1e-4
+    assert 60 < int(moved.sum()) < 120  # half of 180, less those that were moved by nearly nothing
+    before = (prepared[20:, :, :-1] - mean[:, None, :, None]) / spread[:, None, :, None]
+    after = (found[20:, :, :-1] - new_mean[:, None, :, None]) / new_spread[:, None, :, None]
+    assert torch.allclose(before, after, atol=1e-2)
+    for new, old in ((new_mean, mean), (new_spread, spread)):
+        assert ((new - old).abs() <= (old.max() - old.min()) / 2 + 1e-3).all()
+        assert (new >= old.min() - 1e-3).all()
+        assert (new <= old.max() + 1e-3).all()
 
 
 def test_a_shift_brings_what_was_before_or_after() -> None:

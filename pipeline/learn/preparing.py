@@ -29,6 +29,7 @@ from pipeline.bundle import encoder_input
 from pipeline.encoding import GridEncoder, MessageEncoder
 from pipeline.errors import RecordingError
 from pipeline.lanes import Lane, cross_gap
+from pipeline.learn.loop import one_thread
 from pipeline.learn.sessions import Given, Mode, Recorded, Session
 from pipeline.learn.stream_encoder import StreamEncoder
 from pipeline.messages import payload_of
@@ -158,15 +159,10 @@ def _whole(folder: Path) -> bool:
 
 
 def _make(session: Session, recipe: Recipe, folder: Path, parts: Path) -> None:
-    """Prepares the session in ``parts``, and moves it to ``folder`` when it is whole. On one thread: what is made does
-    not depend on how many there are, and the pieces are too small to share."""
+    """Prepares the session in ``parts``, and moves it to ``folder`` when it is whole."""
     part = Path(tempfile.mkdtemp(dir=parts))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         _write(session, recipe, part)
-    finally:
-        torch.set_num_threads(threads)
     try:
         part.replace(folder)
     except OSError:
