@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import numpy as np
 
-from pipeline.errors import SensorError
+from pipeline.errors import SensorError, install
 from pipeline.messages import Payload, SignalLayout, signal_dtype
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 from pipeline.timebase import SLEW_PPM
@@ -43,7 +43,7 @@ def _layer() -> tuple[Any, Any]:
         from pylsl.lib import lib
     except (ImportError, RuntimeError, OSError) as error:
         raise SensorError(
-            f"the Lab Streaming Layer is not usable: {error}. Install its extra: pip install 'sensorium[lsl]'."
+            f"the Lab Streaming Layer is not usable: {error}. {install('lsl')}"
         ) from error
     return pylsl, lib
 

@@ -328,8 +328,8 @@ def train(
     """Train a model on labelled sessions.
 
     Makes a bundle that runs live, from windows that went through the same aligner: split by session, calibrated on
-    sessions that were held out, scored for every subset of its streams on others, with a card. Needs the extra
-    packages of `pip install 'sensorium[learn]'`.
+    sessions that were held out, scored for every subset of its streams on others, with a card. In the
+    checkout `pip install -e '.[learn]'` brings what it needs.
 
     \b
     Example:

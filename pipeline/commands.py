@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError, RecordingError, SensoriumError
+from pipeline.errors import ConfigError, RecordingError, SensoriumError, install
 from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import listed, nearest
 
@@ -532,7 +532,7 @@ def train(
 
     absent = [name for name in ("torch", "onnx", "onnxscript") if find_spec(name) is None]
     if absent:
-        raise ConfigError(f"training needs {listed(absent)}, not installed here. Type: pip install 'sensorium[learn]'")
+        raise ConfigError(f"training needs {listed(absent)}, not installed here. {install('learn')}")
     from pipeline import learn
 
     out = new_file(out)

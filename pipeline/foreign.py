@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import BundleError, listed
+from pipeline.errors import BundleError, install, listed
 from pipeline.modelfile import MODEL_FILE, PYTHON, BundleStream
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
@@ -29,9 +29,10 @@ def load_experts(
     """The classes of the streams that are encoded by Python code. Raises BundleError."""
     python = {name: stream.encoder[len(PYTHON) :].strip() for name, stream in streams.items() if stream.is_python}
     if python and not allow_code and not folder.is_relative_to(SHIPPED):
+        copied = "" if SHIPPED.is_dir() else f" (This Sensorium is a copy, which has none. {install()})"
         raise BundleError(
             f"{folder}: the encoder of {listed(python)} is Python code, which would run with your rights; such a "
-            f"bundle loads by itself only from {SHIPPED}. If you trust it, allow its code (`--allow-code`, or "
+            f"bundle loads by itself only from {SHIPPED}{copied}. If you trust it, allow its code (`--allow-code`, or "
             "`allow_code: true` in the rig)."
         )
     return {name: _expert(folder, name, target, files) for name, target in python.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("rosbags", reason="rosbags is not installed: pip install 'sensorium[ros]'")
+pytest.importorskip("rosbags", reason="rosbags is not installed: pip install -e '.[ros]'")
 
 from mcap.writer import Writer as McapWriter
 from rosbags.rosbag1 import Writer as Writer1

@@ -258,6 +258,11 @@ def test_foreign_code_is_not_run_unasked(tmp_path: Path) -> None:
     refused(python_bundle(tmp_path, files={"expert.py": trap}), "Python code", "`imu`", "--allow-code", str(SHIPPED))
 
 
+def test_a_copy_without_models_says_how_to_run_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.foreign.SHIPPED", tmp_path / "models")
+    refused(python_bundle(tmp_path), "Type in the checkout: pip install -e .")
+
+
 def test_a_link_in_the_shipped_folder_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = tmp_path / "models"
     shipped.mkdir()

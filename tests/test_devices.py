@@ -159,7 +159,8 @@ def test_a_module_that_cannot_be_loaded_is_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "module", "remedy"), [(Microphone, "sounddevice", "libportaudio2"), (Lsl, "pylsl", "sensorium[lsl]")]
+    ("source", "module", "remedy"),
+    [(Microphone, "sounddevice", "libportaudio2"), (Lsl, "pylsl", "pip install -e '.[lsl]'")],
 )
 def test_a_driver_that_is_not_installed_says_how_to_get_it(
     source: type[Source], module: str, remedy: str, monkeypatch: pytest.MonkeyPatch

@@ -198,7 +198,7 @@ def test_two_velodynes_are_two_streams(tmp_path: Path) -> None:
 
 @pytest.fixture(params=CAPTURES)
 def ouster(request: pytest.FixtureRequest, shared_data: Path) -> Path:
-    pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install 'sensorium[ouster]'")
+    pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'")
     path = shared_data / "ouster" / f"{request.param}.pcap"
     if not path.is_file():
         pytest.skip(f"the capture {path.name} is not among the real recordings")
@@ -240,7 +240,7 @@ def test_a_captured_ouster_has_the_vendors_digest(ouster: Path, tmp_path: Path) 
 
 
 def test_an_ousters_imu_comes_along(shared_data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install 'sensorium[ouster]'")
+    pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'")
     for suffix in (".pcap", ".json"):
         shutil.copy(shared_data / "ouster" / f"{CAPTURES[0]}{suffix}", tmp_path)
     info, found = import_(tmp_path / f"{CAPTURES[0]}.pcap")

@@ -503,7 +503,7 @@ def test_without_the_library_the_line_to_type_is_said(bag: Callable[[Made], Path
     path = bag([("/imu", T0, imu(ros, T0))])
     for name in [name for name in sys.modules if name.split(".")[0] == "rosbags"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=r"pip install 'sensorium\[ros\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[ros\]'"):
         import_(path)
 
 

@@ -728,4 +728,4 @@ def test_without_torch_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("pipeline.commands.find_spec", lambda name: None)
     result = CliRunner().invoke(cli.app, ["train", "x.yaml", "-o", str(tmp_path / "b")])
     assert isinstance(result.exception, ConfigError)
-    assert "pip install 'sensorium[learn]'" in str(result.exception)
+    assert "pip install -e '.[learn]'" in str(result.exception)

@@ -17,8 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.modelfile import BundleStream, Calibration, SubsetCalibration
 from pipeline.onnxfile import open_session
 
-torch = pytest.importorskip("torch", reason="the package torch is missing: pip install 'sensorium[learn]'")
-pytest.importorskip("onnxscript", reason="the package onnxscript is missing: pip install 'sensorium[learn]'")
+torch = pytest.importorskip("torch", reason="the package torch is missing: pip install -e '.[learn]'")
+pytest.importorskip("onnxscript", reason="the package onnxscript is missing: pip install -e '.[learn]'")
 
 from pipeline.learn.blocks import Moments, Normalise, averaging, pooled, statistics  # noqa: E402
 from pipeline.learn.encoders import SETTINGS, StepGraph, StreamEncoder, build_encoder, encode_steps  # noqa: E402

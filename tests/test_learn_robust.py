@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch", reason="the package torch is missing: pip install 'sensorium[learn]'")
+torch = pytest.importorskip("torch", reason="the package torch is missing: pip install -e '.[learn]'")
 
 from pipeline.learn.encoders import StreamEncoder, build_encoder  # noqa: E402
 from pipeline.learn.pretrain import APART, Contrast  # noqa: E402

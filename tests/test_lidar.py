@@ -292,7 +292,7 @@ def udp_payloads(path: Path, port: int) -> list[bytes]:
 @pytest.mark.parametrize("name", ["OS-0-32-U1_v2.2.0_1024x10", "OS-1-32-G_v2.1.1_1024x10"])
 def test_every_field_of_an_ouster_has_the_vendors_digest(shared_data: Path, name: str) -> None:
     core = pytest.importorskip(
-        "ouster.sdk.core", reason="the Ouster SDK is not installed: pip install 'sensorium[ouster]'"
+        "ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'"
     )
     folder = shared_data / "ouster"
     if not (folder / f"{name}.pcap").is_file():

@@ -20,7 +20,7 @@ from pipeline.messages import SignalLayout
 from pipeline.source import Reading
 from pipeline.strict import Document
 
-pytest.importorskip("pylsl", reason="the Lab Streaming Layer is not installed: pip install 'sensorium[lsl]'")
+pytest.importorskip("pylsl", reason="the Lab Streaming Layer is not installed: pip install -e '.[lsl]'")
 ROOT = Path(__file__).resolve().parent.parent
 
 OUTLET = """

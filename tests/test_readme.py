@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import TORCH_CPU, install
 from tests.conftest import ROOT
 from tests.rigs import simulation_lacks
 
@@ -111,6 +112,23 @@ def test_the_pasted_table_has_the_columns_of_the_real_one() -> None:
     pasted = next(text for language, text in BLOCKS if not language)
     columns = ["stream", "rate", "drops", "age", "verdict", "contribution"]
     assert columns in [line.split() for line in pasted.splitlines()]
+
+
+def test_extras_are_installed_into_the_checkout_and_not_beside_it() -> None:
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("models/*/*.md")]
+    told = [line for file in files for line in re.findall(r"pip install [^`)]*", file.read_text())]
+    ours = [line for line in told if ".[" in line or "sensorium" in line]
+    assert len(ours) >= 4
+    assert all(line.startswith("pip install -e '.[") for line in ours)
+    assert install("ros") == "Type in the checkout: pip install -e '.[ros]'"
+
+
+def test_training_takes_the_torch_that_the_tests_are_run_with() -> None:
+    version = re.search(r"'(torch==[\d.]+)'", (ROOT / "Makefile").read_text())
+    assert version
+    assert install("learn").startswith(f"Type in the checkout: pip install {version[1]} --index-url")
+    for file in ("README.md", "docs/tutorial.md"):
+        assert TORCH_CPU in (ROOT / file).read_text()
 
 
 def test_the_rig_is_the_shipped_one() -> None:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, install
 from pipeline.importing.images import Unusable
 
 Decode = Callable[[bytes], Any]
@@ -27,8 +27,7 @@ def rosbags(module: str) -> Any:
         return importlib.import_module(f"rosbags.{module}")
     except ImportError as error:
         raise ConfigError(
-            f"recordings of ROS need the extra `ros`, which is not installed ({error}). "
-            "Type: pip install 'sensorium[ros]'"
+            f"recordings of ROS need the extra `ros`, which is not installed ({error}). {install('ros')}"
         ) from error
 
 

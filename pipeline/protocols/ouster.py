@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, SensorError
+from pipeline.errors import ConfigError, SensorError, install
 from pipeline.protocols.sweeps import Sweep, make_points
 from pipeline.timebase import Mapped, Timebase
 
@@ -26,8 +26,7 @@ class Ouster:
             core: Any = importlib.import_module("ouster.sdk.core")
         except ImportError as error:
             raise SensorError(
-                f"an Ouster needs its vendor's SDK, which cannot be imported: {error}. Install the extra `ouster`: "
-                "pip install 'sensorium[ouster]'."
+                f"an Ouster needs its vendor's SDK, which cannot be imported: {error}. {install('ouster')}"
             ) from error
         self._core = core
         try:
