@@ -153,6 +153,8 @@ class PythonEncoder:
         where = f"{bundle.path}, the encoder of `{name}` ({stream.encoder})"
         try:
             self._expert = bundle.experts[name](name, dict(stream.settings))
+        except BundleError as error:
+            raise BundleError(f"{where}: {error}") from error
         except Exception as error:  # the foreign class's fault, whatever it is
             raise BundleError(f"{where}: it cannot be made: {type(error).__name__}: {error}.") from error
         self._stream = stream

@@ -18,6 +18,7 @@ from pipeline.align import AlignSpec, Resample
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.clock import Origin
 from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry, check_source_name
+from pipeline.encoding import PythonEncoder
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
@@ -172,6 +173,8 @@ def _model(
         return None, {}, None
     with placed(rig_file, ("bundle", "path")):
         bundle = load_bundle(rig_file.resolve(rig.bundle.path), allow_code)
+        for name in bundle.experts:  # made once and let go: only they know which packages and files they need
+            PythonEncoder(bundle, name, bundle.streams[name])
     with placed(rig_file, ("bundle",)):
         mapping = bundle.rig_streams(rig.bundle.streams, streams)
         spec = live_spec(bundle, rig.align, rig.bundle.streams, streams, available=streams)

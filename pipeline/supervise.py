@@ -207,16 +207,19 @@ class Supervisor:
             return
         if ended:
             return  # it had nothing more to give
-        tail = child.tail()
-        self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
+        tail, again = child.tail(), False
+        core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if child.name == "record" and status > 0:
             self._recording_failed(child, status, tail)
-            return
-        core_at_start = not self.started.is_set() and child.name not in self.rig.sources
-        if core_at_start or status == ConfigError.exit_code or not child.plan_restart(status == EXIT_SENSOR):
+        elif core_at_start or status == ConfigError.exit_code or not child.plan_restart(status == EXIT_SENSOR):
             self._give_up(child, status, tail)
         else:
-            self._tell(child, "restarting", "will be started again")
+            again = True
+        if self.failure is not None:  # which the session's own error says
+            self._tell(child, "died", died_how(status))
+            return
+        self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
+        self._tell(child, *(("restarting", "will be started again") if again else ("gave_up", "is not started again")))
 
     def _recording_failed(self, child: Child, status: int, tail: str) -> None:
         """A recorder that could not write would not fare better in another life. Predictions go on without it, if there
@@ -224,7 +227,6 @@ class Supervisor:
         with self.lock:
             child.state = "failed"
         said = f"the recording failed, and is not whole: {tail or died_how(status)}"
-        self._tell(child, "gave_up", "is not started again")
         if self.plan.align is None or not self.started.is_set():
             self.failure = said
         else:
@@ -233,8 +235,10 @@ class Supervisor:
     def _give_up(self, child: Child, status: int, tail: str) -> None:
         with self.lock:
             child.state = "failed"
-        said = f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else "")
-        self._tell(child, "gave_up", "is not started again")
+        if tail.startswith("error: ") and "\n" not in tail:
+            said = f"{child.name}: {tail.removeprefix('error: ')}"
+        else:
+            said = f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else "")
         sources = [c for c in self.children.values() if c.name in self.rig.sources]
         if child.required or (sources and all(c.state == "failed" for c in sources)):
             self.failure = said

@@ -24,6 +24,7 @@ from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
 from pipeline.transport import subscribe_json
 from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
+from tests.tiny_bundle import GRID, write_bundle
 
 pytestmark = [
     pytest.mark.slow,
@@ -379,9 +380,11 @@ def test_a_required_source_that_fails_ends_the_start(tmp_path: Path) -> None:
     sources = SOURCES | {"imu": {"kind": "fragile:Fragile", "required": True}}
     rig = make_rig(tmp_path, sources=sources, restart={"limit": 0})
     with short_folder() as root:
-        session = Session(rig, root=root)
+        events: list[Event] = []
+        session = Session(rig, events.append, root=root)
         with pytest.raises(SensoriumError, match=r"(?s)imu.*a bug in a driver"):
             session.start()
+        assert not any("a bug in a driver" in event.text for event in events)  # it is said once
         assert not session.dir.exists()
         assert not nodes_of(session.dir)
 
@@ -477,6 +480,28 @@ def test_a_rig_is_checked_without_starting_anything(tmp_path: Path) -> None:
     extra = SOURCES | {"second_imu": {"kind": "synthetic", "payload": "imu"}}
     assert "second_imu" in check_rig_file(make_rig(tmp_path, sources=extra))[0]
     assert "nothing comes" in check_rig_file(make_rig(tmp_path, bundle=False))[0]
+
+
+NEEDY = b"""
+from pipeline.errors import BundleError
+
+class Needy:
+    token = 1
+    reset = encode = skip = lambda *_: None
+    def __init__(self, stream, settings):
+        raise BundleError("it needs the file weights.onnx; run: pip install weights")
+"""
+
+
+def test_an_expert_that_lacks_what_it_needs_is_said_before_anything_starts(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "needy", {"imu": GRID | {"encoder": "python: needy:Needy"}}, files={"needy.py": NEEDY})
+    file = tmp_path / "rig.yaml"
+    file.write_text(yaml.safe_dump({"name": "t", "sources": SOURCES, "bundle": {"path": "needy", "allow_code": True}}))
+    with pytest.raises(SensoriumError, match=r"rig.yaml, line .*`imu`.*weights.onnx; run: pip install weights") as said:
+        check_rig_file(load_rig(file))
+    with pytest.raises(SensoriumError) as again:
+        Session(load_rig(file))
+    assert str(again.value) == str(said.value)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
