@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 from tests.conservation import conserved
 
 __all__ = ["ROOT", "conserved", "shared_data"]
+
+# Here, and not in pyproject.toml, which pytest refuses where a user's own tests run without pytest-timeout.
+os.environ.setdefault("PYTEST_TIMEOUT", "120")
 
 ROOT = Path(__file__).resolve().parent.parent
 
