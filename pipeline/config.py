@@ -16,7 +16,7 @@ import msgspec
 
 from pipeline.strict import Document, Where, listed, load_yaml
 
-__all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml"]
+__all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml", "long_times"]
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -24,6 +24,9 @@ NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 RING_LEAST_MB = 32
 """A ring that is smaller has segments too small for a message."""
+
+LONG_MS = 10_000
+"""More milliseconds than this are rarely meant."""
 
 CORE = ("align", "fusion", "record", "launch", "step", "prediction", "gap", "log", "label", "manifest")
 """Names that the runtime uses itself and no source may have."""
@@ -209,6 +212,15 @@ def check_source_name(document: Document, name: str, at: Where) -> None:
             f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "
             f"letter, and none of {listed(CORE)}.",
         )
+
+
+def long_times(document: Document) -> list[str]:
+    """Milliseconds that are so many that somebody may have meant another unit, in sentences."""
+    return [
+        f"{document.place(at)}: {value:g} ms are {value / 1000:g} s; is that meant?"
+        for at, value in document.numbers()
+        if str(at[-1]).endswith("_ms") and value > LONG_MS
+    ]
 
 
 def check_environment() -> list[str]:

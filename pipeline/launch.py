@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from pipeline.clock import SystemClock
-from pipeline.config import RecordEntry, RigFile, check_environment
+from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
 from pipeline.plan import Place, make_plan
@@ -42,7 +42,7 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
     """Checks everything about a rig that needs no hardware; what is doubtful, in sentences. Raises ConfigError,
     BundleError, RecordingError."""
     plan = make_plan(rig_file, allow_code)
-    notes = check_environment()
+    notes = check_environment() + long_times(rig_file.document)
     if plan.align is not None:
         unused = sorted(set(plan.streams) - {stream.name for stream in plan.align.streams})
         notes += [f"the model does not use the stream `{name}`; it can only be recorded." for name in unused]

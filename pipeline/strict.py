@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -92,6 +92,16 @@ class Document:
         if at:
             parts.append(dotted(at))
         return ", ".join(parts)
+
+    def numbers(self) -> Iterator[tuple[Where, int | float]]:
+        """Every number under a key, and its path."""
+        rest: list[tuple[Where, Any]] = [((), self.value)]
+        while rest:
+            at, value = rest.pop(0)
+            if isinstance(value, dict):
+                rest += [((*at, key), item) for key, item in value.items()]
+            elif isinstance(value, int | float) and not isinstance(value, bool) and at:
+                yield at, value
 
     # -- reading YAML ------------------------------------------------------------------------------------------------
 
@@ -251,6 +261,8 @@ class Document:
             hint = f" The unit stands in the key's name; write the number alone: {number[1]}."
         elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
             hint = f" Write it without quotes: {value}."
+        elif isinstance(value, float) and value > 0 and str((at or ("",))[-1]).endswith("_ms"):
+            hint = f" The unit is milliseconds: {value:g} s is {round(value * 1000) or 1}."
         return self.error(at, f"found {found(value)}, expected {expected}.{hint}")
 
 

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import AlignEntry, Rig, RigFile, check_environment, check_rig, config_schema, load_rig, load_yaml
+from pipeline.config import (
+    AlignEntry,
+    Rig,
+    RigFile,
+    check_environment,
+    check_rig,
+    config_schema,
+    load_rig,
+    load_yaml,
+    long_times,
+)
 from pipeline.errors import ConfigError
 from pipeline.strict import Document, dotted
 
@@ -46,6 +56,7 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align: {max_delay_s: 0.25}\n", 4, ("The key is `max_delay_ms`", "`max_delay_ms: 250`")),
     (RIG + "align: {max_delay_us: 500}\n", 4, ("`max_delay_ms: 0.5`",)),
     (RIG + "align: {max_delay: 250}\n", 4, ("Units stand in the names", "`max_delay_ms`")),
+    (RIG + "align: {max_delay_ms: 0.25}\n", 4, ("0.25 (a number)", "The unit is milliseconds: 0.25 s is 250.")),
     (RIG + "align: {max_delay_ms: 250ms}\n", 4, ("'250ms' (text)", "a whole number", "number alone: 250")),
     (RIG + "align: {max_delay_ms: '250'}\n", 4, ("'250' (text)", "without quotes: 250")),
     (RIG + "align:\n  streams:\n    lidar: {idle_s: 2}\n", 6, ("align.streams.lidar.idle_s", "`idle_ms: 2000`")),
@@ -83,6 +94,15 @@ def test_what_is_wrong_is_refused_in_one_paragraph(text: str, line: int | None, 
     assert "\n" not in said
     for word in words:
         assert word in said, said
+
+
+def test_so_many_milliseconds_that_seconds_may_be_meant_are_noted() -> None:
+    text = RIG.replace("rate_hz: 30", "rate_hz: 30000, delay_ms: 15000, other_ms: 10000")
+    notes = long_times(rig(text + "align: {max_delay_ms: 250000}\n").document)
+    assert [note.split(", ", 1)[1] for note in notes] == [
+        "line 4, align.max_delay_ms: 250000 ms are 250 s; is that meant?",
+        "line 3, sources.camera.delay_ms: 15000 ms are 15 s; is that meant?",
+    ]
 
 
 def test_yaml_is_not_read_in_surprising_ways() -> None:
