@@ -77,9 +77,8 @@ class Remote:
             try:
                 check_remote(self.listen, keys=self.curve is not None or self.insecure)
             except ConfigError as error:
-                raise ValueError(
-                    f"`listen`: {error}; `insecure: true` does without, where you trust everybody."
-                ) from None
+                without = "; `insecure: true` does without, where you trust everybody." * ("keys" in str(error))
+                raise ValueError(f"`listen`: {error}{without}") from None
             if self.listen.startswith("ipc:") or self.listen.endswith(":*"):
                 raise ValueError(f"`listen: {self.listen}`: another host needs an address like tcp://0.0.0.0:5600.")
 

@@ -140,12 +140,23 @@ class TransportEntry(_Strict, frozen=True):
             raise ValueError(
                 f"`predictions: {self.predictions}` is no endpoint; allowed are `ipc` and one like tcp://127.0.0.1:5599."
             )
+        if wrong := wrong_port(self.predictions):
+            raise ValueError(f"`predictions: {self.predictions}`: {wrong}")
         if self.predictions.startswith("tcp:") and self.curve is None and not _is_loopback(self.predictions):
             raise ValueError(
                 f"`predictions: {self.predictions}` can be reached by other hosts, so it needs `curve`, with keys "
                 "and a list of those who may listen (`sensorium keys` makes them); or use a loopback endpoint like "
                 "tcp://127.0.0.1:5599."
             )
+
+
+def wrong_port(endpoint: str) -> str:
+    """What is wrong with the port of ``tcp://HOST:PORT``; nothing if nothing is. ZeroMQ takes any number, and listens
+    at what is left of it in 16 bits; 0 would be a port that nobody knows."""
+    port = endpoint.rpartition(":")[2]
+    if not endpoint.startswith("tcp:") or not port.isdecimal() or 1 <= int(port) <= 65535:
+        return ""
+    return f"{port} is no port; ports go from 1 to 65535, like tcp://127.0.0.1:5599."
 
 
 def _is_loopback(endpoint: str) -> bool:

@@ -15,6 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
+from pipeline.config import wrong_port
 from pipeline.errors import ConfigError
 from pipeline.shm import remove_segment
 
@@ -50,6 +51,8 @@ def check_remote(endpoint: str, *, keys: bool) -> None:
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):(\d+|\*)", endpoint)
     if not match:
         raise ConfigError(f"{endpoint!r} is no endpoint; allowed are ipc:///path and tcp://127.0.0.1:PORT")
+    if wrong := wrong_port(endpoint):
+        raise ConfigError(f"{endpoint}: {wrong}")
     if not keys and not _is_loopback(match[1].strip("[]")):
         raise ConfigError(
             f"{endpoint} can be reached from beyond this host, so it needs CURVE keys and a list of those who may "

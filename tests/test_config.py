@@ -72,6 +72,8 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align: [max_delay_ms\n", 5, ("no valid YAML",)),
     (RIG + "align: 3\n", 4, ("a mapping with the keys", "`max_delay_ms`")),
     (RIG + "transport: {predictions: 'tcp://0.0.0.0:5599'}\n", 4, ("loopback", "tcp://127.0.0.1:5599")),
+    (RIG + "transport: {predictions: 'tcp://127.0.0.1:99999'}\n", 4, ("99999 is no port", "from 1 to 65535")),
+    (RIG + "transport: {predictions: 'tcp://127.0.0.1:0'}\n", 4, ("0 is no port",)),
     (RIG + "fusion: {providers: cpu}\n", 4, ("fusion.providers", "a list")),
     ("name: demo\nsources:\n  no: {kind: synthetic}\n", 3, ("a key must be text", '"no"')),
     ("name: demo\nsources:\n  camera:\n    rate_hz: 3\n", 3, ("sources.camera", "`kind` is missing")),

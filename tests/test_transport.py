@@ -41,6 +41,8 @@ from pipeline.transport import (
     Delivery,
     JsonSubscription,
     Latest,
+    LinkClient,
+    LinkServer,
     Lossless,
     MemoryBus,
     Publisher,
@@ -677,6 +679,17 @@ def test_what_reaches_beyond_this_host_needs_keys(folder: Path, endpoint: str) -
 def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="is no endpoint"):
         subscribe_json(endpoint, "prediction")
+
+
+@pytest.mark.parametrize("port", [0, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused_by_who_listens_and_who_calls(folder: Path, port: int) -> None:
+    endpoint = f"tcp://127.0.0.1:{port}"
+    with ZmqBus(folder, "test") as bus, pytest.raises(ConfigError, match="is no port; ports go from 1 to 65535"):
+        bus.publisher("fusion", tcp=endpoint)
+    for opens in (lambda: subscribe_json(endpoint, "prediction"), lambda: LinkServer(endpoint),
+                  lambda: LinkClient(endpoint)):  # fmt: skip
+        with pytest.raises(ConfigError, match="is no port; ports go from 1 to 65535"):
+            opens()
 
 
 def free_port() -> int:
