@@ -149,8 +149,9 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     from pipeline.terminal import console
 
     screen = console(sys.stderr)
+    existing(recording)
     try:
-        with RecordingReader(existing(recording)) as reader, screen.status("making it again") as status:
+        with RecordingReader(recording) as reader, screen.status("making it again") as status:
             model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
             found = verifying.verify(
                 reader,
@@ -159,7 +160,7 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
                 progress=lambda window: status.update(f"making it again: window {window}"),
             )
     except SensoriumError as error:
-        if not recording.is_file() or (text := damage(recording)) is None:
+        if (text := damage(recording)) is None:
             raise
         found = verifying.Verification(session="")  # what it says of itself cannot be relied on
         found.damaged(f"{error}; {text}")

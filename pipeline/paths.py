@@ -56,11 +56,25 @@ def new_file(path: Path) -> Path:
 
 
 def existing(path: Path) -> Path:
-    """``path``, if there is such a file. Raises ConfigError."""
+    """``path`` of a recording, if there is such a file. Raises ConfigError, which says what else it is."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is {_folder(path)}")
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {path}")
     if not path.is_file():
         names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
         raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
     return path
+
+
+def _folder(path: Path) -> str:
+    """What a folder is that was named in place of a recording, and what to do with it."""
+    if (path / "model.yaml").is_file():
+        return f"a bundle and no recording; to predict with it type: sensorium replay RECORDING --bundle {path}"
+    inside = sorted(path.glob("*.mcap"))
+    if not inside:
+        return "a folder without recordings; a recording is one MCAP file, such as `sensorium record` makes."
+    return f"a folder with {len(inside)} recording{'s' * (len(inside) > 1)}; name one, like {inside[-1]}"
 
 
 def own_bundle(recording: Path, info: SessionInfo) -> Path:
