@@ -191,6 +191,22 @@ def test_a_subscriber_sees_the_running_session(session: tuple[Path, str], comman
     assert re.search(r"calm|shake|tone|approach|flash|None|null|balanced: sent", seen), seen
 
 
+@pytest.mark.slow
+def test_the_sample_says_that_it_waits_and_ends_quietly(place: Path) -> None:
+    process = start(place, "exec python watch.py")
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"waiting for predictions at tcp://127.0.0.1:{PORT}\n"
+    assert end(process) == ("", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_sample_ends_quietly_when_nobody_reads_it(session: tuple[Path, str]) -> None:
+    process = start(session[0], "python watch.py | head -n 1")
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert len(out.splitlines()) == len(err.splitlines()) == 1
+
+
 def missing_for(command: str) -> str | None:
     """The package without which a line in another language cannot be run here."""
     if command.startswith("cc "):
