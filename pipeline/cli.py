@@ -1,7 +1,7 @@
 """``sensorium``: parses the command line and hands over to ``pipeline.commands``; nothing else.
 
-Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different. What a command needs is imported
-when it runs, so that ``--help`` and a typing error answer at once.
+Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different, 130 interrupted. What a
+command needs is imported when it runs, so that ``--help`` and a typing error answer at once.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError, RecordingError, SensoriumError, install
+from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
 from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import listed, nearest
 
@@ -547,7 +547,7 @@ def train(
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt:
-        raise SensoriumError(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
+        raise Interrupted(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return

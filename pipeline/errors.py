@@ -21,6 +21,12 @@ class ConfigError(SensoriumError):
     exit_code = 2
 
 
+class Interrupted(SensoriumError):
+    """The user's wish: Ctrl-C in the midst of work that is not done."""
+
+    exit_code = 130  # what a shell says of SIGINT
+
+
 class SensorError(SensoriumError):
     """A device's fault: absent, unplugged, refused, or answering nonsense."""
 

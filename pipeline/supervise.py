@@ -59,7 +59,7 @@ class Supervisor:
         self._on_event = on_event
         self._wake: tuple[int, int] | None = None
         self._selector: selectors.BaseSelector
-        self._stopping = False
+        self._stopping = self._hurried = False
         self._start_ns = self._end_ns = 0
         self._begun = False
 
@@ -298,9 +298,18 @@ class Supervisor:
                 for child in living:
                     late = self.clock.now_ns() - begun_ns > STOP_NS.get(child.name, STOP_DEFAULT_NS)
                     if child.process is not None and (late or self.hard.is_set()):
-                        self._tell(child, "hung", "does not stop, and is killed")
+                        self._say_why_killed(child)
                         child.kill()
                         self._died(child)
+
+    def _say_why_killed(self, child: Child) -> None:
+        """Of each node that it does not stop; once for all of them that nobody waits any longer for that."""
+        if not self.hard.is_set():
+            self._tell(child, "hung", "does not stop, and is killed")
+        elif not self._hurried:
+            self._hurried = True
+            text = "every node that still runs is killed at once, for to stop was asked for again (Ctrl-C)"
+            self._on_event(Event(self.session_clock.now_ns(), "launch", "hung", text))
 
     def _kill_all(self) -> None:
         for child in self.children.values():

@@ -325,6 +325,26 @@ def test_the_nodes_of_a_killed_launcher_stop_by_themselves_and_close_the_recordi
         assert not any(map(segment_exists, segments))
 
 
+STUBBORN = """
+import threading
+from nodes.synthetic import Synthetic
+
+class Stubborn(Synthetic):
+    def read(self):
+        threading.Event().wait()
+"""
+
+
+def test_who_asks_again_is_told_once_that_all_nodes_are_killed(tmp_path: Path) -> None:
+    (tmp_path / "stubborn.py").write_text(STUBBORN)
+    sources = {name: source | {"kind": "stubborn:Stubborn"} for name, source in SOURCES.items()}
+    with running(tmp_path, sources=sources) as watched:
+        watched.session.stop(hard=True)
+    hung = [event for event in watched.events if event.kind == "hung"]
+    assert [event.node for event in hung] == ["launch"]
+    assert "killed at once" in hung[0].text
+
+
 def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
     with running(tmp_path, restart={"hang_ms": 1000}) as watched:
         watched.predict_until(all_ok, "all four streams are ok")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipeline import cli
+from pipeline import cli, errors
 from pipeline.align import AlignSpec, Manifest
 from pipeline.bundle import load_bundle
 from pipeline.errors import BundleError, ConfigError, RecordingError, SensoriumError
@@ -722,6 +722,18 @@ def test_no_session_no_device_and_no_bundle(sessions: Path, tmp_path: Path) -> N
     twice = [learn.Recorded(sessions / "s0.mcap")] * 2
     with pytest.raises(RecordingError, match=r"two sessions are named `s0.mcap`"):
         learn.train(config, twice, device="cpu")
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learn, "train_bundle", interrupted)
+    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")])
+    assert isinstance(result.exception, errors.Interrupted)
+    assert result.exception.exit_code == 130
+    assert str(result.exception).endswith("--resume")
 
 
 def test_without_torch_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
