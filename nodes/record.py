@@ -31,6 +31,7 @@ from pipeline.recording import (
     Ring,
     RingWriter,
     SessionInfo,
+    free_path,
 )
 from pipeline.steps import GAP, STEP, Account, Gap, Unpredicted, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
@@ -323,12 +324,3 @@ class BoundedWriter:
                 self._error = error
             with self._lock:
                 self.held -= size + ITEM_BYTES
-
-
-def free_path(path: Path) -> Path:
-    """``path``, or the first of ``path-2``, ``path-3``, … that does not exist."""
-    candidate, number = path, 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return candidate

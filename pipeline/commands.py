@@ -89,12 +89,15 @@ def _run(
     rig_file: RigFile, entry: RecordEntry | None, *, json: bool, duration_s: float | None, allow_code: bool
 ) -> None:
     from pipeline.launch import Session
+    from pipeline.recording import free_path
     from pipeline.show import Show, print_summary
     from pipeline.terminal import console
 
     shows: list[Show] = []  # the session tells what happens to whoever shows it, who needs the session first
     with console(sys.stderr).status(f"checking {rig_file.document.path}"):
         session = Session(rig_file, lambda event: shows[0].event(event), allow_code, entry)
+    if entry is not None and entry.limit_mb is None and (path := rig_file.resolve(entry.path)).exists():
+        _say(f"{path} exists already and stays as it is; this session is recorded to {free_path(path).name}")
     shows.append(Show(session, json))
     try:
         with shows[0] as show:

@@ -20,6 +20,7 @@ from pipeline.recording_writer import (
     RecordingWriter,
     RingPart,
     SessionInfo,
+    free_path,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RingWriter",
     "SessionInfo",
     "deleted_text",
+    "free_path",
     "message_limit",
     "reading",
     "ring_notes",

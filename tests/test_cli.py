@@ -337,6 +337,19 @@ def test_check_names_streams_and_what_they_are_in_the_model(place: Path) -> None
     assert "microphone" in shown.stdout
 
 
+def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path) -> None:
+    rig = "name: r\nsources: {imu: {kind: synthetic, payload: imu}}\nrecord: {path: kept.mcap}\n"
+    (place / "recorded.yaml").write_text(rig)
+    (place / "kept.mcap").write_text("of an earlier session")
+    result = sensorium(place, "record", "recorded.yaml", "--duration", 0)
+    assert result.returncode == 0, result.stderr
+    assert "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap" in (
+        result.stderr.splitlines()[0]
+    )
+    assert (place / "kept-2.mcap").is_file()
+    assert (place / "kept.mcap").read_text() == "of an earlier session"
+
+
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:
     with Running(place, "run", "rig.yaml", "--json") as running:
         first = running.line()

@@ -12,7 +12,7 @@ import pytest
 
 from nodes.align import Align
 from nodes.fusion import Fusion, PayloadCache
-from nodes.record import ITEM_BYTES, Record, free_path
+from nodes.record import ITEM_BYTES, Record
 from nodes.replay import Replay, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
@@ -21,7 +21,15 @@ from pipeline.life import Life, NodeSpec, Order
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
-from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.recording import (
+    GAP_TOPIC,
+    MANIFEST_TOPIC,
+    Label,
+    RecordingReader,
+    RecordingWriter,
+    SessionInfo,
+    free_path,
+)
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
 from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
