@@ -33,7 +33,7 @@ from pipeline.plan import Place, make_plan
 from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
-from pipeline.transport import endpoint_path, remove_leftovers
+from pipeline.transport import check_free, endpoint_path, remove_leftovers
 
 __all__ = ["Event", "NodeStatus", "Session", "SessionRef", "Status", "StreamStatus", "check_rig_file", "live_sessions"]
 
@@ -89,6 +89,8 @@ class Session:
         ConfigError, BundleError, RecordingError."""
         self.rig = rig_file.rig
         self.plan = make_plan(rig_file, allow_code, record)
+        if self.plan.align is not None and self.rig.transport.predictions != "ipc":
+            check_free(self.rig.transport.predictions)  # now, and not when half of the nodes run
         self.clock = SystemClock()  # its time 0 is laid anew when all nodes are up
         began = datetime.fromtimestamp(self.clock.origin.unix_ns / 1e9, tz=UTC)
         self.id = f"{began:%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"

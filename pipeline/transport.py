@@ -320,7 +320,14 @@ def _bind(socket: zmq.Socket[bytes], address: str) -> None:
     try:
         socket.bind(address)
     except zmq.ZMQError as error:
-        raise ConfigError(f"cannot listen at {address}: {error}; is another program using it?") from None
+        why = zmq.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen at {address}: {why}; is another program using it?") from None
+
+
+def check_free(address: str) -> None:
+    """Raises ConfigError unless somebody could listen at ``address`` now."""
+    with zmq.Context() as context, context.socket(zmq.PUB) as socket:
+        _bind(socket, address)
 
 
 def _sub(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:

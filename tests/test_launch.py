@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -522,6 +523,15 @@ def test_an_expert_that_lacks_what_it_needs_is_said_before_anything_starts(tmp_p
     with pytest.raises(SensoriumError) as again:
         Session(load_rig(file))
     assert str(again.value) == str(said.value)
+
+
+def test_an_address_that_is_taken_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        rig = make_rig(tmp_path, transport={"predictions": address})
+        with pytest.raises(ConfigError, match=f"cannot listen at {address}: Address already in use; is another"):
+            Session(rig)
+    Session(rig)
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
