@@ -227,7 +227,7 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
     from pipeline.findings import explanation_text, window_text
     from pipeline.terminal import console
 
-    ref = _live(session)
+    ref = _live(session, "explain")
     screen = console(sys.stdout)
     steady = screen.is_terminal and not json and window is None
     count = count if json or steady or count else 1
@@ -318,19 +318,22 @@ def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path 
     Raises ConfigError."""
     if endpoint is not None:
         return endpoint, endpoint, None
-    found = _live(session)
+    found = _live(session, "subscribe")
     return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
 
 
-def _live(session: str | None) -> SessionRef:
-    """The session that runs on this machine: the only one, or that of this name. Raises ConfigError."""
+def _live(session: str | None, command: str) -> SessionRef:
+    """The session that runs on this machine: the only one, or that of this name. Raises ConfigError, which says what
+    to type for the newest of several."""
     from pipeline.launch import live_sessions
 
     live = {found.id: found for found in live_sessions()}
     if session is not None and session not in live:
         raise ConfigError(f"no session `{session}` runs here.{nearest(session, live)} {_running(live)}")
-    if session is None and len(live) != 1:
-        raise ConfigError(f"{_running(live)} Name one with --session, or start one: sensorium run RIG.")
+    if session is None and not live:
+        raise ConfigError(f"{_running(live)} Start one: sensorium run RIG.")
+    if session is None and len(live) > 1:
+        raise ConfigError(f"{_running(live)} Name one: sensorium {command} --session {next(iter(live))}")
     return live[session] if session is not None else next(iter(live.values()))
 
 

@@ -20,8 +20,9 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, commands
+from pipeline import cli, commands, launch
 from pipeline.schemas import schema
+from pipeline.status import SessionRef
 from tests.conftest import ROOT
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
@@ -195,6 +196,18 @@ def test_without_a_rig_run_says_which_there_are(call: Call) -> None:
     code, _, err = call(ROOT, "run")
     assert code == 2
     assert "`configs/" in err
+
+
+@pytest.mark.parametrize("command", ["subscribe", "explain"])
+def test_of_several_sessions_the_command_for_one_is_said(
+    place: Path, call: Call, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    live = [SessionRef(id, str(place), "rig", f"ipc://{place}/{id}.sock") for id in ("20260105T10-b", "20260104T10-a")]
+    monkeypatch.setattr(launch, "live_sessions", lambda: live)
+    code, _, err = call(place, command)
+    assert code == 2
+    assert err.endswith(f"sensorium {command} --session 20260105T10-b\n")
+    assert all(found.id in err for found in live)
 
 
 def test_a_damaged_file_is_a_failure_not_a_wrong_question(place: Path, call: Call) -> None:
