@@ -542,11 +542,13 @@ def train(
         raise ConfigError(f"training needs {listed(absent)}, not installed here. {install('learn')}")
     from pipeline import learn
 
-    out = new_file(out)
+    out = new_file(out, "folder")
     config = learn.read_config(file)
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
+    if not resume and out.with_name(f"{out.name}.unfinished").is_dir():
+        _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
     tell = _print_line if json else None
     try:
         with Bars(console(sys.stderr), tell) as bars:

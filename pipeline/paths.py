@@ -46,10 +46,10 @@ def _known(rigs: dict[str, Path]) -> str:
     return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
 
 
-def new_file(path: Path) -> Path:
-    """``path``, absolute, if something can be written there that destroys nothing. Raises ConfigError."""
+def new_file(path: Path, what: str = "file") -> Path:
+    """``path``, absolute, if a ``what`` can be written there that destroys nothing. Raises ConfigError."""
     if path.exists():
-        raise ConfigError(f"{path} exists already, and is not overwritten; name another file, or remove it.")
+        raise ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
     return path.resolve()

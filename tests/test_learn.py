@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -730,10 +731,34 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(learn, "train_bundle", interrupted)
     (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
-    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")])
+    asked = ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]
+    result = CliRunner().invoke(cli.app, asked)
     assert isinstance(result.exception, errors.Interrupted)
     assert result.exception.exit_code == 130
     assert str(result.exception).endswith("--resume")
+    assert "note:" not in result.stderr
+    (tmp_path / "b.unfinished").mkdir()
+    assert "`--resume` would go on with it" in CliRunner().invoke(cli.app, asked).stderr
+    assert "note:" not in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
+    (tmp_path / "b").mkdir()
+    assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
+
+
+def test_a_training_leaves_an_unfinished_state_where_the_command_looks_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def interrupted(*_: Any, **given: Any) -> None:
+        seen.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["pipeline.learn.export"], "train", interrupted)
+    scenes.record(tmp_path / "s.mcap", 0, 1.0, streams=("imu",))
+    with pytest.raises(KeyboardInterrupt):
+        learn.train_bundle(configured(tmp_path), tmp_path / "b")
+    assert seen["work"] == tmp_path / "b.unfinished"
+    assert (seen["cache"] / ".gitignore").read_text() == "*\n"
 
 
 def test_without_torch_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

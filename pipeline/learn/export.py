@@ -62,7 +62,7 @@ def train_bundle(
     file = config.file
     paths = config.sessions(file.sessions, "sessions")
     more = config.sessions(file.pretrain.sessions, "pretrain") if file.pretrain is not None else []
-    cache = file.cache or config.document.path.resolve().parent / ".prepared"
+    cache = file.cache or _default_cache(config.document.path.resolve().parent)
     work = out.with_name(f"{out.name}.unfinished")
     trained = train(
         config, [Recorded(path) for path in paths], cache=cache, work=work, device=device, resume=resume, watch=watch,
@@ -71,6 +71,15 @@ def train_bundle(
     made = export(trained, out, watch)
     shutil.rmtree(work, ignore_errors=True)
     return trained, made
+
+
+def _default_cache(folder: Path) -> Path:
+    """Nobody asked for this folder, so it keeps itself out of who looks after the training file's, as git does."""
+    cache = folder / ".prepared"
+    if not cache.exists():
+        cache.mkdir(exist_ok=True)
+        (cache / ".gitignore").write_text("*\n")
+    return cache
 
 
 def export(trained: Trained, out: Path, watch: Watch | None = None) -> Exported:
