@@ -60,14 +60,14 @@ STREAMS: dict[str, dict[str, Any]] = {
         "rule": {**_GRID, "rate_hz": 15},
         "token": 96,
         "encoder": {**_NET, **_TIME, **_BODY, "differences": [1, 2, 4], "limbs": 0.05, "scale": 0.15, "turn_deg": 25,
-                    "jitter": 0.03},
+                    "jitter": 0.03, "style": 0.5},
     },
     "inertial": {
         "payload": "imu",
         "rule": {**_GRID, "rate_hz": 40},
         "token": 96,
         "encoder": {**_NET, **_TIME, "differences": [1, 2, 4, 8], "frame": "both", "scale": 0.15, "turn_deg": 20,
-                    "jitter": 0.04, "hide": 0.15},
+                    "jitter": 0.04, "hide": 0.15, "style": 0.5},
     },
     "depth": {
         "rule": {**_GRID, "rate_hz": 5},
