@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from nodes.simulated import Simulated
+from pipeline.errors import install
 from pipeline.messages import array
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader
@@ -502,7 +503,7 @@ def cli(*arguments: str, hidden: str = "", **environment: str) -> subprocess.Com
 def test_without_mujoco_one_line_says_what_to_type(tmp_path: Path) -> None:
     ran = cli("simulate", "rover", "-o", str(tmp_path / "x.mcap"), hidden="mujoco")
     assert ran.returncode == 2
-    assert "pip install 'sensorium[sim]'" in ran.stderr
+    assert install("sim") in ran.stderr
     assert ran.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, install
 from pipeline.sim.ranges import Drawn
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def prepare() -> None:
     try:
         import mujoco  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            "the simulation needs MuJoCo, which is not installed here. Type: pip install 'sensorium[sim]'"
-        ) from None
+        raise ConfigError(f"the simulation needs MuJoCo, which is not installed here. {install('sim')}") from None
     except RuntimeError as error:  # MUJOCO_GL names what MuJoCo does not know
         raise ConfigError(f"MuJoCo cannot be loaded: {error}. Leave MUJOCO_GL unset.") from None
 
