@@ -43,16 +43,11 @@ class BundleError(SensoriumError):
     """A model's fault: a bundle that is incomplete, damaged, or made for other streams."""
 
 
-TORCH_CPU = "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-"""Keeps pip from taking a torch with CUDA, which is several GB; the Makefile has the same version."""
-
-
 def install(extra: str = "") -> str:
     """What to type for one of our own extras, or for none. ``-e``, as ``make demo`` installs: without it pip makes a
     copy, in which no change of the checkout arrives and no shipped model lies."""
-    first = f"{TORCH_CPU} && " if extra == "learn" else ""
     what = f"'.[{extra}]'" if extra else "."
-    return f"Type in the checkout: {first}pip install -e {what}"
+    return f"Type in the checkout: pip install -e {what}"
 
 
 def listed(names: Iterable[Any]) -> str:
