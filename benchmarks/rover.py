@@ -1,11 +1,12 @@
 """How good ``models/rover`` is in worlds that it has not seen, with every set of its sensors.
 
-    python benchmarks/rover.py [--bundle models/rover] [--sessions FOLDER] [--count 200] [--duration 15]
+    python benchmarks/rover.py [--bundle models/rover] [--sessions FOLDER] [--count 400] [--duration 20]
                                [--seed 20000] [--ranges train|held-out] [--jobs 2] [--json]
 
 Simulates as many sessions as are missing in ``--sessions`` (a temporary folder by default), from seeds that nothing
 was trained or calibrated on, evaluates the bundle on them as ``sensorium evaluate`` does, and holds the result against
-the goals. Intervals (95 %) are drawn over sessions.
+the goals. Intervals (95 %) are drawn over sessions. Sessions are as long as those that the bundle was calibrated on, for
+how often a lone sensor's cue is real depends on how long ago a session began.
 
 What a set of sensors can observe is a matter of the simulation's design, not of the model: a class is *observable* by
 sensors of which at least two have a cue of it (``pipeline.sim.cues``), since one alone cannot tell it from its decoy;
@@ -164,8 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "rover")
     parser.add_argument("--sessions", type=Path, help="where the sessions are, or are put")
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--duration", type=float, default=15.0)
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--duration", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=20000)
     parser.add_argument("--ranges", choices=list(RANGES), default="train")
     parser.add_argument("--jobs", type=int, default=2)
