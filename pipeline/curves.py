@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+from pipeline.sheet import Sheet
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
@@ -64,11 +65,11 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     return f"{row['phase']} epoch {row['epoch']:3d}  {said}"
 
 
-def curves(rows: Iterable[Mapping[str, Any]]) -> Table:
+def curves(rows: Iterable[Mapping[str, Any]]) -> Sheet:
     """Every series of every phase as a line of blocks between its least and its greatest value."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Sheet(heading_style="dim")
     for heading in ("curve", "first", "", "last"):
-        table.add_column(heading, justify="right" if heading in ("first", "last") else "left", no_wrap=True)
+        table.add_column(heading, right=heading in ("first", "last"))
     series: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         for key, value in row.items():
@@ -94,12 +95,12 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1))] for mean in means)
 
 
-def score_table(scores: Iterable[Any]) -> Table:
+def score_table(scores: Iterable[Any]) -> Sheet:
     """How good a model is on the sessions tested on, by the streams that are left."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Sheet(heading_style="dim")
     table.add_column("streams")
     for heading in ("windows", "accuracy", "macro-F1", "calibration error", "answered", "of these right"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, right=True)
     for s in scores:
         table.add_row(
             " + ".join(s.streams), str(s.windows), f"{s.accuracy:.1%}", f"{s.macro_f1:.3f}",

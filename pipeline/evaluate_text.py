@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.evaluation import Estimate, Evaluation, Scores, SubsetResult
-from pipeline.reports import numbers
+from pipeline.sheet import Sheet, numbers
 
 SHOWN = 31
 """Rows of sets of streams, or of sessions, before the rest is left to --json and --html."""
@@ -66,9 +65,9 @@ _HEADINGS = ("accuracy", "macro\nF1", "calib.\nerror", "in\nset", "set\nsize", "
 
 def _subsets(found: Evaluation) -> RenderableType:
     table = numbers("streams", _HEADINGS)
-    table.add_column("cannot tell apart", no_wrap=True)
+    table.add_column("cannot tell apart", sentences=True)
     for heading in ("abstains\nthere", "sure and\nwrong"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, right=True)
     for one in found.subsets[:SHOWN]:
         name = "all" if one is found.subsets[0] else " + ".join(one.streams)
         rest = (percent(one.rest_abstained, 0), percent(one.rest_wrong, 0))
@@ -76,16 +75,16 @@ def _subsets(found: Evaluation) -> RenderableType:
     return _with_rest(table, len(found.subsets), "sets of streams")
 
 
-def _with_rest(table: Table, rows: int, what: str) -> RenderableType:
+def _with_rest(table: Sheet, rows: int, what: str) -> RenderableType:
     rest = Text(f"and {rows - SHOWN} more {what}: see --json or --html", style="dim")
     return Group(table, rest) if rows > SHOWN else table
 
 
-def _labels(found: Evaluation) -> Table:
+def _labels(found: Evaluation) -> Sheet:
     table = numbers("label, with all", ("windows", "recall", "F1", "abstains", "sure and wrong"))
     table.add_column("most like")
     for stream in found.streams:
-        table.add_column(f"{stream}'s share", justify="right")
+        table.add_column(f"{stream}'s share", right=True)
     for label, one in found.subsets[0].classes.items():
         resembles = "–" if one.resembles is None else f"{one.resembles} ({one.apart:.2f})"
         shares = found.contributions.get(label, {})
@@ -103,7 +102,7 @@ def _sessions(found: Evaluation) -> RenderableType:
     return _with_rest(table, len(found.sessions), "sessions")
 
 
-def _groups(found: Evaluation) -> Table:
+def _groups(found: Evaluation) -> Sheet:
     table = numbers(found.attribute or "", ("sessions", "windows", *_HEADINGS))
     for one in found.groups:
         table.add_row(one.value, str(one.sessions), str(one.scores.windows), *_cells(one.scores))
@@ -113,7 +112,7 @@ def _groups(found: Evaluation) -> Table:
 UNITS = {"loss": "of messages lost", "noise": "× signal, as noise", "shift": "ms stamped late", "missing": "not there"}
 
 
-def _robustness(found: Evaluation) -> Table:
+def _robustness(found: Evaluation) -> Sheet:
     """One row a stream and fault: accuracy at each severity."""
     table = numbers("accuracy % with", ("", "mild", "medium", "severe"))
     clean = found.subsets[0].scores.accuracy.value

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from pipeline.reports import latency_table, numbers
+from pipeline.reports import latency_table
+from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
-from pipeline.terminal import VERDICT_STYLE, number
+from pipeline.terminal import VERDICT_STYLE
 
 if TYPE_CHECKING:
     from pipeline.explain import Explanation, Spread, StreamAccount
@@ -44,7 +44,7 @@ def explanation_text(found: Explanation) -> RenderableType:
     return Group(*parts, *(Text(f"gap: {_gap(gap)}", style="yellow") for gap in found.gaps[:_LISTED]))
 
 
-def _accounts(streams: Mapping[str, StreamAccount]) -> Table:
+def _accounts(streams: Mapping[str, StreamAccount]) -> Sheet:
     places = list(dict.fromkeys(place for stream in streams.values() for place in stream.messages))
     table = numbers("messages", places)
     for name, stream in streams.items():
@@ -67,9 +67,9 @@ def _balance(found: Explanation) -> Text:
     return lines.append("not balanced: some messages have no place", style="red")
 
 
-def _flow(found: Explanation) -> Table:
-    table = numbers("stream, ms", ("rate", "gaps", "max gap", "jitter p95", "delay p50", "p95", "max", "uncertainty",
-                                   "age p50", "age max"))  # fmt: skip
+def _flow(found: Explanation) -> Sheet:
+    table = numbers("stream, ms", ("rate", "gaps", "max gap", "jitter p95", "delay p50", "delay p95", "delay max",
+                                   "uncertainty", "age p50", "age max"))  # fmt: skip
     for name, s in found.streams.items():
         rate = "–" if s.rate_hz is None else f"{s.rate_hz:.2f} Hz"
         spreads = (_q(s.jitter_ms, "p95"), *(_q(s.delay_ms, q) for q in ("p50", "p95", "max")))
@@ -82,7 +82,7 @@ def _q(spread: Spread | None, which: str) -> str:
     return number(None if spread is None else getattr(spread, which), 1)
 
 
-def _verdicts(streams: Mapping[str, Mapping[str, int]]) -> Table:
+def _verdicts(streams: Mapping[str, Mapping[str, int]]) -> Sheet:
     kinds = sorted(
         {kind for counts in streams.values() for kind in counts},
         key=lambda kind: (VERDICTS.index(kind.partition("(")[0]), kind),
@@ -161,8 +161,8 @@ def _s(t_ns: int) -> str:
 def fault_text(found: FaultReport) -> RenderableType:
     """The fault bench's report: one row a fault beside the clean run, then which verdicts each fault changed."""
     head = f"{found.recording}   model {found.bundle}   seed {found.seed}   deadline {found.max_delay_ms:g} ms"
-    table = numbers("run", ("windows", "changed", "other label", "mean |Δscore|", "max", "accuracy", "wait p50, ms",
-                            "lost", "rejected"))  # fmt: skip
+    table = numbers("run", ("windows", "changed", "other label", "mean |Δscore|", "max |Δscore|", "accuracy",
+                            "wait p50, ms", "lost", "rejected"))  # fmt: skip
     for result in (found.clean, *found.faults):
         table.add_row(*_fault_row(result))
     known = found.with_truth

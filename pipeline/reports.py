@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.recording import Deleted, deleted_text
+from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
-from pipeline.terminal import number
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
     from pipeline.calibrate import Offset
@@ -67,12 +66,12 @@ def headline(summary: Summary) -> str:
     return line
 
 
-def latencies(summary: Summary) -> Table:
+def latencies(summary: Summary) -> Sheet:
     """Quantiles of every stage."""
     return latency_table({stage: quantiles(summary.latency_ms[stage]) for stage in ordered(summary.latency_ms)})
 
 
-def latency_table(latency_ms: Mapping[str, Mapping[str, float]]) -> Table:
+def latency_table(latency_ms: Mapping[str, Mapping[str, float]]) -> Sheet:
     """The same of numbers that are known already."""
     table = numbers("latency, ms", ("p50", "p95", "p99", "max"))
     for stage, values in latency_ms.items():
@@ -80,7 +79,7 @@ def latency_table(latency_ms: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def windows(summary: Summary) -> Table:
+def windows(summary: Summary) -> Sheet:
     """How many windows had each verdict, per stream, with the reasons that there were."""
     seen = {kind for counts in summary.verdicts.values() for kind in counts}
     kinds = sorted(seen | {"ok"}, key=lambda kind: (VERDICTS.index(kind.partition("(")[0]), kind))
@@ -176,8 +175,8 @@ def calibration_text(
     pairs: list[Offset], lines: dict[str, str], reference: str | None, contradiction: str
 ) -> RenderableType:
     """What ``calibrate`` says to a person: every pair, before and after, and ``lines`` for the rig by source."""
-    table = numbers("streams", ("offset", "95 % interval", "fit before", "after"))
-    table.add_column("from, or why not")
+    table = numbers("streams", ("offset", "95 % interval", "fit before", "fit after"))
+    table.add_column("from, or why not", sentences=True)
     for pair in pairs:
         name = f"{pair.stream} against {pair.reference}"
         fits = [number(pair.before, 2), number(pair.after, 2)]
@@ -197,8 +196,9 @@ def calibration_text(
 
 def recalibration_text(made: Recalibration) -> RenderableType:
     """What ``recalibrate`` says to a person: what moved by how much, and what is not in the new recording."""
-    table = numbers("stream, ms", ("offset", "moved p50", "least", "most", "uncertainty before", "after"))
-    table.add_column("")
+    table = numbers("stream, ms", ("offset", "moved p50", "moved least", "moved most",
+                                   "uncertainty before", "uncertainty after"))  # fmt: skip
+    table.add_column(sentences=True)
     for name, change in made.streams.items():
         moved, doubt = change.shift_ms, change.uncertainty_ms
         cells = [change.offset_ms, moved["p50"], moved["min"], moved["max"]]
@@ -215,12 +215,3 @@ def recalibration_text(made: Recalibration) -> RenderableType:
 
 
 DROPPED = {"manifest": "windows", "prediction": "predictions", "gap": "gaps between windows"}
-
-
-def numbers(first: str, rest: Iterable[str]) -> Table:
-    """An empty table of numbers under headings."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    table.add_column(first, no_wrap=True)
-    for heading in rest:
-        table.add_column(heading, justify="right", no_wrap=" " not in heading)
-    return table

@@ -8,22 +8,24 @@ return renderables; only ``Screen`` and ``Lines`` write.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, BinaryIO, Protocol, TextIO
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, TextIO
 
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
-from rich.table import Table
+from rich.segment import Segment
 from rich.text import Text
 
 from pipeline.prediction import Prediction, StreamReport
+from pipeline.sheet import Cell, Meter, Sheet, number
 from pipeline.summary import Summary, ordered, quantiles
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 
-BAR = 20
+ENDLESS = 100_000
+"""The width of what is no terminal: each line is as long as what it says."""
 VERDICT_STYLE = {"ok": "green", "partial": "yellow", "late": "magenta", "missing": "red"}
 STATE_STYLE = {"ready": "green", "failed": "red", "restarting": "yellow", "waiting": "yellow"}
 TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed")
@@ -31,8 +33,8 @@ TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed")
 
 
 def console(file: TextIO) -> Console:
-    """A console on ``file``; where that is no terminal, wide enough that tables keep their rows."""
-    return Console(file=file, highlight=False, width=None if file.isatty() else 160)
+    """A console on ``file``; where that is no terminal nothing breaks."""
+    return Console(file=file, highlight=False, width=None if file.isatty() else ENDLESS)
 
 
 class Output(Protocol):
@@ -107,20 +109,74 @@ def screen(
     """Everything that the terminal shows at one moment. Without ``status`` (a replay, a session that somebody else
     runs) only what predictions say of themselves."""
     now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
-    parts: list[RenderableType] = [Text.assemble((title, "bold"), f"   {duration(now_ns)}")]
-    parts += [Text(about, style="dim")] if about else []
-    parts += [Text(), answer(prediction)]
-    if status is not None or prediction is not None:
-        parts += [Text(), streams(status, prediction)]
+    parts = [Part("title", 2, False, Text.assemble((title, "bold"), f"   {duration(now_ns)}"))]
+    parts += [Part("address", 7, False, Text(about, style="dim"))] if about else []
+    parts.append(Part("answer", 0, True, answer(prediction)))
     if prediction is not None:
-        parts += [Text(), latency(prediction, summary)]
+        parts.append(Part("scores", 5, False, scores(prediction)))
+    if status is not None or prediction is not None:
+        parts.append(Part("streams", 1, True, streams(status, prediction)))
+    if prediction is not None:
+        parts.append(Part("latency", 6, True, latency(prediction, summary)))
     if status is not None:
-        parts += [Text(), nodes(status.nodes.values()), *notes(status)]
-    return Group(*parts)
+        parts.append(Part("nodes", 4, True, nodes(status.nodes.values())))
+        parts += [Part("notes", 3, False, Text("\n").join(said))] if (said := notes(status)) else []
+    return Stack(parts)
 
 
-def answer(prediction: Prediction | None) -> RenderableType:
-    """The label, how sure the model is, every label's score, and the truth where it is known."""
+class Part(NamedTuple):
+    """One thing that the screen shows."""
+
+    name: str
+    rank: int
+    """What a low screen shows first."""
+    apart: bool
+    """A blank line stands before it, where there is room."""
+    what: RenderableType
+
+
+class Stack:
+    """Parts below each other. A screen that is too low for them shows those of the first ranks, and names the rest."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = {part.name: console.render_lines(part.what, options, pad=False) for part in self._parts}
+        room = options.size.height if console.is_terminal else ENDLESS
+        whole = sum(map(len, lines.values()))
+        airy = whole + sum(part.apart for part in self._parts) <= room
+        if whole > room:
+            hidden = self._cut(lines, room - len(console.render_lines(_hidden(lines), options)))
+        for part in self._parts:
+            if part.apart and airy:
+                yield Segment.line()
+            for line in lines[part.name]:
+                yield from line
+                yield Segment.line()
+        if whole > room:
+            yield _hidden(hidden)
+
+    def _cut(self, lines: dict[str, list[list[Segment]]], room: int) -> list[str]:
+        """Takes away what has no room, and says what. Of a table the first rows may stay."""
+        hidden = []
+        for part in sorted(self._parts, key=lambda part: part.rank):
+            own = lines[part.name]
+            fits = len(own) if len(own) <= room else room if part.name == "streams" and room > 1 else 0
+            if gone := len(own) - fits:
+                lines_of = f"{gone} line{'s' if gone > 1 else ''} of " if fits else ""
+                hidden.append(lines_of + part.name)
+            del own[fits:]
+            room -= fits
+        return hidden
+
+
+def _hidden(names: Iterable[str]) -> Text:
+    return Text(f"no room for {', '.join(names)}", style="yellow")
+
+
+def answer(prediction: Prediction | None) -> Text:
+    """The label, how sure the model is, and the truth where it is known."""
     if prediction is None:
         return Text("no prediction yet: the first comes when a whole window has passed", style="dim")
     line = Text("  no stream can be used", style="yellow")
@@ -130,33 +186,45 @@ def answer(prediction: Prediction | None) -> RenderableType:
     if prediction.truth is not None:
         right = prediction.truth == prediction.label
         line.append(f"  truth {prediction.truth}", style="green" if right else "red")
-    table = Table.grid(padding=(0, 2))
+    return line
+
+
+def scores(prediction: Prediction) -> Sheet:
+    """Every label's score."""
+    table = Sheet()
+    table.add_column()
+    table.add_column()
+    table.add_column(right=True)
     for label, score in prediction.scores.items():
-        table.add_row("  " + label, Text(bar(score or 0.0), style="cyan"), number(score, 2))
-    return Group(line, table)
+        table.add_row("  " + label, Meter("", score or 0.0, "cyan"), number(score, 2))
+    return table
 
 
-def streams(status: Status | None, prediction: Prediction | None) -> Table:
+def streams(status: Status | None, prediction: Prediction | None) -> Sheet:
     """One row a stream: what its source sends, what the aligner says of it, what it did for the prediction."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Sheet(heading_style="dim", apart=False)
     sources = status.streams if status is not None else {}
     reports = prediction.streams if prediction is not None else {}
-    for heading in ("stream", *(("rate", "drops") if sources else ()), "age", "verdict", "contribution"):
-        # Widths that words do not change keep the columns from jumping.
-        width = {"rate": 8, "age": 7, "verdict": 25}.get(heading)
-        right = heading in ("rate", "drops", "age")
-        table.add_column(heading, justify="right" if right else "left", min_width=width, no_wrap=True)
+    table.add_column("stream")
+    if sources:
+        table.add_column("rate", right=True, usual=8)
+        table.add_column("drops", right=True)
+    table.add_column("age", right=True, usual=7)
+    table.add_column("verdict", usual=25, sentences=True)
+    table.add_column("contribution")
     for name in {**sources, **reports}:
         report, source = reports.get(name), sources.get(name)
-        flow = (rate(source, status), str(drops(source))) if source is not None and status is not None else ()
+        flow = ("", "") if sources else ()
+        if source is not None and status is not None:
+            flow = rate(source, status), str(drops(source))
         table.add_row(name, *flow, *word(source, report), contribution(report))
     return table
 
 
 def rate(stream: StreamStatus, status: Status) -> str:
-    """Messages a second; what a node that is away did last says nothing of now."""
+    """Messages a second, in the end the last ones; what a node that is away did last says nothing of now."""
     node = status.nodes.get(stream.node)
-    here = node is not None and node.state in ("ready", "waiting", "ended")
+    here = node is not None and node.state in ("ready", "waiting", "ended", "stopped")
     return f"{stream.rate_hz if here else 0.0:.1f}/s"
 
 
@@ -179,13 +247,13 @@ def word(source: StreamStatus | None, report: StreamReport | None) -> tuple[str,
     return f"{said.age_ms:.0f} ms" if said.age_ms is not None else "–", text
 
 
-def contribution(report: StreamReport | None) -> Text:
+def contribution(report: StreamReport | None) -> Cell:
     """A stream's share in the confidence: a bar, green where it spoke for the label and red where against it."""
     if report is None or report.contribution is None:
         return Text("–", style="dim")
     value = report.contribution
-    shown = Text(f"{value:+.2f} " if abs(value) >= 0.005 else " 0.00 ")
-    return shown.append(bar(abs(value)).rstrip(), style="green" if value > 0 else "red")
+    shown = f"{value:+.2f} " if abs(value) >= 0.005 else " 0.00 "
+    return Meter(shown, abs(value), "green" if value > 0 else "red")
 
 
 def latency(prediction: Prediction, summary: Summary) -> Text:
@@ -213,17 +281,6 @@ def notes(status: Status) -> list[Text]:
     said = {node.node: node.note for node in status.nodes.values() if node.note}
     said |= {name: stream.note for name, stream in status.streams.items() if stream.note}
     return [Text(f"{name}: {note}", style="yellow") for name, note in said.items()]
-
-
-def bar(share: float) -> str:
-    """``share`` of 0 to 1 as a bar of fixed width."""
-    eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
-    whole, part = divmod(eighths, 8)
-    return ("█" * whole + (" ▏▎▍▌▋▊▉"[part] if part else "")).ljust(BAR)
-
-
-def number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def duration(ns: int) -> str:

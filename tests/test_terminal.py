@@ -6,22 +6,25 @@ import io
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.reports import closing, recording_table, verification_text
+from pipeline.sheet import Sheet, bar, numbers
 from pipeline.show import print_summary
 from pipeline.summary import Summary
-from pipeline.terminal import Lines, Screen, bar, duration, screen
+from pipeline.terminal import Lines, Screen, console, duration, screen
 from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
 
 
 def text(renderable: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=120, color_system=None)
-    console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    wide = Console(file=io.StringIO(), width=120, color_system=None)
+    wide.print(renderable)
+    assert isinstance(wide.file, io.StringIO)
+    return wide.file.getvalue()
 
 
 def status() -> Status:
@@ -121,11 +124,9 @@ def test_the_summary_keeps_its_words_on_a_narrow_terminal() -> None:
     for reason in ("never_started", "silent", "dead", "gap", "out_of_tolerance"):
         report = msgspec.structs.replace(seen.streams["imu"], reason=reason)
         summary.add(msgspec.structs.replace(seen, streams=seen.streams | {"microphone": report}))
-    console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(closing(summary))
-    assert isinstance(console.file, io.StringIO)
-    assert "…" not in console.file.getvalue()
-    assert "tolerance" in console.file.getvalue()
+    shown = "\n".join(on_terminal(closing(summary), 80))
+    assert "…" not in shown
+    assert "tolerance" in shown
 
 
 def test_the_summary_names_what_was_dropped_between_nodes() -> None:
@@ -152,15 +153,15 @@ def test_a_session_without_predictions_says_so() -> None:
 
 
 def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
-    console = Console(file=io.StringIO(), width=100, color_system=None)
-    shown = Screen("demo", Summary(), on=console)
+    wide = Console(file=io.StringIO(), width=100, color_system=None)
+    shown = Screen("demo", Summary(), on=wide)
     shown.event(Event(t_ns=1_500_000_000, node="imu", kind="died", text="killed by signal 9"))
     shown.event(Event(t_ns=1_600_000_000, node="imu", kind="ready", text="ready"))
     shown.prediction(prediction(total=1.0))
     shown.refresh(status())
     shown.close()
-    assert isinstance(console.file, io.StringIO)
-    written = console.file.getvalue()
+    assert isinstance(wide.file, io.StringIO)
+    written = wide.file.getvalue()
     assert "1.5 s  imu: killed by signal 9" in written
     assert "1.6 s" not in written
     assert written.index("killed") < written.index("contribution")
@@ -199,3 +200,91 @@ def test_bars_have_one_width_and_durations_read_as_time() -> None:
     assert [bar(share).rstrip() for share in (-1.0, 0.0, 0.0125, 0.5, 7.0)] == ["", "", "▎", "█" * 10, "█" * 20]
     assert {len(bar(i / 97)) for i in range(98)} == {20}
     assert duration(61_999_999_999) == "0:01:01"
+
+
+def on_terminal(renderable: RenderableType, width: int, height: int = 100) -> list[str]:
+    """The lines of a screen of this size."""
+    screen = Console(file=io.StringIO(), width=width, height=height, color_system=None, force_terminal=True)
+    screen.print(renderable)
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue().splitlines()
+
+
+words = st.text("abc 0123456789.", max_size=12).map(lambda word: word.strip().replace(" ", "_"))
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.lists(st.lists(words, min_size=n, max_size=n), min_size=1, max_size=4)),
+       st.integers(8, 100))  # fmt: skip
+def test_a_sheet_fits_every_screen_and_nothing_of_it_is_lost(rows: list[list[str]], width: int) -> None:
+    sheet = numbers(rows[0][0], rows[0][1:])
+    for row in rows[1:]:
+        sheet.add_row(*row)
+    lines = on_terminal(sheet, width)
+    assert all(len(line) <= width and line == line.rstrip() for line in lines)
+    if width >= 26:  # two of the longest stand beside each other
+        assert {word for row in rows for word in row if word} <= {word for line in lines for word in line.split()}
+
+
+def test_a_sheet_that_is_too_wide_is_continued_below_with_the_names_again() -> None:
+    sheet = numbers("stream", ("messages", "max gap", "late"))
+    sheet.add_row("camera", "12", "100.0 ms", "3")
+    assert on_terminal(sheet, 40) == ["stream  messages   max gap  late", "camera        12  100.0 ms     3"]
+    assert on_terminal(sheet, 26) == [
+        "stream  messages   max gap", "camera        12  100.0 ms", "", "stream  late", "camera     3",
+    ]  # fmt: skip
+    assert on_terminal(sheet, 12)[:3] == ["stream  mess", "        ages", "camera    12"]
+
+
+def test_headings_and_sentences_break_between_words_before_a_sheet_does() -> None:
+    sheet = numbers("stream", ("never started",))
+    sheet.add_column("why", sentences=True)
+    sheet.add_row("camera", "3", "nobody has ever said why it should be so at all")
+    assert on_terminal(sheet, 44) == [
+        "stream    never  why", "        started", "camera        3  nobody has ever said why it",
+        "                 should be so at all",
+    ]  # fmt: skip
+
+
+def test_what_is_no_terminal_gets_whole_lines_without_blanks_at_their_ends() -> None:
+    info = {"session": "s", "duration_s": 1.0, "complete": True, "streams": {}}
+    file = io.StringIO()
+    console(file).print(recording_table(info))
+    assert "max gap  delay  max delay\n" in file.getvalue()
+    assert " \n" not in file.getvalue()
+    sheet = Sheet()
+    sheet.add_column(sentences=True)
+    sheet.add_row("word " * 100)
+    file = io.StringIO()
+    console(file).print(sheet)
+    assert file.getvalue() == ("word " * 100).rstrip() + "\n"
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_the_bars_become_shorter_where_the_screen_is_narrow(width: int) -> None:
+    lines = on_terminal(screen("demo", status(), prediction(total=1.0), Summary()), width)
+    row = next(line for line in lines if "+0.25" in line)
+    assert len(row) <= width
+    bars = row.split("+0.25 ")[1]
+    assert set(bars[:-1]) == {"█"}
+    assert any("30.0/s" in line for line in lines)
+
+
+def test_a_screen_that_is_too_low_says_what_it_does_not_show() -> None:
+    shown = screen("demo", status(), prediction(wait=1.0, total=3.5), Summary(), "predictions at ipc:///there")
+    whole = on_terminal(shown, 80, 40)
+    assert "no room" not in "".join(whole)
+    tight = on_terminal(shown, 80, len(whole) - 1)
+    assert tight == [line for line in whole if line]
+    low = on_terminal(shown, 80, 9)
+    assert len(low) == 9
+    assert low[-1] == "no room for scores, address"
+    assert low[0].startswith("demo")
+    least = on_terminal(shown, 80, 4)
+    assert least[0].split()[0] == "yes"
+    assert least[-1] == "no room for 1 line of streams, title, notes, nodes, scores, latency, address"
+
+
+def test_the_last_screen_keeps_the_last_rates() -> None:
+    ended = status()
+    ended.nodes["camera"] = msgspec.structs.replace(ended.nodes["camera"], state="stopped")
+    assert "30.0/s" in text(screen("demo", ended, None, Summary()))
