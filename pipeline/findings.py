@@ -165,8 +165,8 @@ def fault_text(found: FaultReport) -> RenderableType:
                             "wait p50, ms", "lost", "rejected"))  # fmt: skip
     for result in (found.clean, *found.faults):
         table.add_row(*_fault_row(result))
-    known = found.with_truth
-    truth = f"accuracy is over {known} windows with a known truth" if known else "the recording has no labels"
+    known = f"accuracy is over {found.with_truth} windows with a known truth"
+    truth = known if found.with_truth else "no accuracy: the recording has none of the model's labels"
     changes = [line for result in found.faults if (line := _changes(result, found.clean)) is not None]
     return Group(Text(head), Text(), table, Text(truth, style="dim"), Text(), *changes)
 

@@ -27,8 +27,10 @@ def closing(summary: Summary) -> RenderableType:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
         head = head if summary.expected else "no model, so no predictions"
         return Group(Text(head), *((messages(summary),) if summary.counters else ()), *last_lines(summary))
-    parts: list[RenderableType] = [Text(headline(summary)), Text(), latencies(summary), Text(), windows(summary)]
-    return Group(*parts, *((Text(), messages(summary)) if summary.counters else ()), *last_lines(summary))
+    parts: list[RenderableType] = [Text(headline(summary)), *_foreign(summary), Text(), latencies(summary), Text()]
+    return Group(
+        *parts, windows(summary), *((Text(), messages(summary)) if summary.counters else ()), *last_lines(summary)
+    )
 
 
 def last_lines(summary: Summary) -> list[RenderableType]:
@@ -56,14 +58,39 @@ def dropped(summary: Summary) -> list[RenderableType]:
 
 def headline(summary: Summary) -> str:
     """How many predictions, what they said, and how many were right."""
-    said = ", ".join(f"{label} {count}" for label, count in summary.labels.most_common(6))
-    line = f"{summary.predictions} predictions over {summary.span_s:.1f} s"
-    line += f" ({said})" if said else ""
+    said = [f"{label} {count}" for label, count in summary.labels.most_common(_LABELS)]
+    rest = sum(summary.labels.values()) - sum(count for _, count in summary.labels.most_common(_LABELS))
+    said += [f"other labels {rest}"] if rest else []
+    said += [f"no label {summary.unlabelled}"] if summary.unlabelled else []
+    line = f"{summary.predictions} predictions over {summary.span_s:.1f} s ({', '.join(said)})"
     line += f"; abstained {summary.abstained} times" if summary.abstained else ""
     if summary.with_truth:
         share = summary.correct / summary.with_truth
         line += f"; accuracy {share:.3f}: {summary.correct} of {summary.with_truth} with a known truth"
+        line += _of_the_answered(summary) if summary.abstained else ""
     return line
+
+
+_LABELS = 6
+"""So many labels are named before the rest is summed up."""
+
+
+def _of_the_answered(summary: Summary) -> str:
+    """How accuracy and abstaining go together."""
+    if not summary.answered:
+        return ", counting what the label would have been: it abstained from all of them"
+    share = summary.answered_correct / summary.answered
+    return f", abstained or not; {share:.3f} where it answered: {summary.answered_correct} of {summary.answered}"
+
+
+def _foreign(summary: Summary) -> list[RenderableType]:
+    """Labels that this model cannot give."""
+    if not (foreign := summary.foreign):
+        return []
+    said = f"{sum(foreign.values())} predictions cannot be right: their truth ({', '.join(foreign)}) is none of the "
+    said += f"model's labels ({', '.join(summary.known)})"
+    said += "; they do not count in the accuracy" if summary.with_truth else ", so there is no accuracy"
+    return [Text(said, style="yellow")]
 
 
 def latencies(summary: Summary) -> Sheet:

@@ -51,9 +51,16 @@ class Summary:
         self.expected = expected
         self.predictions = 0
         self.abstained = 0
+        self.unlabelled = 0
         self.labels: Counter[str] = Counter()
-        self.with_truth = 0
+        self.known: dict[str, None] = {}
+        """The model's labels, in its order."""
+        self.truths: Counter[str] = Counter()
+        """What was true, whether the model knows it or not."""
         self.correct = 0
+        self.answered = 0
+        """Of those whose truth the model knows, how many it did not abstain from, and how many of these are right."""
+        self.answered_correct = 0
         self.latency_ms: dict[str, Quantiles] = {}
         self.verdicts: dict[str, Counter[str]] = {}
         self.counters: dict[str, Counters] = {}
@@ -73,9 +80,11 @@ class Summary:
         self.abstained += prediction.abstained
         if prediction.label is not None:
             self.labels[prediction.label] += 1
+        else:
+            self.unlabelled += 1
+        self.known.update(dict.fromkeys(prediction.scores))
         if prediction.truth is not None:
-            self.with_truth += 1
-            self.correct += prediction.label == prediction.truth
+            self._compare(prediction, prediction.truth)
         for stage, value in prediction.timing.latency_ms.items():
             self.latency_ms.setdefault(stage, Quantiles()).add(value)
         for stream, report in prediction.streams.items():
@@ -88,6 +97,24 @@ class Summary:
         if self._start_ns is None:
             self._start_ns = prediction.window.end_ns
         self._end_ns = prediction.window.end_ns
+
+    def _compare(self, prediction: Prediction, truth: str) -> None:
+        right = prediction.label == truth
+        answered = truth in prediction.scores and prediction.label is not None and not prediction.abstained
+        self.truths[truth] += 1
+        self.correct += right
+        self.answered += answered
+        self.answered_correct += answered and right
+
+    @property
+    def foreign(self) -> dict[str, int]:
+        """What was true and is none of the model's labels, with the number of windows: nothing can be right there."""
+        return {label: count for label, count in self.truths.items() if label not in self.known}
+
+    @property
+    def with_truth(self) -> int:
+        """Predictions that can be right: their truth is one of the model's labels."""
+        return sum(self.truths.values()) - sum(self.foreign.values())
 
     @property
     def span_s(self) -> float:
@@ -102,7 +129,11 @@ class Summary:
             "span_s": self.span_s,
             "accuracy": self.correct / self.with_truth if self.with_truth else None,
             "with_truth": self.with_truth,
+            "answered": self.answered,
+            "answered_accuracy": self.answered_correct / self.answered if self.answered else None,
+            "foreign_labels": self.foreign,
             "labels": dict(self.labels),
+            "no_label": self.unlabelled,
             "verdicts": {stream: dict(counts) for stream, counts in self.verdicts.items()},
             "latency_ms": {stage: quantiles(self.latency_ms[stage]) for stage in ordered(self.latency_ms)},
             "messages": {stream: account(counters) for stream, counters in self.counters.items()},

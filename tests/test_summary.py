@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +76,50 @@ def test_predictions_are_added_up() -> None:
     assert values["labels"] == {"yes": 1, "no": 1}
     assert values["verdicts"] == {"camera": {"ok": 3}, "imu": {"missing(dead)": 3}}
     assert values["latency_ms"]["total"]["max"] == 5.0
+
+
+def said(summary: Summary) -> str:
+    shown = io.StringIO()
+    Console(file=shown, width=1000).print(closing(summary))
+    return shown.getvalue()
+
+
+def test_the_counts_by_label_sum_to_the_predictions() -> None:
+    summary = Summary()
+    for label in ("yes", "no", None, "yes"):
+        summary.add(prediction(10, label))
+    assert "4 predictions over 0.0 s (yes 2, no 1, no label 1)" in said(summary)
+    for label in "abcdefgh":
+        summary.add(prediction(11, label))
+    assert "(yes 2, no 1, a 1, b 1, c 1, d 1, other labels 4, no label 1)" in said(summary)
+
+
+def test_accuracy_is_told_of_all_and_of_those_that_were_answered() -> None:
+    summary = Summary()
+    for label, truth, abstained in (("yes", "yes", True), ("yes", "yes", False), ("no", "yes", False)):
+        summary.add(msgspec.structs.replace(prediction(10, label, truth=truth), abstained=abstained))
+    shown = said(summary)
+    assert "abstained 1 times; accuracy 0.667: 2 of 3 with a known truth, abstained or not; 0.500 where " in shown
+    assert "where it answered: 1 of 2" in shown
+    assert (summary.as_dict()["answered"], summary.as_dict()["answered_accuracy"]) == (2, 0.5)
+    summary = Summary()
+    summary.add(msgspec.structs.replace(prediction(10, "yes", truth="yes"), abstained=True))
+    assert "it abstained from all of them" in said(summary)
+    assert summary.as_dict()["answered_accuracy"] is None
+
+
+def test_a_truth_that_the_model_has_no_label_for_is_said_and_does_not_count() -> None:
+    summary = Summary()
+    for _ in range(2):
+        summary.add(prediction(10, "yes", truth="tilt"))
+    assert summary.as_dict()["accuracy"] is None
+    assert summary.as_dict()["foreign_labels"] == {"tilt": 2}
+    shown = said(summary)
+    assert "accuracy 0" not in shown
+    assert "2 predictions cannot be right: their truth (tilt) is none of the model's labels (yes, no), so" in shown
+    summary.add(prediction(11, "no", truth="no"))
+    assert "accuracy 1.000: 1 of 1 with a known truth" in said(summary)
+    assert "they do not count" in said(summary)
 
 
 def test_windows_without_a_prediction_are_named() -> None:
