@@ -34,7 +34,8 @@ app = typer.Typer(
 
 RigArgument = Annotated[str | None, typer.Argument(metavar="RIG", help="a YAML file, or the name of one in configs/")]
 Recording = Annotated[Path, typer.Argument(metavar="RECORDING", help="an MCAP file")]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+JsonLines = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle run Python code of its own")]
 Predictions = Annotated[
     str | None, typer.Option(metavar="ENDPOINT", help="publish predictions here too, like tcp://127.0.0.1:5599")
@@ -61,7 +62,7 @@ class Ranges(StrEnum):
 def run(
     rig: RigArgument = None,
     record: Annotated[Path | None, typer.Option(metavar="OUT", help="record the session to this MCAP file")] = None,
-    json: Json = False,
+    json: JsonLines = False,
     duration: Duration = None,
     predictions: Predictions = None,
     allow_code: AllowCode = False,
@@ -84,7 +85,7 @@ def run(
 def record(
     rig: RigArgument = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")] = None,
-    json: Json = False,
+    json: JsonLines = False,
     duration: Duration = None,
     predictions: Predictions = None,
     allow_code: AllowCode = False,
@@ -107,7 +108,9 @@ def replay(
     recording: Recording,
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
     speed: Annotated[Speed, typer.Option(help="pace; changes nothing else")] = Speed.max,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="one JSON object a line; with --verify and --faults one in all")
+    ] = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="write the JSON lines here")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="make the live session again and compare")] = False,
     faults: Annotated[
@@ -146,7 +149,7 @@ def replay(
 def subscribe(
     endpoint: Annotated[str | None, typer.Argument(metavar="ENDPOINT", help="like tcp://127.0.0.1:5599")] = None,
     session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
-    json: Json = False,
+    json: JsonLines = False,
     count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="stop after N predictions")] = None,
     key: Annotated[Path | None, typer.Option(metavar="FILE", help="this host's own secret key")] = None,
     hub_key: Annotated[Path | None, typer.Option(metavar="FILE", help="the public key of who publishes")] = None,
@@ -202,7 +205,8 @@ def devices(json: Json = False) -> None:
 def info(recording: Recording, json: Json = False) -> None:
     """Show what a recording holds.
 
-    Streams, rates, gaps, delays; with --json also statistics of what was measured.
+    When and by what it was recorded, how long each label was true (by X.labels.csv beside X.mcap, if that is there);
+    of every stream its rate, losses, delays; with --json also statistics of what was measured.
 
     \b
     Example:
@@ -221,7 +225,9 @@ def explain(
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
     session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
     count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="a running session, N times")] = None,
-    json: Json = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="JSON on standard output; of a running session one object a line")
+    ] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Explain where every message of a session went.
@@ -323,7 +329,7 @@ def train(
         int | None,
         typer.Option(metavar="N", min=1, max=64, help="processes that prepare sessions; else one a core, 8 at most"),
     ] = None,
-    json: Json = False,
+    json: JsonLines = False,
 ) -> None:
     """Train a model on labelled sessions.
 

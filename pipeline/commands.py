@@ -391,10 +391,14 @@ def print_schema(name: str) -> None:
 def info(recording: Path, *, json: bool) -> None:
     """``sensorium info``."""
     from pipeline.explain import latency_ms, recorded_predictions
-    from pipeline.recording import RecordingReader, summarise
+    from pipeline.labels import told_labels
+    from pipeline.recording import RecordingReader, about, seconds_of, summarise
 
     with RecordingReader(existing(recording)) as reader:
-        found = summarise(reader)
+        found = summarise(reader) | about(reader)
+        end_ns = max((stream["end_ns"] for stream in found["streams"].values()), default=0)
+        if labels := seconds_of(told_labels(reader), end_ns):
+            found["labels_s"] = labels
         if latency := latency_ms(recorded_predictions(reader)):
             found["latency_ms"] = latency
     if json:

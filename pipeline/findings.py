@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.reports import latency_table
+from pipeline.reports import GAPS, latency_table
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
 from pipeline.terminal import VERDICT_STYLE
@@ -35,6 +35,7 @@ def explanation_text(found: Explanation) -> RenderableType:
     head = Text.assemble(f"session {found.session}   windows: {found.windows or ''} {_SOURCES[found.source]}")
     head.append(state, style="yellow")
     parts: list[RenderableType] = [head, Text(), _accounts(found.streams), _balance(found), Text(), _flow(found)]
+    parts.append(Text(GAPS, style="dim"))
     if found.windows:
         parts += [Text(), _verdicts({name: stream.verdicts for name, stream in found.streams.items()})]
     if found.wait_ms is not None:
@@ -68,7 +69,7 @@ def _balance(found: Explanation) -> Text:
 
 
 def _flow(found: Explanation) -> Sheet:
-    table = numbers("stream, ms", ("rate", "gaps", "max gap", "jitter p95", "delay p50", "delay p95", "delay max",
+    table = numbers("stream, ms", ("rate", "gaps", "longest pause", "jitter p95", "delay p50", "delay p95", "delay max",
                                    "uncertainty", "age p50", "age max"))  # fmt: skip
     for name, s in found.streams.items():
         rate = "–" if s.rate_hz is None else f"{s.rate_hz:.2f} Hz"

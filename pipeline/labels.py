@@ -24,8 +24,7 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
     """The labels of a session in order of time, without overlaps; only labels of ``known`` where that is given.
     RecordingError names the session and the time; ConfigError if the sidecar cannot be read."""
     with reading(recording) as reader:
-        sidecar = reader.path.with_suffix(SIDECAR)
-        labels = read_labels(sidecar) if sidecar.is_file() else reader.labels()
+        labels, sidecar = told_labels(reader), reader.path.with_suffix(SIDECAR)
         where = sidecar if sidecar.is_file() else reader.path
         if not labels:
             raise RecordingError(
@@ -33,6 +32,12 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
                 "one line an interval"
             )
         return checked(labels, str(where), known)
+
+
+def told_labels(reader: RecordingReader) -> list[Label]:
+    """The labels of a session as somebody has told them; none where nobody has. RecordingError, ConfigError."""
+    sidecar = reader.path.with_suffix(SIDECAR)
+    return read_labels(sidecar) if sidecar.is_file() else reader.labels()
 
 
 def checked(

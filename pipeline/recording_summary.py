@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import numpy as np
 
 from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
 from pipeline.recording_reader import RecordingReader, reading
+from pipeline.recording_schemas import MANIFEST_TOPIC, PREDICTION_TOPIC
+from pipeline.recording_writer import Label
 
 _UNKNOWN = -(1 << 62)
 """An epoch before all others: that of a stream of which nobody knows where it stood."""
@@ -26,6 +31,46 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     """
     with reading(path) as reader:
         return _summarise(reader)
+
+
+class _Named(msgspec.Struct):
+    """Of a rig or a prediction what names it; the rest may be of another version."""
+
+    name: str = ""
+    bundle: Any = None
+
+
+def about(reader: RecordingReader) -> dict[str, Any]:
+    """When and by what a session was recorded, and how much there is of it: plain values, as far as they are known."""
+    info = reader.info
+    found: dict[str, Any] = {"bytes": reader.path.stat().st_size}
+    if info.unix_ns:
+        found["date"] = datetime.fromtimestamp(info.unix_ns // 1_000_000_000, UTC).isoformat()
+    if rig := _named(msgspec.yaml.decode, info.rig or "").name:
+        found["rig"] = rig
+    if info.bundle is not None:
+        predicted = _named(msgspec.json.decode, next((data for data, _, _ in reader.json(PREDICTION_TOPIC)), b"{}"))
+        name = predicted.bundle.get("name") if isinstance(predicted.bundle, dict) else None
+        found["bundle"] = {"name": name, "sha256": info.bundle}
+    for what, topic in (("windows", MANIFEST_TOPIC), ("predictions", PREDICTION_TOPIC)):
+        if topic in reader.topics:
+            found[what] = sum(1 for _ in reader.json(topic))
+    return found
+
+
+def _named(decode: Any, text: str | bytes) -> _Named:
+    with suppress(msgspec.MsgspecError):
+        found: _Named = decode(text, type=_Named)
+        return found
+    return _Named()
+
+
+def seconds_of(labels: Iterable[Label], until_ns: int) -> dict[str, float]:
+    """How long each label was true, before the session's end ``until_ns``; in order of their first appearance."""
+    found: dict[str, int] = {}
+    for label in labels:
+        found[label.label] = found.get(label.label, 0) + max(min(label.end_ns, until_ns) - label.start_ns, 0)
+    return {label: ns / 1e9 for label, ns in found.items()}
 
 
 def _summarise(reader: RecordingReader) -> dict[str, Any]:

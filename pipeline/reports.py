@@ -131,7 +131,8 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     """What ``sensorium info`` says to a person."""
     state = "" if info["complete"] else "   incomplete: it holds gaps, or its end is missing"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
-    columns = ("messages", "samples", "rate", "lost", "gaps", "max gap", "delay", "max delay")
+    head.append("".join(f"\n{line}" for line in (_recorded(info), _labels(info)) if line))
+    columns = ("messages", "samples", "rate", "lost", "gaps", "longest pause", "delay", "max delay")
     table = numbers("stream", ("payload", *columns))
     for name, stream in info["streams"].items():
         gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
@@ -143,7 +144,28 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
         gone = msgspec.convert(ring["deleted"], Deleted)
         head.append(f"\nsegment {ring['segment']} of a ring; ")
         head.append(f"deleted before it began: {deleted_text(gone)}" if gone.segments else "nothing was deleted before")
-    return Group(head, Text(), table, *((Text(), latency_table(latency)) if latency else ()))
+    said = Text(GAPS, style="dim")
+    return Group(head, Text(), table, said, *((Text(), latency_table(latency)) if latency else ()))
+
+
+GAPS = "gaps: places in its numbering where messages were lost; a pause without a gap: the source sent nothing"
+
+
+def _recorded(info: Mapping[str, Any]) -> str:
+    """When and by what it was recorded, and how much there is of it."""
+    parts = [info["date"].replace("T", " ").replace("+00:00", " UTC")] if "date" in info else []
+    parts += [f"{info['bytes'] / 1e6:.1f} MB"] if "bytes" in info else []
+    parts += [f"rig {info['rig']}"] if "rig" in info else []
+    if (bundle := info.get("bundle")) is not None:
+        parts.append(f"model {bundle['name'] or ''} {bundle['sha256'][:12]}…")
+    counts = [f"{info[what]} {what}" for what in ("windows", "predictions") if what in info]
+    return "   ".join([*parts, *([", ".join(counts)] if counts else [])])
+
+
+def _labels(info: Mapping[str, Any]) -> str:
+    """How long each label was true, the longest first."""
+    labels = sorted(info.get("labels_s", {}).items(), key=lambda item: -item[1])
+    return "labels: " + ", ".join(f"{label} {seconds:.1f} s" for label, seconds in labels) if labels else ""
 
 
 def plan_table(plan: Plan, warnings: list[str], absent: list[str]) -> RenderableType:

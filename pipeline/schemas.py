@@ -58,6 +58,13 @@ class Stage(msgspec.Struct, frozen=True):
     max: float
 
 
+class Model(msgspec.Struct, frozen=True):
+    """The bundle that ran; its name is null where no prediction tells it."""
+
+    name: str | None
+    sha256: str
+
+
 class Info(msgspec.Struct, frozen=True, kw_only=True):
     """What ``sensorium info RECORDING --json`` prints."""
 
@@ -67,6 +74,17 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     streams: dict[str, StreamInfo]
     latency_ms: dict[str, Stage] | msgspec.UnsetType = msgspec.UNSET
     """By stage, where the recording holds predictions."""
+    bytes: int
+    """The file's size."""
+    date: str | msgspec.UnsetType = msgspec.UNSET
+    """When the session began, in UTC (ISO 8601), where that is known."""
+    rig: str | msgspec.UnsetType = msgspec.UNSET
+    """The rig's name."""
+    bundle: Model | msgspec.UnsetType = msgspec.UNSET
+    windows: int | msgspec.UnsetType = msgspec.UNSET
+    predictions: int | msgspec.UnsetType = msgspec.UNSET
+    labels_s: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    """How long each label was true, in seconds: by the recording, or by X.labels.csv beside X.mcap."""
     ring: RingPart | msgspec.UnsetType = msgspec.UNSET
     """Where the recording stands in its ring, if it is a segment of one."""
 

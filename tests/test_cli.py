@@ -292,6 +292,8 @@ def test_info_of_the_session_satisfies_its_schema(place: Path, session: subproce
     found = json.loads(sensorium(place, "info", "session.mcap", "--json").stdout)
     jsonschema.Draft202012Validator(schema("info")).validate(found)
     assert found["session"] == lines(session.stdout)[0]["session"]
+    assert found["bundle"] == lines(session.stdout)[0]["bundle"]
+    assert found["windows"] == found["predictions"] >= len(lines(session.stdout))
     assert found["streams"]["imu"]["stats"]["accel"]["mean_norm"] == pytest.approx(9.8, abs=2)
     shown = sensorium(place, "info", "session.mcap").stdout
     assert all(stream in shown for stream in found["streams"])

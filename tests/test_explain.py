@@ -224,3 +224,28 @@ def test_info_has_latency_by_stage_where_there_are_predictions(tmp_path: Path) -
     jsonschema.Draft202012Validator(schema("info")).validate(found)
     assert "latency, ms" in call("info", path)
     assert "latency_ms" not in json.loads(call("info", DEMO, "--json"))
+
+
+def test_info_tells_when_by_what_and_how_long_each_label_was_true(tmp_path: Path) -> None:
+    import jsonschema
+
+    path = tmp_path / "a.mcap"
+    path.write_bytes(DEMO.read_bytes())
+    found = json.loads(call("info", path, "--json"))
+    jsonschema.Draft202012Validator(schema("info")).validate(found)
+    assert sum(found["labels_s"].values()) == pytest.approx(20.0, abs=0.01)
+    assert (found["rig"], found["bytes"]) == ("demo", DEMO.stat().st_size)
+    assert found["date"] == "2026-01-01T00:00:00+00:00"
+    assert {"bundle", "windows", "predictions"}.isdisjoint(found)
+    said = call("info", path)
+    assert "2026-01-01 00:00:00 UTC   4.2 MB   rig demo\nlabels: calm 9.0 s, flash 3.0 s" in said
+    path.with_suffix(".labels.csv").write_text("start_s,end_s,label\n1,3,here\n19,99,there\n")
+    assert json.loads(call("info", path, "--json"))["labels_s"] == {"here": 2.0, "there": pytest.approx(1.0, abs=0.01)}
+
+
+def test_info_of_a_live_session_tells_its_model_and_counts_what_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    _, _, account_of = explained(path)
+    found = json.loads(call("info", path, "--json"))
+    assert found["windows"] == account_of.windows > 0
+    assert f"{found['windows']} windows, {found['predictions']} predictions" in call("info", path)

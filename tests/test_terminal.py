@@ -249,7 +249,7 @@ def test_what_is_no_terminal_gets_whole_lines_without_blanks_at_their_ends() -> 
     info = {"session": "s", "duration_s": 1.0, "complete": True, "streams": {}}
     file = io.StringIO()
     console(file).print(recording_table(info))
-    assert "max gap  delay  max delay\n" in file.getvalue()
+    assert "longest pause  delay  max delay\n" in file.getvalue()
     assert " \n" not in file.getvalue()
     sheet = Sheet()
     sheet.add_column(sentences=True)
