@@ -232,8 +232,8 @@ def explain(
 ) -> None:
     """Explain where every message of a session went.
 
-    Per stream: sent, lost, used, late and so on; rates, jitter, delays; which stream the windows waited for, and how
-    long. With --window the messages that one window was made of, and why something is missing in it.
+    Per stream: sent, lost, used, superseded and so on; rates, jitter, delays; which stream the windows waited for, and
+    how long. With --window the messages that one window was made of, and why something is missing in it.
 
     Without a recording: of the session that runs here, once a second on a terminal or with --json, else once.
 

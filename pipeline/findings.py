@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.reports import GAPS, latency_table
+from pipeline.reports import GAPS, accounts, latency_table
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
 from pipeline.terminal import VERDICT_STYLE
 
 if TYPE_CHECKING:
-    from pipeline.explain import Explanation, Spread, StreamAccount
+    from pipeline.explain import Explanation, Spread
     from pipeline.explain_window import StreamWindow, WindowExplanation
     from pipeline.faultbench import FaultReport, FaultResult
     from pipeline.prediction import Prediction
@@ -34,7 +34,8 @@ def explanation_text(found: Explanation) -> RenderableType:
     state = "" if found.complete else "   incomplete: it holds gaps, or its end is missing"
     head = Text.assemble(f"session {found.session}   windows: {found.windows or ''} {_SOURCES[found.source]}")
     head.append(state, style="yellow")
-    parts: list[RenderableType] = [head, Text(), _accounts(found.streams), _balance(found), Text(), _flow(found)]
+    where = accounts({name: stream.messages for name, stream in found.streams.items()})
+    parts: list[RenderableType] = [head, Text(), where, _balance(found), Text(), _flow(found)]
     parts.append(Text(GAPS, style="dim"))
     if found.windows:
         parts += [Text(), _verdicts({name: stream.verdicts for name, stream in found.streams.items()})]
@@ -43,14 +44,6 @@ def explanation_text(found: Explanation) -> RenderableType:
     if found.latency_ms:
         parts += [Text(), latency_table(found.latency_ms)]
     return Group(*parts, *(Text(f"gap: {_gap(gap)}", style="yellow") for gap in found.gaps[:_LISTED]))
-
-
-def _accounts(streams: Mapping[str, StreamAccount]) -> Sheet:
-    places = list(dict.fromkeys(place for stream in streams.values() for place in stream.messages))
-    table = numbers("messages", places)
-    for name, stream in streams.items():
-        table.add_row(name, *(str(stream.messages.get(place, "–")) for place in places))
-    return table
 
 
 def _balance(found: Explanation) -> Text:
@@ -63,7 +56,7 @@ def _balance(found: Explanation) -> Text:
         if stream.unaccounted:
             lines.append(f"{name}: {stream.unaccounted} came while nobody aligned, or were not recorded\n", "yellow")
     if all(stream.balanced for stream in found.streams.values()):
-        places = " = used + late + superseded + duplicate + rejected + buffered" if found.windows else ""
+        places = " = used + no window + superseded + duplicate + rejected + buffered" if found.windows else ""
         return lines.append(f"balanced: sent = received + lost{'; received' + places if places else ''}", style="green")
     return lines.append("not balanced: some messages have no place", style="red")
 

@@ -118,13 +118,23 @@ def windows(summary: Summary) -> Sheet:
 
 def messages(summary: Summary) -> RenderableType:
     """Where every message went: sent = received + lost, and received = used + all that stands to the right of it."""
-    places = ("sent", "lost", "received", "used", "late", "superseded", "duplicate", "rejected", "buffered")
-    table = numbers("messages", places)
-    for stream, counters in summary.counters.items():
-        amounts = account(counters)
-        table.add_row(stream, *(str(amounts[place]) for place in places))
-    said = "late: no window to come could hold it, like a picture between two steps; superseded: a better one was used"
-    return Group(table, Text(said, style="dim"))
+    return accounts({stream: account(counters) for stream, counters in summary.counters.items()})
+
+
+def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
+    """The same of numbers that are known already: by stream and place. What the aligner counts as late is called
+    otherwise here: it is healthy as a rule, and the verdict of that name is not."""
+    places = list(dict.fromkeys(place for amounts in streams.values() for place in amounts))
+    table = numbers("messages", ["no window" if place == "late" else place for place in places])
+    for stream, amounts in streams.items():
+        table.add_row(stream, *(str(amounts.get(place, "–")) for place in places))
+    return Group(table, Text(_PLACES, style="dim")) if "late" in places else table
+
+
+_PLACES = (
+    "no window: when it came no window to come could hold it, like a picture between two steps (one that was too late "
+    "makes its window late or partial, which the windows say); superseded: a better one was used"
+)
 
 
 def recording_table(info: dict[str, Any]) -> RenderableType:
