@@ -174,8 +174,9 @@ class Life:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to report again."""
-        return self.due_at(self.clock.now_ns())
+        """Whether it is time to report again. A node that stops says at each of its last turns how things are, so that
+        what it counts is known to the end."""
+        return self.stop.is_set() or self.due_at(self.clock.now_ns())
 
     def due_at(self, now_ns: int) -> bool:
         """The same, asked by one who knows the time."""

@@ -116,6 +116,20 @@ def test_steps_come_when_they_are_proven_and_at_their_deadline(tmp_path: Path) -
     assert heard[1].streams["lidar"].verdict == "partial"  # a sweep is there, but a later one might still have come
 
 
+def test_the_last_word_of_a_node_that_stops_counts_what_came_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligning, said = Aligning(tmp_path), []
+    report = aligning.life.report
+    monkeypatch.setattr(aligning.life, "report", lambda one: (report(one), said.append(one)))
+    aligning.sources["imu"].publish(imu(0, 0))
+    aligning.turn(100)
+    aligning.sources["imu"].publish(imu(1, 100 * MS))
+    aligning.life.stop.set()
+    aligning.node.finish()
+    assert [one.aligned["imu"].received for one in said] == [1, 2]
+
+
 def test_a_dead_stream_is_closed_again_when_its_last_words_come(tmp_path: Path) -> None:
     aligning = Aligning(tmp_path)
     aligning.sources["imu"].publish(imu(0, 0))
