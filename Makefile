@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 demo: $(VENV)/.base
 	$(BIN)/sensorium run configs/demo.yaml
+	@echo 'next: . $(BIN)/activate, then "sensorium devices" (what is here), or docs/tutorial.md (a model of your own)'
 
 install: $(VENV)/.dev
 
