@@ -35,6 +35,7 @@ class Show:
         self._output = output_for(
             json, f"{session.rig.name}   session {session.id}   Ctrl-C stops", self.summary, where
         )
+        self._rates: dict[str, float] = {}
         self._lock = threading.Lock()
         self._last_round = threading.Event()
         self._error: BaseException | None = None
@@ -44,14 +45,24 @@ class Show:
         """Something happened to a node."""
         with self._lock:
             self._output.event(event)
-            self._output.refresh(self._session.status())
+            self._output.refresh(self._status(self._session))
 
     def tick(self, session: Session) -> None:
         """Shows how things are. Raises what went wrong with the predictions: nobody reads them any more."""
         if self._error is not None:
             raise self._error
         with self._lock:
-            self._output.refresh(session.status())
+            self._output.refresh(self._status(session))
+
+    def _status(self, session: Session) -> Status:
+        """How things are; at the end with each stream's rate while it still came."""
+        status = session.status()
+        for name, stream in status.streams.items():
+            if (node := status.nodes.get(stream.node)) is not None and node.state == "ready":
+                self._rates[name] = stream.rate_hz
+            elif self._last_round.is_set():
+                stream.rate_hz = self._rates.get(name, stream.rate_hz)
+        return status
 
     def __enter__(self) -> Show:
         if self._session.rig.bundle is not None:

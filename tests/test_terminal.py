@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console, RenderableType
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers
-from pipeline.show import print_summary
+from pipeline.show import Show, print_summary
 from pipeline.summary import Summary
 from pipeline.terminal import Lines, Screen, console, duration, screen
 from pipeline.verify import Difference, Verification
@@ -284,7 +285,15 @@ def test_a_screen_that_is_too_low_says_what_it_does_not_show() -> None:
     assert least[-1] == "no room for 1 line of streams, title, notes, nodes, scores, latency, address"
 
 
-def test_the_last_screen_keeps_the_last_rates() -> None:
-    ended = status()
-    ended.nodes["camera"] = msgspec.structs.replace(ended.nodes["camera"], state="stopped")
-    assert "30.0/s" in text(screen("demo", ended, None, Summary()))
+def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(Lines, "refresh", lambda self, status: rates.append(status.streams["camera"].rate_hz))
+    now = status()
+    session = SimpleNamespace(rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", status=lambda: now)
+    with Show(session, json=True) as show:
+        show.tick(session)
+        now.nodes["camera"] = msgspec.structs.replace(now.nodes["camera"], state="stopped")
+        now.streams["camera"].rate_hz = 3.0
+        show.tick(session)
+    assert rates == [29.97, 3.0, 29.97]
+    assert "30.0/s" in text(screen("demo", now, None, Summary()))
