@@ -225,7 +225,7 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
     from pipeline.clock import SystemClock
     from pipeline.explain_live import Attached
     from pipeline.findings import explanation_text, window_text
-    from pipeline.terminal import console
+    from pipeline.terminal import Part, Stack, console
 
     ref = _live(session, "explain")
     screen = console(sys.stdout)
@@ -245,7 +245,8 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
             said = attached.explanation()
             shown += 1
             if live is not None:
-                live.update(explanation_text(said), refresh=True)
+                whole = Part("explanation", 0, False, explanation_text(said), divisible=True)
+                live.update(Stack([whole]), refresh=True)
             elif json:
                 print(msgspec.json.encode(said).decode(), flush=True)
             else:

@@ -132,8 +132,8 @@ def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
 
 
 _PLACES = (
-    "no window: when it came no window to come could hold it, like a picture between two steps (one that was too late "
-    "makes its window late or partial, which the windows say); superseded: a better one was used"
+    "no window: no window to come could hold it, like a picture between two steps (where it came too late its window "
+    "is late or partial); superseded: a better one was used"
 )
 
 

@@ -115,7 +115,7 @@ def screen(
     if prediction is not None:
         parts.append(Part("scores", 5, False, scores(prediction)))
     if status is not None or prediction is not None:
-        parts.append(Part("streams", 1, True, streams(status, prediction)))
+        parts.append(Part("streams", 1, True, streams(status, prediction), divisible=True))
     if prediction is not None:
         parts.append(Part("latency", 6, True, latency(prediction, summary)))
     if status is not None:
@@ -133,6 +133,8 @@ class Part(NamedTuple):
     apart: bool
     """A blank line stands before it, where there is room."""
     what: RenderableType
+    divisible: bool = False
+    """Its first lines may stand without the others."""
 
 
 class Stack:
@@ -158,11 +160,11 @@ class Stack:
             yield _hidden(hidden)
 
     def _cut(self, lines: dict[str, list[list[Segment]]], room: int) -> list[str]:
-        """Takes away what has no room, and says what. Of a table the first rows may stay."""
+        """Takes away what has no room, and says what."""
         hidden = []
         for part in sorted(self._parts, key=lambda part: part.rank):
             own = lines[part.name]
-            fits = len(own) if len(own) <= room else room if part.name == "streams" and room > 1 else 0
+            fits = len(own) if len(own) <= room else room if part.divisible and room > 1 else 0
             if gone := len(own) - fits:
                 lines_of = f"{gone} line{'s' if gone > 1 else ''} of " if fits else ""
                 hidden.append(lines_of + part.name)
