@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from pipeline.sheet import Sheet
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 60
+WIDTH = 40
 
 
 class Bars:
