@@ -5,8 +5,8 @@
 
 Simulates as many sessions as are missing in ``--sessions`` (a temporary folder by default), from seeds that nothing
 was trained or calibrated on, evaluates the bundle on them as ``sensorium evaluate`` does, and holds the result against
-the goals. Intervals (95 %) are drawn over sessions. Sessions are as long as those that the bundle was calibrated on, for
-how often a lone sensor's cue is real depends on how long ago a session began.
+the goals. Intervals (95 %) are drawn over sessions. Sessions are as long as those that the bundle was calibrated on,
+for how often a lone sensor's cue is real depends on how long ago a session began.
 
 What a set of sensors can observe is a matter of the simulation's design, not of the model: a class is *observable* by
 sensors of which at least two have a cue of it (``pipeline.sim.cues``), since one alone cannot tell it from its decoy;
