@@ -647,10 +647,10 @@ def test_an_encoder_that_gives_no_numbers_is_named_with_the_time(sessions: Path,
     config = configured(sessions)
     recipe = recipe_of(config)
     encoder = recipe.encoders["imu"]
-    prepared = encoder.prepare
+    sound = encoder.prepare
 
     def broken(x: Any, valid: Any = None) -> Any:
-        return prepared(x, valid) / (0.0 if x[0, 2] > 9.83 else 1.0)
+        return sound(x, valid) / (0.0 if x[0, 2] > 9.83 else 1.0)
 
     encoder.prepare = broken
     with pytest.raises(RecordingError, match=r"s0.mcap: the step of `imu` that ends at \d+\.\d+ s .* not finite"):
