@@ -7,6 +7,7 @@ asked wrongly or it failed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
@@ -555,12 +556,16 @@ def train(
     if not resume and out.with_name(f"{out.name}.unfinished").is_dir():
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
     tell = _print_line if json else None
+    # Whoever ends it politely gets what Ctrl-C does: nothing half done stays behind, and it can be gone on with.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with Bars(console(sys.stderr), tell) as bars:
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return

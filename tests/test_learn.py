@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ from pipeline.recording import MANIFEST_TOPIC, Label, RecordingReader, Recording
 from pipeline.replay import replay_predictions
 from pipeline.strict import Document
 from tests import scenes
+from tests.conftest import ROOT
 
 torch = pytest.importorskip("torch", reason="the package torch is not installed (extra `learn`)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
@@ -723,6 +727,36 @@ def test_no_session_no_device_and_no_bundle(sessions: Path, tmp_path: Path) -> N
     twice = [learn.Recorded(sessions / "s0.mcap")] * 2
     with pytest.raises(RecordingError, match=r"two sessions are named `s0.mcap`"):
         learn.train(config, twice, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
+    sessions: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    file, own = tmp_path / "train.yaml", tmp_path / "tmp"
+    own.mkdir()
+    said = configured(sessions, sessions=[f"{sessions}/*.mcap"], train={"epochs": 10_000, "batch_windows": 64})
+    file.write_text(said.document.text)
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train"]
+    running = subprocess.Popen(
+        [*command, str(file), "-o", str(tmp_path / "b"), "--json"],
+        cwd=ROOT, env=os.environ | {"TMPDIR": str(own)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert running.stdout is not None
+        assert json.loads(running.stdout.readline())["epoch"] == 1
+        running.send_signal(how)
+        _, stderr = running.communicate()
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130
+    assert "interrupted; go on with: sensorium train" in stderr
+    assert "Traceback" not in stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".prepared", "b.unfinished", "tmp", "train.yaml"]
+    assert not list(own.glob("sensorium*"))  # what else lies there is torch's
+    assert not list((tmp_path / ".prepared").glob("part-*"))
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
