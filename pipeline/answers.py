@@ -31,6 +31,8 @@ class Answers:
         everyone: list[tuple[int | None, Calibration]] = [(None, self._general), *self._own.items()]
         self._biases = {code: self._bias(stated) for code, stated in everyone}
         self._mixes = {code: self._mix(stated) for code, stated in everyone} if any(s.mix for _, s in everyone) else {}
+        longest = max(len(stated.confidence) for _, stated in everyone)
+        self._lines = {code: line(stated.confidence, longest) for code, stated in everyone} if longest else {}
 
     def at(self, member: Array) -> Calibration:
         """What holds for one set of streams, boolean [streams]."""
@@ -39,7 +41,8 @@ class Answers:
     def probabilities(self, logits: Array, members: Array) -> Array:
         """Calibrated probabilities of logits [rows, labels], float64, by the streams [rows, streams] of each row. Rows
         that are not finite become NaN."""
-        return softmax(logits, *self._scales(members))
+        p = softmax(logits, *self._scales(members))
+        return straightened(p, np.stack([self._lines[code] for code in self._codes(members)])) if self._lines else p
 
     def abstains(self, member: Array, label: int, confidence: float) -> bool:
         """Whether the model had better not answer with this label."""
@@ -70,10 +73,14 @@ class Answers:
         """Temperature, bias and mix: what holds for all rows, or arrays that have a row for each; no mix is None."""
         if not self._own:
             return self._general.temperature, self._biases[None], self._mixes.get(None)
-        codes = [code if code in self._own else None for code in (members @ self._bits).tolist()]
+        codes = self._codes(members)
         stated = [self._general if code is None else self._own[code] for code in codes]
         mix = np.array([self._mixes[code] for code in codes]) if self._mixes else None
         return np.array([[one.temperature] for one in stated]), np.array([self._biases[code] for code in codes]), mix
+
+    def _codes(self, members: Array) -> list[int | None]:
+        """By which calibration each row goes; None is that of all together."""
+        return [code if code in self._own else None for code in (members @ self._bits).tolist()]
 
     def _bias(self, stated: Calibration) -> Array:
         return np.array([stated.bias.get(label, 0.0) for label in self._labels])
@@ -101,6 +108,30 @@ def softmax(logits: Array, temperature: Any = 1.0, bias: Any = 0.0, mix: Array |
     scaled[~np.isfinite(scaled).all(axis=1)] = np.nan
     raised = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     result: Array = raised / raised.sum(axis=1, keepdims=True)
+    return result
+
+
+def line(points: Sequence[tuple[float, float]], length: int) -> Array:
+    """The line of ``Calibration.confidence`` as [length + 2, 2]; what is left over goes on straight beyond 1."""
+    beyond = [(1.0 + i, 1.0 + i) for i in range(length + 1 - len(points))]
+    return np.array([(0.0, 0.0), *points, *beyond])
+
+
+def straightened(p: Array, lines: Array) -> Array:
+    """Probabilities [rows, labels] whose greatest is moved along its row's line [rows, points, 2] (see ``line``), but
+    never so far that another label becomes the most probable; the others share in proportion what is left."""
+    rows, top = np.arange(len(p)), p.argmax(axis=1)
+    confidence = p[rows, top]
+    right = np.clip((lines[:, :, 0] <= confidence[:, None]).sum(axis=1), 1, lines.shape[1] - 1)
+    (x0, y0), (x1, y1) = lines[rows, right - 1].T, lines[rows, right].T
+    moved = y0 + (confidence - x0) * (y1 - y0) / (x1 - x0)
+    left = 1.0 - confidence
+    others = p.copy()
+    others[rows, top] = 0.0
+    second = others.max(axis=1)
+    moved = np.maximum(moved, np.minimum(1.0, second / np.maximum(left + second, 1e-300) * (1 + 1e-9)))
+    result = others * np.where(left > 0, (1.0 - moved) / np.where(left > 0, left, 1.0), 0.0)[:, None]
+    result[rows, top] = moved
     return result
 
 

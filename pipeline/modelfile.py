@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -100,6 +101,7 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
     temperature: PositiveFloat | None = None
     bias: dict[str, float] | None = None
     mix: dict[str, dict[str, float]] | None = None
+    confidence: tuple[tuple[Share, Share], ...] | None = None
     abstain_below: Share | None = None
     answer_above: dict[str, Share] | None = None
     set_threshold: Share | None = None
@@ -109,7 +111,9 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
 class Calibration(_Strict, frozen=True, omit_defaults=True):
     """From held-out data: logits are divided by ``temperature``, and the ``bias`` of their label is added, where one is
     stated, and from ``mix`` (label -> label -> weight) so many times the logits of those labels, each less the mean of
-    all. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
+    all. Then the greatest of the probabilities, which is the confidence, is moved along the line through (0, 0), the
+    points ``confidence`` (what it is, how often it is right) and (1, 1), and the others share in proportion what is
+    left. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
     ``answer_above`` and its confidence not above what stands there (1: it never answers with that label). The
     prediction set is the most probable label, those of at least ``set_threshold``, and those before which the more
     probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds the truth
@@ -124,6 +128,7 @@ class Calibration(_Strict, frozen=True, omit_defaults=True):
     temperature: PositiveFloat = 1.0
     bias: dict[str, float] = {}
     mix: dict[str, dict[str, float]] = {}
+    confidence: tuple[tuple[Share, Share], ...] = ()
     abstain_below: Share = 0.0
     answer_above: dict[str, Share] = {}
     set_threshold: Share = 1.0
@@ -345,6 +350,11 @@ def _check_calibration(document: Document, model: ModelFile) -> None:
 def _check_labels(
     document: Document, model: ModelFile, at: tuple[str, ...], stated: Calibration | SubsetCalibration
 ) -> None:
+    points = ((0.0, 0.0), *(stated.confidence or ()), (1.0, 1.0))
+    if not all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points)):
+        raise document.error(
+            (*at, "confidence"), "both numbers of each point have to be more than those before, and between 0 and 1."
+        )
     mix = stated.mix or {}
     named = [(key, label) for key, by in (("bias", stated.bias), ("answer_above", stated.answer_above), ("mix", mix))
              for label in by or {}]  # fmt: skip

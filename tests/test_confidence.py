@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pipeline.answers import Answers, in_set, mass_before, softmax
+from pipeline.answers import Answers, in_set, line, mass_before, softmax, straightened
 from pipeline.confidence import (
     fit_calibration,
     fit_limits,
@@ -22,6 +22,7 @@ from pipeline.confidence import (
     fit_threshold,
 )
 from pipeline.modelfile import Calibration, SubsetCalibration, subset_key
+from pipeline.scoring import calibration_error
 from tests.said import world
 
 Array = np.ndarray[Any, Any]
@@ -97,6 +98,63 @@ def test_a_map_is_fitted_where_it_is_wanted_and_windows_are_many() -> None:
     one = Answers(plain, LABELS, ("x", "y")).probabilities(logits, np.tile([True, False], (2000, 1)))
     rows = np.arange(2000)
     assert -np.log(held[rows, truth]).mean() <= -np.log(one[rows, truth]).mean()
+
+
+@st.composite
+def lines_of(draw: st.DrawFn) -> tuple[tuple[float, float], ...]:
+    """Points that rise in both."""
+    columns = [sorted(draw(st.sets(st.integers(1, 999), min_size=4, max_size=4))) for _ in range(2)]
+    return tuple((x / 1000, y / 1000) for x, y in zip(*columns, strict=True))[: draw(st.integers(0, 4))]
+
+
+@given(hnp.arrays(np.float64, (12, 4), elements=st.floats(-30, 30)), lines_of())
+def test_straightened_probabilities_keep_their_label_and_the_proportions_of_the_rest(
+    logits: Array, points: tuple[tuple[float, float], ...]
+) -> None:
+    p = softmax(logits)
+    p[3] = np.nan
+    own = line(points, 6)
+    found = straightened(p, np.broadcast_to(own, (12, *own.shape)))
+    assert np.isnan(found[3]).all()
+    kept = np.arange(12) != 3
+    assert found[kept].sum(axis=1) == pytest.approx(1.0)
+    assert (found[kept] >= 0).all()
+    for before, after in zip(p[kept], found[kept], strict=True):
+        top = int(before.argmax())
+        assert int(after.argmax()) == top
+        wanted = float(np.interp(before[top], [0, *(x for x, _ in points), 1], [0, *(y for _, y in points), 1]))
+        assert after[top] >= wanted - 1e-9
+        if after[top] > wanted + 1e-6:  # no further than to where another label is as probable
+            assert after[top] == pytest.approx(np.delete(after, top).max(), abs=1e-6)
+        if before[top] < 1:
+            share = np.delete(after, top) * (1 - before[top])
+            assert share == pytest.approx(np.delete(before, top) * (1 - after[top]), abs=1e-9)
+        alone = straightened(before[None], own[None])[0]
+        assert np.array_equal(alone, after)  # whatever else is asked with it
+
+
+def test_a_confidence_that_is_off_in_the_middle_is_straightened() -> None:
+    """As a sensor's with decoys: too sure at 0.7, not sure enough at 0.96. New windows are called as they should be."""
+    random = np.random.default_rng(3)
+
+    def windows(n: int) -> tuple[Array, Array]:
+        said = random.choice([0.55, 0.7, 0.8, 0.96], n) + random.uniform(-0.02, 0.02, n)
+        right = random.random(n) < np.interp(said, [0.5, 0.55, 0.7, 0.8, 0.96, 1], [0.5, 0.55, 0.6, 0.62, 0.99, 1])
+        logits = np.stack([np.log(said), *[np.log((1 - said) / 3)] * 3], 1)
+        return logits, np.where(right, 0, random.integers(1, 4, n))
+
+    (logits, truth), (later, later_truth) = windows(20_000), windows(20_000)
+    off = {}
+    for straighten in (False, True):
+        for n in (20_000, 1500):  # too few for 16 parts
+            given_logits = {frozenset({"lidar"}): logits[:n]}
+            found = fit_calibration(given_logits, truth[:n], LABELS, mix=True, straighten=straighten)
+            answers = Answers(found, LABELS, ["lidar"])
+            p = answers.probabilities(later, np.ones((len(later), 1), bool))
+            off[straighten, n] = calibration_error(p.max(axis=1), p.argmax(axis=1) == later_truth)
+            assert bool(found.at(["lidar"]).confidence) == (straighten and n > 1500)
+    assert off[True, 20_000] < 0.015 < 0.04 < off[False, 20_000]
+    assert off[True, 1500] == off[False, 1500]
 
 
 def test_a_temperature_of_a_perfect_model_stays_finite() -> None:

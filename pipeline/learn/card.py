@@ -197,6 +197,8 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
     subsets = calibration.subsets.values()
     count = sum(bool(own.mix) for own in subsets)
     mixed = f" and (for {count}) a linear map of what it says" if count else ""
+    straight = sum(bool(own.confidence) for own in subsets)
+    mixed += f", confidence moved (for {straight}) to how often it is right" if straight else ""
     return (
         f"From the sessions held out, for each of {len(subsets)} sets of streams by itself: temperature (all together "
         f"{calibration.temperature:g}){mixed}, prediction sets that hold the truth in {entry.coverage:.0%} of the "

@@ -106,16 +106,17 @@ class CalibrateEntry(_Strict, frozen=True):
     """``coverage`` of the prediction sets; ``wrong``: the share of any class's windows that may get a confident wrong
     answer; ``mistaken``: the share of the windows in which any one answer counts that it may be wrong in. ``mix``:
     whether a linear map of the logits is fitted for each set of streams, instead of a temperature and biases; it has so
-    many numbers that it takes a hundred sessions held out, for windows of one session are alike. ``sets``:
-    ``exact`` ones hold the truth as often as stated and may be empty, in which case the model abstains; those by
-    ``mass`` or ``threshold`` always hold the most probable label, and so the truth at least as often (see
-    ``pipeline.confidence``)."""
+    many numbers that it takes a hundred sessions held out, for windows of one session are alike. ``straighten``:
+    whether the confidence is then moved to how often it is right, which takes as many. ``sets``: ``exact`` ones hold
+    the truth as often as stated and may be empty, in which case the model abstains; those by ``mass`` or ``threshold``
+    always hold the most probable label, and so the truth at least as often (see ``pipeline.confidence``)."""
 
     sets: Literal["exact", "mass", "threshold"] = "exact"
     coverage: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.9
     wrong: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     mistaken: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.1
     mix: bool = False
+    straighten: bool = False
 
 
 class InitEntry(_Strict, frozen=True):

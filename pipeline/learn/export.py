@@ -176,7 +176,7 @@ def _calibrate(trained: Trained, said: Said | None) -> Calibration:
     try:
         return fit_calibration(
             logits, said.truth, trained.labels, coverage=entry.coverage, sets=entry.sets, wrong=entry.wrong,
-            mistaken=entry.mistaken, mix=entry.mix,
+            mistaken=entry.mistaken, mix=entry.mix, straighten=entry.straighten,
         )  # fmt: skip
     except ValueError as error:
         raise RecordingError(f"the sessions held out cannot calibrate the model: {error}; hold out others") from None
