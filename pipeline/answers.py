@@ -129,7 +129,8 @@ def straightened(p: Array, lines: Array) -> Array:
     others = p.copy()
     others[rows, top] = 0.0
     second = others.max(axis=1)
-    moved = np.maximum(moved, np.minimum(1.0, second / np.maximum(left + second, 1e-300) * (1 + 1e-9)))
+    least = second / np.maximum(left + second, 1e-300) * (1 + 1e-9)
+    moved = np.minimum(1.0, np.maximum(moved, least))  # interpolation rounds, and 1 is what nothing exceeds
     result = others * np.where(left > 0, (1.0 - moved) / np.where(left > 0, left, 1.0), 0.0)[:, None]
     result[rows, top] = moved
     return result

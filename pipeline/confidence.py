@@ -157,9 +157,7 @@ def fit_confidence(p: Array, truth: Array) -> tuple[tuple[float, float], ...]:
     that is in the mean and how often it is right, neighbours joined until both rise (isotonic regression by pooling
     adjacent violators; calibration of the top label alone: Gupta and Ramdas 2022). Where a sensor has decoys its
     confidence is off in ways that no map of the logits mends: right in 0.6 where it is 0.7, and in 0.99 where it is
-    0.96. None for too few windows."""
-    if len(p) < STEPS * STEP_WINDOWS:
-        return ()
+    0.96. Held to one half as if two windows had said so."""
     said, found, counts = reliability(p.max(axis=1), p.argmax(axis=1) == truth, STEPS)
     joined: list[tuple[float, float, float]] = []
     for confidence, right, count in zip(said, (found * counts + 1) / (counts + 2), counts, strict=True):
@@ -279,7 +277,7 @@ def fit_calibration(
     are left out, and so is the empty subset. ``coverage`` is the prediction sets'; ``wrong`` the share of any class's
     windows that may get a confident wrong answer, and ``mistaken`` that of any answer's that may be wrong (see above).
     ``mix`` fits any linear map of the logits, where there are so many windows (``MIXED``) for each of its numbers;
-    ``straighten`` what ``fit_confidence`` does.
+    ``straighten`` what ``fit_confidence`` does, where there are enough for each part (``STEP_WINDOWS``).
     ValueError if no row is left.
     """
     usable: dict[str, tuple[Array, Array]] = {}
@@ -295,7 +293,7 @@ def fit_calibration(
         if mix and windows >= MIXED * len(labels) * (len(labels) + 1):
             biases, weights = fit_mix(logits, own, temperature, biases)
         p = softmax(logits, temperature, biases, weights)
-        points = fit_confidence(p, own) if straighten else ()
+        points = fit_confidence(p, own) if straighten and windows >= STEPS * STEP_WINDOWS else ()
         if points:
             p = straightened(p, np.broadcast_to(line(points, len(points)), (len(p), len(points) + 2, 2)))
         bias = dict(zip(labels, biases.tolist(), strict=True))

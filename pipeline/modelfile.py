@@ -110,16 +110,17 @@ class SubsetCalibration(_Strict, frozen=True, omit_defaults=True):
 
 class Calibration(_Strict, frozen=True, omit_defaults=True):
     """From held-out data: logits are divided by ``temperature``, and the ``bias`` of their label is added, where one is
-    stated, and from ``mix`` (label -> label -> weight) so many times the logits of those labels, each less the mean of
-    all. Then the greatest of the probabilities, which is the confidence, is moved along the line through (0, 0), the
-    points ``confidence`` (what it is, how often it is right) and (1, 1), and the others share in proportion what is
-    left. Below a confidence of ``abstain_below`` the model abstains, and so it does when its answer is a label in
-    ``answer_above`` and its confidence not above what stands there (1: it never answers with that label). The
-    prediction set is the most probable label, those of at least ``set_threshold``, and those before which the more
-    probable ones have together no more than ``set_mass``; one of the two is measured, so that the set holds the truth
-    in a share ``set_coverage`` of cases. A mass adapts better where streams may be missing: sets then grow with every
-    label that becomes possible, even if each of them is improbable. With ``set_may_be_empty`` the most probable label
-    is no exception: where it has less than ``set_threshold`` the set is empty, and the model abstains.
+    stated, and from ``mix`` (label -> label -> weight) so many times the logits of those labels, each less the mean
+    of all. Then the greatest of the probabilities, which is the confidence, is moved along the line through (0, 0),
+    the points ``confidence`` (what it is, how often it is right) and (1, 1), though not to where another label would
+    have more, and the others share in proportion what is left. Below a confidence of ``abstain_below`` the model
+    abstains, and so it does when its answer is a label in ``answer_above`` and its confidence not above what stands
+    there (1: it never answers with that label). The prediction set is the most probable label, those of at least
+    ``set_threshold``, and those before which the more probable ones have together no more than ``set_mass``; one of
+    the two is measured, so that the set holds the truth in a share ``set_coverage`` of cases. A mass adapts better
+    where streams may be missing: sets then grow with every label that becomes possible, even if each of them is
+    improbable. With ``set_may_be_empty`` the most probable label is no exception: where it has less than
+    ``set_threshold`` the set is empty, and the model abstains.
 
     A model that lacks a sensor is wrong in its own way, so ``subsets`` may state all of it anew for each set of streams
     that may be left. Its keys are the names of the streams that are there, sorted and joined by ``+``
@@ -331,7 +332,7 @@ def _check_model(document: Document, model: ModelFile) -> None:
 def _check_calibration(document: Document, model: ModelFile) -> None:
     """Every subset is one of the bundle's streams, written as it is looked up; every label is one of the bundle's."""
     at: tuple[str, ...] = ("calibration",)
-    _check_labels(document, model, at, model.calibration)
+    _check_fitted(document, model, at, model.calibration)
     for key, own in model.calibration.subsets.items():
         where = (*at, "subsets", key)
         names = key.split("+")
@@ -344,10 +345,10 @@ def _check_calibration(document: Document, model: ModelFile) -> None:
             )
         if key != subset_key(set(names)):
             raise document.error(where, f"write this subset as `{subset_key(set(names))}`: sorted, each name once.")
-        _check_labels(document, model, where, own)
+        _check_fitted(document, model, where, own)
 
 
-def _check_labels(
+def _check_fitted(
     document: Document, model: ModelFile, at: tuple[str, ...], stated: Calibration | SubsetCalibration
 ) -> None:
     points = ((0.0, 0.0), *(stated.confidence or ()), (1.0, 1.0))

@@ -128,7 +128,7 @@ def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
         ({"strategy": "middle"}, ["strategy", "`late`"]),
         ({"calibration": {"temperature": 0}}, ["calibration.temperature", "more than 0"]),
         ({"calibration": {"set_coverage": 0.9}}, ["set_coverage", "`set_threshold`"]),
-        ({"calibration": {"confidence": [[0.5, 0.4], [0.6, 0.4]]}}, ["calibration.confidence", "more than those before"]),
+        ({"calibration": {"confidence": [[0.5, 0.4], [0.6, 0.4]]}}, ["calibration.confidence", "than those before"]),
         ({"lineage__files": {"fusion.onnx": "abc"}}, ["lineage.files", "fusion.onnx"]),
     ],
 )

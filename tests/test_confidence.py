@@ -113,12 +113,13 @@ def test_straightened_probabilities_keep_their_label_and_the_proportions_of_the_
 ) -> None:
     p = softmax(logits)
     p[3] = np.nan
+    p[4] = [0, 0, 1, 0]
     own = line(points, 6)
     found = straightened(p, np.broadcast_to(own, (12, *own.shape)))
     assert np.isnan(found[3]).all()
     kept = np.arange(12) != 3
     assert found[kept].sum(axis=1) == pytest.approx(1.0)
-    assert (found[kept] >= 0).all()
+    assert ((found[kept] >= 0) & (found[kept] <= 1)).all()
     for before, after in zip(p[kept], found[kept], strict=True):
         top = int(before.argmax())
         assert int(after.argmax()) == top
@@ -152,9 +153,22 @@ def test_a_confidence_that_is_off_in_the_middle_is_straightened() -> None:
             answers = Answers(found, LABELS, ["lidar"])
             p = answers.probabilities(later, np.ones((len(later), 1), bool))
             off[straighten, n] = calibration_error(p.max(axis=1), p.argmax(axis=1) == later_truth)
-            assert bool(found.at(["lidar"]).confidence) == (straighten and n > 1500)
+            assert bool(found.at(["lidar"]).confidence) == bool(found.confidence) == (straighten and n > 1500)
     assert off[True, 20_000] < 0.015 < 0.04 < off[False, 20_000]
     assert off[True, 1500] == off[False, 1500]
+
+
+def test_each_set_of_streams_has_its_own_line() -> None:
+    """Of other lengths, or none; and windows of several sets are not more windows."""
+    lines = {"x": SubsetCalibration(confidence=((0.5, 0.2), (0.9, 0.8))), "y": SubsetCalibration(confidence=())}
+    answers = Answers(Calibration(confidence=((0.7, 0.9),), set_mass=0.5, subsets=lines), LABELS, ("x", "y"))
+    logits = np.log([[0.7, 0.1, 0.1, 0.1]] * 3)
+    p = answers.probabilities(logits, np.array([[True, False], [False, True], [True, True]]))
+    assert p[:, 0] == pytest.approx([0.5, 0.7, 0.9])
+    assert p[0, 1:] == pytest.approx([0.5 / 3] * 3)
+    saw, truth = world(1, 900)
+    three = {frozenset(key): saw for key in ("x", "y", "xy")}
+    assert fit_calibration(three, truth, LABELS, straighten=True).confidence == ()
 
 
 def test_a_temperature_of_a_perfect_model_stays_finite() -> None:

@@ -563,10 +563,14 @@ def test_fusion_settings_that_do_not_fit_are_refused(strategy: str, given_settin
 
 def test_a_calibration_is_written_as_it_was_fitted() -> None:
     """A set of streams that has no limits or no map of its own does not get those of all sets together."""
-    general = {"mix": {"a": {"b": 0.5}}, "answer_above": {"a": 0.7}}
-    subsets = {"x": SubsetCalibration(temperature=2.0, mix={}, answer_above={}), "y": SubsetCalibration(mix={"b": {}})}
+    general = {"mix": {"a": {"b": 0.5}}, "answer_above": {"a": 0.7}, "confidence": ((0.5, 0.4), (0.7, 0.8))}
+    subsets = {
+        "x": SubsetCalibration(temperature=2.0, mix={}, answer_above={}, confidence=()),
+        "y": SubsetCalibration(mix={"b": {}}, confidence=((0.25, 0.5),)),
+    }
     fitted = Calibration(**general, subsets=subsets, set_coverage=0.9)
     written = yaml.safe_load(yaml.safe_dump(_plain(fitted)))
     assert msgspec.convert(written, Calibration) == fitted
     assert fitted.at(("x",)).mix == {}
+    assert fitted.at(("x",)).confidence == ()
     assert "temperature" not in written  # what is as by default is not written
