@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ __all__ = ["ROOT", "conserved", "shared_data"]
 
 # Here, and not in pyproject.toml, which pytest refuses where a user's own tests run without pytest-timeout.
 os.environ.setdefault("PYTEST_TIMEOUT", "120")
+
+# A shell that starts something in the background has it ignore Ctrl-C, and so all that it starts: tests that press
+# Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -739,18 +739,17 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
     said = configured(sessions, sessions=[f"{sessions}/*.mcap"], train={"epochs": 10_000, "batch_windows": 64})
     file.write_text(said.document.text)
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "train"]
-    running = subprocess.Popen(
+    with subprocess.Popen(
         [*command, str(file), "-o", str(tmp_path / "b"), "--json"],
         cwd=ROOT, env=os.environ | {"TMPDIR": str(own)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert running.stdout is not None
-        assert json.loads(running.stdout.readline())["epoch"] == 1
-        running.send_signal(how)
-        _, stderr = running.communicate()
-    finally:
-        running.kill()
-        running.wait()
+    ) as running:  # fmt: skip
+        try:
+            assert running.stdout is not None
+            assert json.loads(running.stdout.readline())["epoch"] == 1
+            running.send_signal(how)
+            _, stderr = running.communicate(timeout=60)
+        finally:
+            running.kill()
     assert running.returncode == 130
     assert "interrupted; go on with: sensorium train" in stderr
     assert "Traceback" not in stderr

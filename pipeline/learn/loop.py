@@ -188,8 +188,8 @@ class Phase:
             row |= judge()
             self.done += 1
             self.curves.append(row)
-            watch.epoch(row)
             after()
+            watch.epoch(row)  # what is told of is kept
 
     def _epoch(self, draws: Draws, batches: Any, loss: Any, watch: Watch, modulate: Any) -> dict[str, float]:
         self._module.train()
