@@ -78,13 +78,14 @@ STREAMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FUSION = {"width": 96, "queries": 1, "head": "linear"}
 TRAIN = {
-    "epochs": 100, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
+    "epochs": 120, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
     "label_smoothing": 0.1, "class_weights": "none", "stream_loss": 4.0,
 }  # fmt: skip
 ROBUST = {
     "noise": 0.04, "noise_strength": 1.0, "shift": 0.04, "shift_steps": 2.5, "freeze": 0.0, "blank": 0.0,
     "drop_steps": 0.0, "outage": 0.0, "agree": 1.0,
 }  # fmt: skip
+TEACHERS = {"count": 4, "epochs": 60, "blend": 0.7}
 CORRUPTIONS = {"noise": (0.5, 1.0), "shift": (0.2, 0.4), "loss": (0.8, 0.95)}
 SPOILED = (("skeleton",), ("inertial",))
 
@@ -121,6 +122,7 @@ def configuration(run: Run, seed: int, epochs: int | None) -> Config:
         "split": {"by": "subject", "held_out": 0.0, "test": [str(subject) for subject in run.test]},
         "train": {**TRAIN, **({} if epochs is None else {"epochs": epochs})},
         "robust": ROBUST,
+        "teachers": TEACHERS if epochs is None else {**TEACHERS, "epochs": None},
         "windows": "event_time",
         "seed": seed,
     }

@@ -248,6 +248,37 @@ def test_a_resumed_training_gives_the_same(sessions: Path, tmp_path: Path, phase
     assert same_weights(whole, resumed)
 
 
+@pytest.mark.parametrize("phase", ["teacher 2 of 2", "training"])
+def test_a_resumed_training_with_teachers_gives_the_same(sessions: Path, tmp_path: Path, phase: str) -> None:
+    train = {"epochs": 2, "batch_windows": 64}
+    config = configured(sessions, ("imu",), train=train, robust={"agree": 0.5}, teachers={"count": 2, "epochs": 2})
+    cache = tmp_path / "cache"
+    whole = learn.train(config, recorded(config), cache=cache, device="cpu")
+    with pytest.raises(Interrupted):
+        learn.train(config, recorded(config), cache=cache, work=tmp_path, device="cpu", watch=Breaks(phase, 150))
+    assert (tmp_path / "teacher-1" / "checkpoint.pt").is_file()
+    resumed = learn.train(config, recorded(config), cache=cache, work=tmp_path, device="cpu", resume=True)
+    assert resumed.curves == whole.curves
+    phases = [row["phase"] for row in whole.curves]
+    assert phases == ["teacher 1 of 2"] * 2 + ["teacher 2 of 2"] * 2 + ["training"] * 2
+    assert same_weights(whole, resumed)
+
+
+def test_a_model_learns_from_teachers_and_no_trace_of_them_is_left(sessions: Path, tmp_path: Path) -> None:
+    train = {"epochs": 8, "batch_windows": 32, "learning_rate": 0.01, "ema": 0.9}
+    found = []
+    for teachers in (None, {"count": 2, "blend": 0.5}):
+        config = configured(sessions, ("imu",), train=train, teachers=teachers)
+        found.append(learn.train(config, recorded(config), cache=tmp_path / "cache", device="cpu"))
+    plain, taught = found
+    assert taught.model.state_dict().keys() == plain.model.state_dict().keys()
+    assert not same_weights(plain, taught)
+    assert [row["phase"] for row in taught.curves[:5]] == ["teacher 1 of 2"] * 4 + ["teacher 2 of 2"]  # half as long
+    said = learn.say_all(taught, taught.split.train)
+    assert said is not None
+    assert (said.logits[frozenset(["imu"])].argmax(1) == said.truth).mean() > 0.4  # of eight, which it never was told
+
+
 def test_a_loss_on_single_steps_teaches_the_encoders_and_leaves_no_trace(sessions: Path, tmp_path: Path) -> None:
     found = []
     for weight in (0.0, 3.0):

@@ -150,6 +150,11 @@ def _training(trained: Trained) -> str:
         f"{file.train.epochs} epochs, seed {file.seed}, {sizes} weights. The weights of the last epoch's mean were "
         "taken; none were chosen by how they did."
     )
+    if file.teachers is not None:
+        text += (
+            f" It learnt from what {file.teachers.count} models like it, of other seeds, say in the mean of the "
+            f"sessions and (in {file.teachers.blend:.0%}) of blends of two; only these learnt from labels."
+        )
     if trained.begun_from:
         text += " Begun from " + ", ".join(f"{what} ({how})" for what, how in trained.begun_from.items()) + "."
     last = [row for row in trained.curves if "held_out_accuracy" in row][-1:]

@@ -242,6 +242,10 @@ class Checkpoints:
     def __init__(self, folder: Path | None, identity: str) -> None:
         self._folder, self._identity = folder, identity
 
+    def within(self, name: str, identity: str) -> Checkpoints:
+        """Those of a training that this one needs, kept beside it."""
+        return Checkpoints(None if self._folder is None else self._folder / name, identity)
+
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last; None if there is none. ConfigError if it is another training's."""
         file = None if self._folder is None else self._folder / CHECKPOINT

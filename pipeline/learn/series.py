@@ -266,6 +266,11 @@ class SeriesEncoder(StreamEncoder):
         other = (place - (late[:, None] * (self.points / 10)).round().long()).clamp(0, self.points - 1)
         return prepared.gather(3, other[:, None, None].expand_as(prepared))
 
+    def blend(self, one: Tensor, other: Tensor, part: Tensor) -> Tensor:
+        """What only one of the two has stays as it is."""
+        own, theirs, valid = one[:, :, :-1], other[:, :, :-1], one[:, :, -1:]
+        return torch.cat([own + spread(part, own) * other[:, :, -1:] * valid * (theirs - own), valid], 2)
+
     def blank(self, prepared: Tensor) -> Tensor:
         """Every channel stands still at its mean of the training."""
         values, valid = prepared[:, :, :-1], prepared[:, :, -1:]

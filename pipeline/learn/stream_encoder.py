@@ -57,6 +57,10 @@ class StreamEncoder(nn.Module):
         """The steps [B, L, ...] of a sensor that is alive and measures nothing (a covered lens, an open input)."""
         return torch.zeros_like(prepared)
 
+    def blend(self, one: Tensor, other: Tensor, part: Tensor) -> Tensor:
+        """Steps [B, L, ...] between two: of ``one``, but for a ``part`` [B, L] of ``other``. 0 changes nothing."""
+        return one + spread(part, one) * (other - one)
+
     def flat(self, prepared: Tensor) -> Tensor:
         """[..., *shape] as [N, *shape]."""
         return prepared.reshape(-1, *self.shape)

@@ -1,4 +1,4 @@
-"""From sessions to a trained model: prepare, split, fit the normalisation, pretrain if asked, train.
+"""From sessions to a trained model: prepare, split, fit the normalisation, pretrain and train teachers if asked, train.
 
 Reads like the list of its steps; what each of them is stands in its own file. ``export`` makes a bundle of the result.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional
 from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.learn.begin import begin_from
-from pipeline.learn.config import Config, PretrainEntry, streams_of
+from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
 from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
 from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
@@ -31,6 +31,7 @@ from pipeline.learn.preparing import Recipe, prepare
 from pipeline.learn.pretrain import Contrast
 from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
+from pipeline.learn.teaching import Teachers, blended, missed
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
 from pipeline.scoring import accuracy, confusion, macro_f1
@@ -105,9 +106,7 @@ def prepare_all(
         watch.advance()
     found, more = made[: len(sessions)], made[len(sessions) :]
     labelled, labels = label_sessions([*zip(found, stated, strict=True)], file.labels, file.ignore_labels)
-    return Prepared(
-        recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more]
-    )
+    return Prepared(recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more])
 
 
 def _check_names(sessions: Sequence[Session]) -> None:
@@ -184,10 +183,19 @@ def _dataset(
 
 
 class _Run:
-    """One training."""
+    """One training, by the name ``phase``."""
 
-    def __init__(self, config: Config, ready: Prepared, parts: Split, device: torch.device, watch: Watch) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ready: Prepared,
+        parts: Split,
+        device: torch.device,
+        watch: Watch,
+        phase: str = "training",
+    ) -> None:
         self._config, self._ready, self._parts, self._device, self._watch = config, ready, parts, device, watch
+        self._name, self._teachers = phase, Teachers(())
         file = config.file
         self._train = _dataset(config, parts.train, ready.labels, file.train.chunk_steps)
         self._looked_at = _dataset(config, some_of(parts.held_out, JUDGED_ON), ready.labels)
@@ -221,9 +229,11 @@ class _Run:
         if self._config.file.pretrain is not None and "training" not in state:
             self._pretrain(self._config.file.pretrain, checkpoints, state.get("pretraining"))
         self._curves = state.get("curves", self._curves)
+        if self._config.file.teachers is not None:
+            self._teachers = self._taught(self._config.file.teachers, checkpoints, resume, "training" not in state)
         entry = self._config.file.train
         both = nn.ModuleDict({"model": self._model, "heads": self._heads})
-        phase = self._phase("training", both, entry.epochs, entry.learning_rate, entry.weight_decay)
+        phase = self._phase(self._name, both, entry.epochs, entry.learning_rate, entry.weight_decay)
         self._go_on(phase, state.get("training"))
         earlier = list(self._curves)
         learnt: Any = phase.mean.module
@@ -245,6 +255,25 @@ class _Run:
         if state is not None:
             phase.restore(state)
             self._watch.note(f"going on after epoch {phase.done} of {phase.epochs} of {phase.name}")
+
+    # -- teachers ------------------------------------------------------------------------------------------------------
+
+    def _taught(self, entry: TeachersEntry, checkpoints: Checkpoints, resume: bool, curves: bool) -> Teachers:
+        """Trains the teachers, each from another seed; ``curves``: whether they are not in the curves yet."""
+        file = self._config.file
+        epochs = entry.epochs or max(1, file.train.epochs // 2)
+        models = []
+        for number in range(1, entry.count + 1):
+            seed = int.from_bytes(hashlib.sha256(f"{file.seed}/teacher/{number}".encode()).digest()[:4])
+            own = msgspec.structs.replace(
+                file, seed=seed, teachers=None, train=msgspec.structs.replace(file.train, epochs=epochs)
+            )
+            config, name = msgspec.structs.replace(self._config, file=own), f"teacher {number} of {entry.count}"
+            one = _Run(config, self._ready, self._parts, self._device, self._watch, name)
+            one.run(checkpoints.within(f"teacher-{number}", one.identity()), resume)
+            models.append(one._model)
+            self._curves += one._curves if curves else []
+        return Teachers(models)
 
     # -- without labels ------------------------------------------------------------------------------------------------
 
@@ -294,16 +323,22 @@ class _Run:
 
     def _loss(self, batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, float]]:
         """Every window is seen twice: as it was, and with something left out. With ``agree``, in two variations."""
-        entry, robust = self._config.file.train, self._config.file.robust
+        entry, robust, teachers = self._config.file.train, self._config.file.robust, self._config.file.teachers
         batch = batch.to(self._device)
         batch = batch.twice() if robust.agree else batch
         given = batch._replace(prepared=self._distorted(batch, draws))
+        if teachers is not None:
+            encoders = {name: self._model.encoder(name) for name in given.prepared}
+            given = blended(encoders, given, teachers.blend, draws.torch)
         tokens, masks, truth = cut_windows(self._model, given)
         parts = [entry.step_loss * self._of_steps(tokens, masks, truth)] if entry.step_loss else []
         tokens, masks = views(tokens, masks, robust, draws.torch)
         out = self._model.fusion.train_step(tokens, masks)
         whole = len(truth)
         right = float((out.logits[:whole].argmax(1) == truth).float().mean())
+        if teachers is not None:
+            taught = missed(out, self._teachers.lesson(given, masks), masks, entry.stream_loss)
+            return torch.stack([*parts, taught, *out.extra_losses.values()]).sum(), {"accuracy": right}
         truth = torch.cat([truth, truth])
         parts.append(self._cross_entropy(out.logits, truth, None))
         if out.stream_logits and entry.stream_loss:
