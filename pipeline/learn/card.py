@@ -151,9 +151,11 @@ def _training(trained: Trained) -> str:
         "taken; none were chosen by how they did."
     )
     if file.teachers is not None:
+        epochs = file.teachers.epochs or max(1, file.train.epochs // 2)
         text += (
-            f" It learnt from what {file.teachers.count} models like it, of other seeds, say in the mean of the "
-            f"sessions and (in {file.teachers.blend:.0%}) of blends of two; only these learnt from labels."
+            f" It learnt from what {file.teachers.count} models like it, of other seeds and {epochs} epochs, say in "
+            f"the mean of the sessions, of which {file.teachers.blend:.0%} were blended with others; only these models "
+            "learnt from labels."
         )
     if trained.begun_from:
         text += " Begun from " + ", ".join(f"{what} ({how})" for what, how in trained.begun_from.items()) + "."

@@ -105,8 +105,11 @@ class PretrainEntry(_Strict, frozen=True):
 class TeachersEntry(_Strict, frozen=True):
     """Distillation (see ``pipeline.learn.teaching``): ``count`` models like the one that is asked for, each from a seed
     of its own, are trained first, for ``epochs`` (default: half of those of ``train``), and the model learns from what
-    they say in the mean instead of from labels; ``blend`` is the share of chunks that are blends of two. It takes about
-    ``count`` times as long again, and the bundle is no larger and no slower."""
+    they say in the mean instead of from labels; ``blend`` is the share of chunks that are blends of two, which takes
+    batches of two or more. What weighs labels (``class_weights``, ``label_smoothing``, ``step_loss``), balances or
+    draws together (``balance``, ``distil``, ``agree``) is for the teachers; the model itself sees two variations where
+    ``agree`` is set. Teachers are pretrained, and begun from another bundle, as the model is. The whole takes some
+    ``count`` times as long again; the bundle is no larger and no slower."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
     epochs: Positive | None = None
@@ -262,8 +265,10 @@ def with_overrides(config: Config, **changes: Any) -> Config:
     """``config`` with what the command line says instead; None changes nothing. ConfigError names the option."""
     file = config.file
     epochs = changes.pop("epochs", None)
-    if epochs is not None:
-        file = msgspec.structs.replace(file, train=msgspec.structs.replace(file.train, epochs=epochs))
+    if epochs is not None:  # of teachers half as many, then
+        teachers = None if file.teachers is None else msgspec.structs.replace(file.teachers, epochs=None)
+        train = msgspec.structs.replace(file.train, epochs=epochs)
+        file = msgspec.structs.replace(file, train=train, teachers=teachers)
     kept = {key: value for key, value in changes.items() if value is not None}
     for key in kept:
         if key not in TrainFile.__struct_fields__:

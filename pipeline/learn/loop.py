@@ -243,8 +243,14 @@ class Checkpoints:
         self._folder, self._identity = folder, identity
 
     def within(self, name: str, identity: str) -> Checkpoints:
-        """Those of a training that this one needs, kept beside it."""
+        """Those of a training that this one needs, in a folder within this one's."""
         return Checkpoints(None if self._folder is None else self._folder / name, identity)
+
+    def clear(self) -> None:
+        """Forgets what an earlier training left, in folders within this one's, too."""
+        if self._folder is not None:
+            for file in (self._folder / CHECKPOINT, *self._folder.glob(f"*/{CHECKPOINT}")):
+                file.unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last; None if there is none. ConfigError if it is another training's."""

@@ -96,6 +96,8 @@ class SeriesEncoder(StreamEncoder):
     """[channels + 1, points] to a token; see the module's text. ``points`` is context + samples of a resampled stream,
     0 of any other."""
 
+    known_row = True
+
     def __init__(self, settings: SeriesSettings, channels: int, points: int, token: int) -> None:
         super().__init__()
         self.token, self.channels, self.settings = token, channels, settings
@@ -265,11 +267,6 @@ class SeriesEncoder(StreamEncoder):
         place = torch.arange(self.points, device=prepared.device)[None]
         other = (place - (late[:, None] * (self.points / 10)).round().long()).clamp(0, self.points - 1)
         return prepared.gather(3, other[:, None, None].expand_as(prepared))
-
-    def blend(self, one: Tensor, other: Tensor, part: Tensor) -> Tensor:
-        """What only one of the two has stays as it is."""
-        own, theirs, valid = one[:, :, :-1], other[:, :, :-1], one[:, :, -1:]
-        return torch.cat([own + spread(part, own) * other[:, :, -1:] * valid * (theirs - own), valid], 2)
 
     def blank(self, prepared: Tensor) -> Tensor:
         """Every channel stands still at its mean of the training."""

@@ -49,6 +49,7 @@ class AudioEncoder(StreamEncoder):
 
     sines: Tensor
     bands: Tensor
+    known_row = True
 
     def __init__(self, settings: AudioSettings, rate_hz: float, samples: int, token: int) -> None:
         super().__init__()

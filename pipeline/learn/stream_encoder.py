@@ -13,6 +13,7 @@ serves all L steps of a chunk. ``disturb`` gives what a bad sensor would have de
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class StreamEncoder(nn.Module):
 
     token: int
     shape: tuple[int, ...]
+    known_row: ClassVar[bool] = False
+    """Whether the last row of a prepared step [rows, n] says what is known of the others."""
 
     def prepare(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         """One step's content to floats of the shape ``shape``: a frame u1 [H, W, 3] (BGR, any size), a grid f4
@@ -58,8 +61,13 @@ class StreamEncoder(nn.Module):
         return torch.zeros_like(prepared)
 
     def blend(self, one: Tensor, other: Tensor, part: Tensor) -> Tensor:
-        """Steps [B, L, ...] between two: of ``one``, but for a ``part`` [B, L] of ``other``. 0 changes nothing."""
-        return one + spread(part, one) * (other - one)
+        """Steps [B, L, ...] between two: ``one`` but for a ``part`` [B, L] of ``other``. 0 changes nothing; what only
+        one of the two knows stays as it is."""
+        part, change = spread(part, one), other - one
+        if self.known_row:
+            part = part * one[:, :, -1:] * other[:, :, -1:]
+            change = torch.cat([change[:, :, :-1], torch.zeros_like(change[:, :, -1:])], 2)
+        return one + part * change
 
     def flat(self, prepared: Tensor) -> Tensor:
         """[..., *shape] as [N, *shape]."""

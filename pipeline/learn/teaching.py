@@ -41,6 +41,7 @@ class Teachers:
         self._models = list(models)
         for model in self._models:
             model.eval().requires_grad_(False)
+            model.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def lesson(self, batch: Batch, masks: Mapping[str, Tensor]) -> Lesson:
@@ -58,11 +59,13 @@ class Teachers:
 
 def blended(encoders: Mapping[str, StreamEncoder], batch: Batch, share: float, generator: torch.Generator) -> Batch:
     """The batch with a ``share`` of its chunks blended with another one of it: all streams alike, and the other's part
-    from nothing to a half. A step that only one of the two has stays as it is."""
+    from nothing to a half. A step that only one of the two has stays as it is; so does a batch of one chunk."""
     first = next(iter(batch.present.values()))
-    other = uniform((len(first),), 0, 1, generator, first).argsort()
-    part = uniform((len(first), 1), 0, MOST, generator, first)
-    part = torch.where(uniform((len(first), 1), 0, 1, generator, first) < share, part, 0.0)
+    lots = len(first)
+    ahead = 1 + int(uniform((), 0, max(lots - 1, 1), generator, first))  # nobody's other is itself
+    other = (torch.arange(lots, device=first.device) + ahead) % lots
+    part = uniform((lots, 1), 0, MOST, generator, first)
+    part = torch.where(uniform((lots, 1), 0, 1, generator, first) < share, part, 0.0)
     prepared = {
         name: encoders[name].blend(x, x[other], part * batch.present[name] * batch.present[name][other])
         for name, x in batch.prepared.items()

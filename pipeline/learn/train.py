@@ -157,7 +157,10 @@ def train(
         if not ready.sessions[0].held and cache is None:
             raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
         run = _Run(config, ready, parts, chosen, watch)
-        run.run(Checkpoints(work, run.identity()), resume)
+        checkpoints = Checkpoints(work, run.identity())
+        if not resume:
+            checkpoints.clear()
+        run.run(checkpoints, resume)
         return run.trained(sessions)
 
 
@@ -207,7 +210,8 @@ class _Run:
         self._weights = _class_weights(counts, file.train.class_weights).to(device)
         self._balance = Balance(file.robust.balance, file.robust.balance_noise)
         tokens = {name: self._model.encoder(name).token for name in self._model.encoders}
-        heads = {name: nn.Linear(token, len(ready.labels)) for name, token in tokens.items() if file.train.step_loss}
+        step_loss = file.train.step_loss if file.teachers is None else 0.0
+        heads = {name: nn.Linear(token, len(ready.labels)) for name, token in tokens.items() if step_loss}
         self._heads = nn.ModuleDict(heads).to(device)
         """What makes a label of a single token; thrown away after the training."""
         self._curves: list[dict[str, Any]] = []
@@ -216,7 +220,7 @@ class _Run:
     def identity(self) -> str:
         """What a checkpoint must be of to be gone on from: configuration, sessions, parts and code."""
         parts = [[session.session.name for session in part] for part in self._parts[:3]]
-        said = [self._config.file, self._ready.recipe.digest(), str(torch.__version__), parts]
+        said = [self._name, self._config.file, self._ready.recipe.digest(), str(torch.__version__), parts]
         said += [session.session.sha256 for session in (*self._ready.sessions, *self._ready.unlabelled)]
         said += [self._begun_from, [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]]
         return hashlib.sha256(msgspec.json.encode(said, enc_hook=str, order="deterministic")).hexdigest()
@@ -268,7 +272,7 @@ class _Run:
             own = msgspec.structs.replace(
                 file, seed=seed, teachers=None, train=msgspec.structs.replace(file.train, epochs=epochs)
             )
-            config, name = msgspec.structs.replace(self._config, file=own), f"teacher {number} of {entry.count}"
+            config, name = msgspec.structs.replace(self._config, file=own), f"teacher {number}"
             one = _Run(config, self._ready, self._parts, self._device, self._watch, name)
             one.run(checkpoints.within(f"teacher-{number}", one.identity()), resume)
             models.append(one._model)
@@ -285,7 +289,8 @@ class _Run:
         tokens = {name: self._model.encoder(name).token for name in self._model.encoders}
         contrast = Contrast(tokens, temperature=entry.temperature).to(self._device)
         both = nn.ModuleDict({"model": self._model, "contrast": contrast})
-        phase = self._phase("pretraining", both, entry.epochs, entry.learning_rate, entry.weight_decay)
+        name = "pretraining" if self._name == "training" else f"{self._name}, pretraining"
+        phase = self._phase(name, both, entry.epochs, entry.learning_rate, entry.weight_decay)
         self._go_on(phase, state)
 
         def loss(batch: Batch, draws: Draws) -> tuple[Tensor, dict[str, float]]:
@@ -331,7 +336,7 @@ class _Run:
             encoders = {name: self._model.encoder(name) for name in given.prepared}
             given = blended(encoders, given, teachers.blend, draws.torch)
         tokens, masks, truth = cut_windows(self._model, given)
-        parts = [entry.step_loss * self._of_steps(tokens, masks, truth)] if entry.step_loss else []
+        parts = [entry.step_loss * self._of_steps(tokens, masks, truth)] if self._heads else []
         tokens, masks = views(tokens, masks, robust, draws.torch)
         out = self._model.fusion.train_step(tokens, masks)
         whole = len(truth)
