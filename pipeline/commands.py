@@ -7,6 +7,7 @@ asked wrongly or it failed.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from contextlib import ExitStack, closing, suppress
@@ -123,6 +124,8 @@ def replay(
     summary = Summary()
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
+        if not reader.info.complete:
+            _say(f"{recording.name} is incomplete: it holds gaps, or its end is missing; what can be read is replayed")
         to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
@@ -555,6 +558,8 @@ def train(
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
     if not resume and out.with_name(f"{out.name}.unfinished").is_dir():
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
+    if resume and not out.with_name(f"{out.name}.unfinished").is_dir():
+        _say(f"no training of {out.name} was interrupted here: nothing is to be gone on with, and it begins anew")
     tell = _print_line if json else None
     # Whoever ends it politely gets what Ctrl-C does: nothing half done stays behind, and it can be gone on with.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -563,7 +568,13 @@ def train(
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; go on with: sensorium train {file} -o {out} --resume") from None
+        again = ["sensorium", "train", str(file), "-o", str(out), "--resume"]
+        again += [] if seed is None else ["--seed", str(seed)]
+        again += [] if epochs is None else ["--epochs", str(epochs)]
+        again += [] if init_from is None else ["--init-from", str(init_from)]
+        again += ["--freeze"] if freeze else []
+        again += [] if device == "auto" else ["--device", device]
+        raise Interrupted(f"interrupted; go on with: {shlex.join(again)}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
     if json:

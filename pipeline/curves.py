@@ -60,9 +60,10 @@ class Bars:
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
-    """One epoch: what was learnt from, then what was held out."""
-    said = "  ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in row.items() if isinstance(value, float))
-    return f"{row['phase']} epoch {row['epoch']:3d}  {said}"
+    """One epoch: what was learnt from, then, from its accuracy on, what was held out. Fits 80 columns."""
+    names = {key: key.removeprefix("held_out_").replace("_", " ") for key in row} | {"held_out_accuracy": "held out"}
+    said = "  ".join(f"{names[key]} {value:.3f}" for key, value in row.items() if isinstance(value, float))
+    return f"{row['phase']} {row['epoch']:3d}  {said}"
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> Sheet:

@@ -20,7 +20,7 @@ from pipeline.errors import RecordingError
 from pipeline.evaluate_pass import Pass, run_pass
 from pipeline.evaluate_score import contributions, members_of, scores, subset
 from pipeline.evaluate_survey import Session, found_in, survey
-from pipeline.evaluation import Evaluation, FaultScores, GroupResult, SessionResult
+from pipeline.evaluation import Evaluation, FaultScores, GroupResult, SessionResult, Use
 from pipeline.faults import Fault, Loss, Noise, Offset
 from pipeline.prediction import BundleRef
 from pipeline.recording import RecordingReader
@@ -173,10 +173,21 @@ def _session(session: Session, one: Pass, bundle: Bundle) -> SessionResult:
     counts = np.bincount(one.truth, minlength=len(bundle.labels))
     return SessionResult(
         file=session.path.name, session=session.session, sha256=session.sha256, attributes=session.attributes,
-        in_training=session.sha256 in bundle.lineage.recordings.values(), missing=session.missing, windows=one.steps,
+        in_training=_used(session, bundle) == "trained on", used=_used(session, bundle), missing=session.missing,
+        windows=one.steps,
         labels={label: int(n) for label, n in zip(bundle.labels, counts, strict=True) if n},
         scores=scores([one], 0, len(bundle.labels)),
     )  # fmt: skip
+
+
+def _used(session: Session, bundle: Bundle) -> Use:
+    """What the bundle was made of, or by, that very file."""
+    names = [name for name, sha in bundle.lineage.recordings.items() if sha == session.sha256]
+    if not names:
+        return ""
+    if names[0] in bundle.lineage.held_out:
+        return "calibrated on"
+    return "tested on" if names[0] in bundle.lineage.tested else "trained on"
 
 
 def _groups(sessions: Sequence[Session], passes: Sequence[Pass], by: str | None, labels: int) -> list[GroupResult]:
@@ -212,13 +223,12 @@ def _robustness(
 def _warnings(sessions: Sequence[Session], passes: Sequence[Pass], bundle: Bundle) -> list[str]:
     """What a reader should know before believing any of it."""
     said = []
-    trained = {sha: name for name, sha in bundle.lineage.recordings.items()}
-    known = [session.path.name for session in sessions if session.sha256 in trained]
-    if known:
-        said.append(
-            f"the bundle was trained on {', '.join(known)}: what it scores there says nothing about new recordings"
-        )
-    elif not trained:
+    for use in ("trained on", "calibrated on"):
+        known = [session.path.name for session in sessions if _used(session, bundle) == use]
+        if known:
+            names = ", ".join(known)
+            said.append(f"the bundle was {use} {names}: what it scores there says nothing about new recordings")
+    if not bundle.lineage.recordings:
         said.append(
             "the bundle does not say which recordings it was trained on, so nobody can tell whether these are new"
         )
@@ -231,6 +241,8 @@ def _warnings(sessions: Sequence[Session], passes: Sequence[Pass], bundle: Bundl
     if unseen:
         said.append(f"no window is {', '.join(unseen)}: nothing is known about these labels")
     for session in sessions:
+        if not session.complete:
+            said.append(f"{session.path.name} is incomplete: only what could be read of it is counted")
         if session.missing:
             said.append(f"{session.path.name} has no {', '.join(session.missing)}")
     return said

@@ -254,7 +254,7 @@ def _sessions(found: Evaluation) -> str:
     heads = '<th class="left">recording</th>' + _score_heads() + '<th class="left">SHA-256</th>'
     rows = ""
     for one in found.sessions:
-        trained = ' <small class="bad">trained on</small>' if one.in_training else ""
+        trained = f' <small class="bad">{one.used}</small>' if one.used else ""
         rows += (f"<tr><th>{escape(one.file)}{trained}</th>{_score_cells(one.scores)}"
                  f'<td class="left"><small>{one.sha256[:16]}…</small></td></tr>')  # fmt: skip
     return f"<h2>Sessions</h2>\n{_table(heads, rows)}"

@@ -26,6 +26,7 @@ class Session(NamedTuple):
     attributes: dict[str, str]
     mapping: dict[str, str | None]
     missing: list[str]
+    complete: bool
 
 
 def found_in(places: Sequence[Path]) -> list[Path]:
@@ -53,7 +54,7 @@ def survey(bundle: Bundle, recordings: Sequence[Path], by: str | None = None) ->
             rig = {rig: name for name, rig in plan.streams.items()}
             missing = [rig[name] for name in plan.missing] + [n for n in bundle.streams if n not in plan.streams]
             found = Session(path, reader.info.session, _sha256(path), labels, session_attributes(reader), mapping,
-                            missing)  # fmt: skip
+                            missing, reader.info.complete)  # fmt: skip
         twice = next((one.path for one in sessions if one.sha256 == found.sha256), None)
         if twice is not None:
             raise ConfigError(f"{path} is the same recording as {twice}; counted twice it would seem more certain.")

@@ -97,7 +97,7 @@ def _labels(found: Evaluation) -> Sheet:
 def _sessions(found: Evaluation) -> RenderableType:
     table = numbers("session", ("windows", *_HEADINGS))
     for one in found.sessions[:SHOWN]:
-        name = one.file + (" (trained on)" if one.in_training else "")
+        name = one.file + (f" ({one.used})" if one.used else "")
         table.add_row(name, str(one.scores.windows), *_cells(one.scores))
     return _with_rest(table, len(found.sessions), "sessions")
 

@@ -7,6 +7,8 @@ counts as wrong and as abstained, and it is left out of the calibration error, s
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from pipeline.prediction import BundleRef
@@ -58,6 +60,10 @@ class ClassScores(msgspec.Struct, frozen=True, kw_only=True):
     """Whether these streams can tell it from every other label: ``apart`` of 0.9 or more."""
 
 
+Use = Literal["", "trained on", "calibrated on", "tested on"]
+"""What a recording was to a bundle when that was made."""
+
+
 class Reliability(msgspec.Struct, frozen=True):
     """Bins of equal mass: what was said, what was found."""
 
@@ -92,6 +98,8 @@ class SessionResult(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
     in_training: bool
     """Whether the bundle says that it was trained on this very file."""
+    used: Use
+    """What the bundle says that it was used for when the bundle was made."""
     attributes: dict[str, str]
     missing: list[str]
     """Streams of the bundle that the recording lacks."""

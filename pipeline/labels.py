@@ -27,9 +27,10 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
         labels, sidecar = told_labels(reader), reader.path.with_suffix(SIDECAR)
         where = sidecar if sidecar.is_file() else reader.path
         if not labels:
+            lost = "" if reader.info.complete else " (it is incomplete, and may have lost them with its end)"
             raise RecordingError(
-                f"{where} has no labels. Write {sidecar.name} beside the recording: a line start_s,end_s,label, then "
-                "one line an interval"
+                f"{where} has no labels{lost}. Write {sidecar.name} beside the recording: a line start_s,end_s,label, "
+                "then one line an interval"
             )
         return checked(labels, str(where), known)
 

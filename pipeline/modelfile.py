@@ -151,11 +151,14 @@ def subset_key(streams: Iterable[str]) -> str:
 
 
 class Lineage(_Strict, frozen=True):
-    """Where the model comes from: SHA-256 of its files and of the recordings it was trained on, by name; ``card`` is
-    the file that describes it in words."""
+    """Where the model comes from: SHA-256 of its files and of the recordings that were there when it was made, by name.
+    Of these, it was calibrated on those ``held_out`` and tested on those ``tested``, and trained on the rest. ``card``
+    is the file that describes it in words."""
 
     files: dict[str, Sha256]
     recordings: dict[str, Sha256] = {}
+    held_out: tuple[str, ...] = ()
+    tested: tuple[str, ...] = ()
     card: str = ""
 
 

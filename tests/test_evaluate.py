@@ -183,6 +183,24 @@ def test_what_the_model_was_trained_on_is_said(tmp_path: Path, bundle: Path) -> 
     found = evaluate(bundle, [path])
     assert found.sessions[0].in_training
     assert any("was trained on a.mcap" in text for text in found.warnings)
+    for part, use in (("held_out", "calibrated on"), ("tested", "tested on")):
+        model["lineage"] = {key: model["lineage"][key] for key in ("files", "recordings")} | {part: ["a"]}
+        (bundle / "model.yaml").write_text(yaml.safe_dump(model))
+        found = evaluate(bundle, [path])
+        assert (found.sessions[0].in_training, found.sessions[0].used) == (False, use)
+        assert any(f"was {use} a.mcap" in text for text in found.warnings) == (part == "held_out")
+
+
+def test_a_recording_that_ends_too_early_is_said(tmp_path: Path, bundle: Path) -> None:
+    path = write_session(tmp_path / "a.mcap")
+    path.with_name("a.labels.csv").write_text("start_s,end_s,label\n0,1,yes\n1,2,no\n")
+    assert not any("incomplete" in text for text in evaluate(bundle, [path]).warnings)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    assert any("a.mcap is incomplete" in text for text in evaluate(bundle, [path]).warnings)
+    path = write_session(tmp_path / "b.mcap", ())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    with pytest.raises(RecordingError, match=r"has no labels \(it is incomplete, and may have lost them"):
+        evaluate(bundle, [path])
 
 
 def test_a_session_without_a_stream(tmp_path: Path, bundle: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from pipeline.faultbench import live_steps
 from pipeline.faults import Delay, Loss
 from pipeline.inference import FuseOptions
 from pipeline.messages import Message
+from pipeline.modelfile import Calibration
 from pipeline.recording import MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.replay import replay_predictions
 from pipeline.strict import Document
@@ -38,9 +40,10 @@ torch = pytest.importorskip("torch", reason="the package torch is not installed 
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
 
 from pipeline import learn  # noqa: E402
+from pipeline.learn.card import card  # noqa: E402
 from pipeline.learn.config import streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
-from pipeline.learn.export import prove  # noqa: E402
+from pipeline.learn.export import _overrides, prove  # noqa: E402
 from pipeline.learn.loop import Silent  # noqa: E402
 from pipeline.learn.model import build_encoders, cut_windows, say, windows  # noqa: E402
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
@@ -164,6 +167,52 @@ def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
     assert "through the live path are the windows that were learnt from" in text
     assert load_bundle(trained).calibration.set_coverage == 0.9
     assert set(load_bundle(trained).calibration.subsets) == {"camera", "imu", "camera+imu"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_bundle_knows_what_each_of_its_sessions_was_for(trained: Path) -> None:
+    lineage = load_bundle(trained).lineage
+    text = (trained / "README.md").read_text()
+    for part, names in (("Tested on", lineage.tested), ("Held out", lineage.held_out)):
+        assert names
+        assert text.partition(f"{part}: ")[2].partition(".\n")[0].partition(". ")[0].split(", ") == [*names]
+    assert set(lineage.tested) | set(lineage.held_out) < set(lineage.recordings)
+    assert (trained / "train.yaml").read_text() == (trained.parent / "train.yaml").read_text()  # nothing replaced it
+
+
+def test_what_the_command_line_replaced_is_said_in_the_bundles_training_file(sessions: Path) -> None:
+    config = configured(sessions, teachers={"count": 2, "epochs": 9})
+    assert _overrides(config) == ""
+    text = _overrides(learn.with_overrides(config, seed=5, epochs=3)) + config.document.text
+    assert text.startswith("# Trained with this from the command line instead:\n")
+    head = [line for line in text.splitlines() if line.startswith("# ")]
+    assert yaml.safe_load("\n".join(line[2:] for line in head[1:])) == {
+        "train": {"epochs": 3}, "teachers": {"epochs": None}, "seed": 5,
+    }  # fmt: skip
+    assert yaml.safe_load(text) == yaml.safe_load(config.document.text)
+
+
+def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    for i in range(3):
+        shutil.copy(sessions / f"s{i}.mcap", tmp_path / f"s{i}.mcap")
+    (tmp_path / "s0.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n")
+    (tmp_path / "s1.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n")
+    (tmp_path / "s2.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n")
+    parts = {"held_out": ["s1.mcap"], "test": ["s2.mcap"]}
+    config = configured(tmp_path, split=parts, train={"epochs": 1})
+    found = learn.train(config, recorded(config), device="cpu", watch=Noting())
+    assert found.split.lacking(found.labels) == {"held out": ["shake"]}
+    assert [note for note in notes if "no session held out has the label `shake`" in note]
+    text = card(found, Calibration(set_coverage=0.9), [], None, {}, "")
+    assert "No session held out has `shake`. For these nothing is fitted" in text
+    assert "No session tested on has" not in text
 
 
 @pytest.mark.slow
@@ -836,6 +885,10 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     assert result.exception.exit_code == 130
     assert str(result.exception).endswith("--resume")
     assert "note:" not in result.stderr
+    more = ["--seed", "3", "--epochs", "9", "--init-from", str(tmp_path / "an other"), "--freeze", "--device", "cpu"]
+    told = str(CliRunner().invoke(cli.app, [*asked, *more]).exception).partition("sensorium ")[2]
+    assert shlex.split(told) == [*asked, "--resume", *more]  # or it would be another training
+    assert "nothing is to be gone on with" in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
     (tmp_path / "b.unfinished").mkdir()
     assert "`--resume` would go on with it" in CliRunner().invoke(cli.app, asked).stderr
     assert "note:" not in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr

@@ -14,6 +14,7 @@ from pipeline.learn.model import Said, subsets_of
 from pipeline.learn.train import Trained
 from pipeline.modelfile import Calibration
 from pipeline.scoring import accuracy, calibration_error, confusion, f1_by_class, macro_f1
+from pipeline.strict import listed
 
 Array = np.ndarray[Any, Any]
 
@@ -166,7 +167,13 @@ def _training(trained: Trained) -> str:
             f"{row['held_out_accuracy']:.1%} were right (macro-F1 {row['held_out_f1']:.3f}, log loss "
             f"{row['held_out_loss']:.3f})."
         )
-    return text
+    return text + _lacking(trained, "held out", "These figures are of the others.")
+
+
+def _lacking(trained: Trained, part: str, so: str) -> str:
+    """A sentence on the labels that the sessions of a part lack, and what that means; "" if they lack none."""
+    labels = trained.split.lacking(trained.labels).get(part)
+    return f" No session {part} has {listed(labels)}. {so}" if labels else ""
 
 
 def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
@@ -182,7 +189,8 @@ def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
             f"{100 * s.calibration_error:.1f} | {100 * s.in_set:.1f} | {s.set_size:.2f} | {100 * s.answered:.1f} | "
             f"{right} |"
         )
-    return "\n".join(rows)
+    missing = _lacking(trained, "tested on", "So nothing is known of these, and the figures are of the others.")
+    return "\n".join(rows) + (f"\n\n{missing.strip()}" if missing else "")
 
 
 def _by_label(trained: Trained, said: Said) -> str:
@@ -212,7 +220,7 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
         f"windows{' (an empty set where nothing is probable enough)' if calibration.set_may_be_empty else ''}, and "
         f"abstention such that there, of no label more than {entry.wrong:.0%} of the windows get a confident wrong "
         f"answer, and no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
-    )
+    ) + _lacking(trained, "held out", "For these nothing is fitted: neither confidence nor sets nor abstention.")
 
 
 def _limits(trained: Trained) -> str:

@@ -213,6 +213,17 @@ class Split(NamedTuple):
     test: list[Labelled]
     groups: dict[str, str]
 
+    def lacking(self, labels: tuple[str, ...]) -> dict[str, list[str]]:
+        """The labels that no window has, of sessions held out and of those tested on, where there are any sessions."""
+        parts = {"held out": self.held_out, "tested on": self.test}
+        return {name: absent(part, labels) for name, part in parts.items() if part and absent(part, labels)}
+
+
+def absent(sessions: Sequence[Labelled], labels: tuple[str, ...]) -> list[str]:
+    """The ``labels`` that no window of ``sessions`` has."""
+    seen = {int(i) for session in sessions for i in np.unique(session.truth)}
+    return [label for i, label in enumerate(labels) if i not in seen]
+
 
 def split(sessions: Sequence[Labelled], entry: SplitEntry, labels: int) -> Split:
     """The sessions in three parts, whole groups in each. ConfigError where the groups do not suffice."""

@@ -23,7 +23,7 @@ from pipeline.errors import BundleError, RecordingError
 from pipeline.inference import FuseOptions, Fuser
 from pipeline.learn.begin import WEIGHTS
 from pipeline.learn.card import Score, card, score
-from pipeline.learn.config import Config, stream_entry
+from pipeline.learn.config import Config, check_config, stream_entry
 from pipeline.learn.dataset import Labelled
 from pipeline.learn.graphs import TOLERANCE, check_encoder, check_fusion, encoder_graph, fusion_graph
 from pipeline.learn.loop import Silent, Watch, deterministic
@@ -186,11 +186,30 @@ def _calibrate(trained: Trained, said: Said | None) -> Calibration:
 
 
 def _write_rest(trained: Trained, folder: Path) -> None:
-    """Weights (plain arrays, no pickle), curves, and the training file as it was read."""
+    """Weights (plain arrays, no pickle), curves, and the training file as it was read, after what replaced parts."""
     state = {key: value.numpy() for key, value in trained.model.state_dict().items()}
     np.savez(folder / WEIGHTS, **state)
     (folder / CURVES).write_bytes(msgspec.json.format(msgspec.json.encode(trained.curves), indent=1) + b"\n")
-    (folder / CONFIG).write_text(trained.config.document.text, encoding="utf-8")
+    (folder / CONFIG).write_text(_overrides(trained.config) + trained.config.document.text, encoding="utf-8")
+
+
+def _overrides(config: Config) -> str:
+    """A comment that says what the command line stated otherwise than the training file; "" if it did not."""
+    told, done = (
+        msgspec.to_builtins(file, enc_hook=lambda path: path.name)
+        for file in (check_config(config.document).file, config.file)
+    )
+    changed = {}
+    for key, value in done.items():
+        before = told[key]
+        if isinstance(value, dict) and isinstance(before, dict):
+            value = {name: one for name, one in value.items() if one != before.get(name)} or before
+        if value != before:
+            changed[key] = value
+    if not changed:
+        return ""
+    lines = ["Trained with this from the command line instead:", *yaml.safe_dump(changed, sort_keys=False).splitlines()]
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _write_model(trained: Trained, folder: Path, calibration: Calibration) -> None:
@@ -201,11 +220,18 @@ def _write_model(trained: Trained, folder: Path, calibration: Calibration) -> No
     model = ModelFile(
         name=file.name, window=file.window, streams=streams, labels=trained.labels, fusion=FUSION,
         strategy=file.strategy, calibration=calibration,
-        lineage=Lineage(files=files, recordings=dict(sorted(trained.sha256.items())), card=CARD),
+        lineage=Lineage(
+            files=files, recordings=dict(sorted(trained.sha256.items())), card=CARD,
+            held_out=_names(trained.split.held_out), tested=_names(trained.split.test),
+        ),
     )  # fmt: skip
     head = f"# Made by `sensorium train`; {CARD} says of what, and how good it is.\n"
     text = yaml.safe_dump(_plain(model), sort_keys=False, allow_unicode=True, width=120)
     (folder / MODEL_FILE).write_text(head + text, encoding="utf-8")
+
+
+def _names(sessions: Sequence[Labelled]) -> tuple[str, ...]:
+    return tuple(sorted(session.session.name for session in sessions))
 
 
 def _plain(value: Any) -> Any:

@@ -264,8 +264,9 @@ class Checkpoints:
             raise ConfigError(f"{file} cannot be read ({why}); remove it, and begin without --resume.") from None
         if found.get("identity") != self._identity:
             raise ConfigError(
-                f"{file} is of another training: the file, the seed, the sessions or the code have changed since. "
-                "Begin without --resume, or name another place with -o."
+                f"{file} is of another training: the training file, --seed, --epochs, --init-from, the sessions or "
+                "the code have changed since. Repeat the command as it was, begin without "
+                "--resume, or name another place with -o."
             )
         return found
 

@@ -23,7 +23,7 @@ from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.learn.begin import begin_from
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
-from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, hold_if_small, label_sessions, split
+from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, absent, hold_if_small, label_sessions, split
 from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
@@ -153,6 +153,11 @@ def train(
         ready = prepare_all(config, sessions, kept, watch, unlabelled, jobs)
         parts = split(ready.sessions, config.file.split, len(ready.labels))
         _check_parts(parts, ready.labels)
+        for part, missing in parts.lacking(ready.labels).items():
+            watch.note(
+                f"no session {part} has the label {listed(missing)}: nothing is known of it there, and the figures are "
+                "of the others alone. Record more sessions, or name others under `split`"
+            )
         hold_if_small([*ready.sessions, *ready.unlabelled])
         if not ready.sessions[0].held and cache is None:
             raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
@@ -165,11 +170,9 @@ def train(
 
 
 def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
-    counts = sum((np.bincount(s.truth[s.truth >= 0], minlength=len(labels)) for s in parts.train), np.zeros(1))
-    absent = [label for label, count in zip(labels, counts.tolist(), strict=True) if not count]
-    if absent:
+    if missing := absent(parts.train, labels):
         raise RecordingError(
-            f"no session to learn from has the label {listed(absent)}; they are "
+            f"no session to learn from has the label {listed(missing)}; they are "
             f"{listed(s.session.name for s in parts.train)}. Record it there, split otherwise, or leave it out by "
             "`ignore_labels`"
         )
