@@ -42,7 +42,13 @@ def status() -> Status:
             late=4,
         ),
         "imu": StreamStatus(
-            node="imu", payload="imu", rate_hz=100.0, verdict="missing", reason="dead", note="waiting for /dev/i2c-1"
+            node="imu",
+            payload="imu",
+            rate_hz=100.0,
+            verdict="missing",
+            reason="dead",
+            dropped={"failures": 7},  # attempts to open it: nothing that was sent
+            note="waiting for /dev/i2c-1",
         ),
     }
     nodes = {
