@@ -170,6 +170,7 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["import", "rig.yaml", "-o", "nowhere/x.mcap"], "there is no folder"),
         (["record", "rig.yaml"], "-o session.mcap"),
         (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
+        (["run", "rig.yaml", "--record", "/proc/x.mcap"], "error: /proc/x.mcap cannot be created: "),
         (["subscribe"], "No session runs on this machine"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
@@ -363,6 +364,15 @@ def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path)
     )
     assert (place / "kept-2.mcap").is_file()
     assert (place / "kept.mcap").read_text() == "of an earlier session"
+
+
+def test_a_recording_that_could_not_be_created_is_not_said_to_be_there(place: Path) -> None:
+    (place / "unrecorded.yaml").write_text(RIG + "record: {path: '/proc/{session}/x.mcap'}\n")
+    result = sensorium(place, "record", "unrecorded.yaml", "--duration", 3)
+    assert result.returncode == 1
+    assert "recorded: " not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"error: the recording failed, and is not whole: /proc/\S+ cannot be created: ", last), last
 
 
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:

@@ -291,6 +291,19 @@ def test_a_screen_that_is_too_low_says_what_it_does_not_show() -> None:
     assert least[-1] == "no room for 1 line of streams, title, notes, nodes, scores, latency, address"
 
 
+@pytest.mark.parametrize(
+    ("state", "counters", "said"),
+    [("stopped", {"messages": 4.0}, True), ("failed", {"messages": 4.0}, True), ("failed", {}, False)],
+)
+def test_a_recording_is_named_if_there_is_one(state: str, counters: dict[str, float], said: bool) -> None:
+    seen = status()
+    changes = {"node": "record", "state": state, "note": "/there/x.mcap", "counters": counters}
+    seen.nodes["record"] = msgspec.structs.replace(seen.nodes["camera"], **changes)
+    summary = Summary()
+    print_summary(summary, True, seen)
+    assert ("recorded: /there/x.mcap" in text(closing(summary))) is said
+
+
 def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
     monkeypatch.setattr(Lines, "refresh", lambda self, status: rates.append(status.streams["camera"].rate_hz))
