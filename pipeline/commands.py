@@ -296,6 +296,7 @@ def subscribe(
 
     title, endpoint, folder = _session(endpoint, session)
     summary, waiting = Summary(), SystemClock()
+    summary.endpoint = endpoint if folder is None else ""
     told = folder is not None
     with Subscription(endpoint, key=key, hub_key=hub_key) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)

@@ -26,6 +26,8 @@ def closing(summary: Summary) -> RenderableType:
     if not summary.predictions:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
         head = head if summary.expected else "no model, so no predictions"
+        if summary.endpoint:
+            head = f"nothing was heard at {summary.endpoint}: is a session publishing there?"
         return Group(Text(head), *((messages(summary),) if summary.counters else ()), *last_lines(summary))
     parts: list[RenderableType] = [Text(headline(summary)), *_foreign(summary), Text(), latencies(summary), Text()]
     return Group(

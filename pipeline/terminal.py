@@ -112,7 +112,7 @@ def screen(
     now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
     parts = [Part("title", 2, False, Text.assemble((title, "bold"), f"   {duration(now_ns)}"))]
     parts += [Part("address", 7, False, Text(about, style="dim"))] if about else []
-    parts.append(Part("answer", 0, True, answer(prediction)))
+    parts.append(Part("answer", 0, True, answer(prediction, summary.endpoint)))
     if prediction is not None:
         parts.append(Part("scores", 5, False, scores(prediction)))
     if status is not None or prediction is not None:
@@ -178,10 +178,14 @@ def _hidden(names: Iterable[str]) -> Text:
     return Text(f"no room for {', '.join(names)}", style="yellow")
 
 
-def answer(prediction: Prediction | None) -> Text:
-    """The label, how sure the model is, and the truth where it is known."""
+def answer(prediction: Prediction | None, endpoint: str = "") -> Text:
+    """The label, how sure the model is, and the truth where it is known. ``endpoint`` is where predictions are waited
+    for, if nobody knows whether there is a session."""
     if prediction is None:
-        return Text("no prediction yet: the first comes when a whole window has passed", style="dim")
+        said = "no prediction yet: the first comes when a whole window has passed"
+        if endpoint:
+            said = f"waiting for predictions at {endpoint}; nothing has been heard from there yet"
+        return Text(said, style="dim")
     line = Text("  no stream can be used", style="yellow")
     if prediction.label is not None:
         line = Text.assemble(("  " + prediction.label, "bold"), f"  {number(prediction.confidence, 2)}")

@@ -251,6 +251,9 @@ def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
         while b"note:" not in said and select.select([running.process.stderr], [], [], PATIENCE_S)[0]:
             said += os.read(running.process.stderr.fileno(), 4096)
         assert b"nothing has come from ipc://" in said
+        out, err, code = running.stop()
+        assert (out, code) == (b"", 0)
+        assert err.decode().strip() == f"nothing was heard at ipc://{place}/nobody.sock: is a session publishing there?"
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------

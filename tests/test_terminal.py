@@ -159,6 +159,16 @@ def test_a_session_without_predictions_says_so() -> None:
     assert "no model" in text(closing(Summary(expected=False)))
 
 
+def test_where_nothing_was_heard_nobody_speaks_of_a_session() -> None:
+    summary = Summary()
+    summary.endpoint = "tcp://127.0.0.1:5711"
+    waiting = text(screen("there", None, None, summary))
+    assert "waiting for predictions at tcp://127.0.0.1:5711; nothing has been heard from there yet" in waiting
+    assert text(closing(summary)) == "nothing was heard at tcp://127.0.0.1:5711: is a session publishing there?\n"
+    summary.add(prediction())
+    assert "nothing was heard" not in text(closing(summary))
+
+
 def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
     wide = Console(file=io.StringIO(), width=100, color_system=None)
     shown = Screen("demo", Summary(), on=wide)
