@@ -71,6 +71,8 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align:\n\tmax_delay_ms: 1\n", 5, ("tab",)),
     (RIG + "align: [max_delay_ms\n", 5, ("no valid YAML",)),
     (RIG + "align: 3\n", 4, ("a mapping with the keys", "`max_delay_ms`")),
+    (RIG + "bundle: models/demo\n", 4, ("`allow_code`. Write it out: `bundle: {path: models/demo}`.",)),
+    (RIG + "  imu: synthetic\n", 4, ("`offset_uncertainty_ms`. Write it out: `imu: {kind: synthetic}`.",)),
     (RIG + "transport: {predictions: 'tcp://0.0.0.0:5599'}\n", 4, ("loopback", "tcp://127.0.0.1:5599")),
     (RIG + "transport: {predictions: 'tcp://127.0.0.1:99999'}\n", 4, ("99999 is no port", "from 1 to 65535")),
     (RIG + "transport: {predictions: 'tcp://127.0.0.1:0'}\n", 4, ("0 is no port",)),
