@@ -266,14 +266,17 @@ def contribution(report: StreamReport | None) -> Cell:
 
 
 def latency(prediction: Prediction, summary: Summary) -> Text:
-    """The newest prediction's latency by stage, and the quantiles of all of them."""
+    """The newest prediction's latency, the quantiles of all of them, and below them its stages: together they are
+    wider than a terminal of 80 columns."""
     values = prediction.timing.latency_ms
     parts = " + ".join(f"{stage} {values[stage]:.1f}" for stage in ordered(values) if stage != "total")
-    text = Text(f"latency {values['total']:.1f} ms = {parts}" if "total" in values else f"latency, ms  {parts}")
+    if "total" not in values:
+        return Text(f"latency, ms  {parts}")
+    text = Text(f"latency {values['total']:.1f} ms")
     if "total" in summary.latency_ms:
         q = quantiles(summary.latency_ms["total"])
-        text.append(f"\n        p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")
-    return text
+        text.append(f"   p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")
+    return text.append(f"\n      = {parts}")
 
 
 def nodes(all_nodes: Iterable[NodeStatus]) -> Text:
