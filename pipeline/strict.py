@@ -35,6 +35,10 @@ UNITS: dict[str, tuple[str, float]] = {
 """Units that key names end in: dimension, and how many of the dimension's base unit."""
 
 
+_MCAP = b"\x89MCAP"
+"""How a recording begins, which is easily named in place of a YAML file."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without the readings that surprise: 1:30 is no number of seconds, 010 no eight, 2024-01-01 no date."""
 
@@ -69,9 +73,15 @@ class Document:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file{_similar_file(Path(path))}.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: the file cannot be read as UTF-8 text: {error}.") from None
+            raise ConfigError(f"{path}: there is no such file.{_similar_file(Path(path))}") from None
+        except UnicodeDecodeError as error:
+            if error.object.startswith(_MCAP):
+                said = f"this is a recording and no YAML file; what it holds says: sensorium info {path}"
+            else:
+                said = "this is no text, so it cannot be read as YAML; name a text file in UTF-8."
+            raise ConfigError(f"{path}: {said}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from None
         return cls(text, path)
 
     def decode(self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()) -> T:
@@ -309,7 +319,8 @@ def dotted(at: Where) -> str:
 def _limits(meta: msgspec.Meta) -> str:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "pattern": "matching",
              "min_length": "of a length of at least", "max_length": "of a length of at most"}  # fmt: skip
-    return "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+    said = "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+    return said + (f", like `{meta.examples[0]}`" if meta.examples else "")
 
 
 def _is_struct(type_: Any) -> bool:

@@ -85,6 +85,7 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     ("name: demo\nsources: {}\n", 2, ("at least one source",)),
     ("name: demo\nsources:\n  a: &a [*a]\n", 3, ("an alias",)),
     ("name: 'a b'\nsources: {}\n", 1, ("name", "matching")),
+    ("sources: {}\n", None, ("`name` is missing; it needs text matching ^", "at most 64, like `rover-2`.")),
     ("name: yes\nsources: {}\n", 1, ("YAML reads yes without quotes as true",)),
     ("", None, ("found nothing", "`sources`")),
     ("- a\n", None, ("a list", "`name`")),
@@ -137,13 +138,16 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_a_similar_one(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text(RIG)
-    with pytest.raises(ConfigError, match=r"no such file.*`demo.yaml`"):
+    with pytest.raises(ConfigError, match=r"there is no such file\. Did you mean `demo.yaml`\?$"):
         load_rig(tmp_path / "dmeo.yaml")
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rig.yaml").write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"rig\.yaml: this is no text, so it cannot be read as YAML"):
+        load_yaml(tmp_path / "rig.yaml", Rig)
+    (tmp_path / "rig.yaml").write_bytes(b"\x89MCAP0\r\n")
+    with pytest.raises(ConfigError, match=r"this is a recording and no YAML file; .*: sensorium info /.*rig.yaml$"):
         load_yaml(tmp_path / "rig.yaml", Rig)
 
 
