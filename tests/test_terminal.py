@@ -132,7 +132,7 @@ def test_the_summary_names_every_verdict_with_its_reason() -> None:
     summary = Summary()
     summary.add(prediction(truth="yes", wait=1.0, total=2.0))
     shown = text(closing(summary))
-    assert "1 predictions over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
+    assert "1 prediction over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
     assert "missing dead" in shown
     assert "messages" not in shown  # nobody counted them
 
@@ -223,6 +223,28 @@ def test_a_verification_names_the_first_difference_and_what_nobody_can_know() ->
 def test_an_incomplete_recording_is_called_that() -> None:
     info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
     assert "incomplete" in text(recording_table(info))
+
+
+def test_one_of_a_kind_is_not_many_and_what_is_unknown_has_no_unit() -> None:
+    stream = {
+        "payload": "sweep", "messages": 1, "samples": 1, "rate_hz": None, "lost": 0, "gaps": 0, "max_gap_ms": None,
+        "delay_ms": {"p50": 3.0, "max": 3.0},
+    }  # fmt: skip
+    info = {"session": "s", "duration_s": 1.0, "complete": True, "windows": 1, "predictions": 2}
+    shown = text(recording_table(info | {"streams": {"lidar": stream}}))
+    assert "1 window, 2 predictions" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("lidar")] == [
+        ["lidar", "sweep", "1", "1", "–", "0", "0", "–", "3.0", "ms", "3.0", "ms"]
+    ]
+    assert "made again: 1 window and 0 predictions exactly\n" in text(
+        verification_text(Verification(session="s", windows=1, fingerprint="equal"))
+    )
+    summary = Summary()
+    summary.add(prediction(index=10, truth="other"))
+    summary.add(prediction(index=12))
+    shown = text(closing(summary))
+    assert "1 prediction cannot be right: its truth (other)" in shown
+    assert "1 window has no prediction, for a node had died: 11\n" in shown
 
 
 def test_bars_have_one_width_and_durations_read_as_time() -> None:
