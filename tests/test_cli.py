@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,13 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     result = CliRunner().invoke(cli.app, [name, "--help"])
     assert result.exit_code == 0
     assert re.search(rf"Example:\n +sensorium {name}\b", result.output)
+
+
+def test_the_version_is_the_packages(call: Call, place: Path) -> None:
+    assert call(place, "--version") == (0, f"sensorium {version('sensorium')}\n", "")
+    code, out, _ = call(place, "--help")
+    assert code == 0
+    assert "Sensors into one stream of live predictions" in out
 
 
 def test_the_list_of_commands_is_whole() -> None:
