@@ -117,8 +117,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         if rig not in available:
             raise ConfigError(
                 f"the bundle `{self.name}` needs a stream `{name}` ({expected}), but the rig has no `{rig}`; it has "
-                f"{listed(available)}. Map it (`streams: {{{name}: …}}`), or leave it out (`streams: {{{name}: null}}`)"
-                " and it stays masked."
+                f"{listed(available)}.{nearest(rig, available)} Map it (`streams: {{{name}: …}}`), or leave it out "
+                f"(`streams: {{{name}: null}}`) and it stays masked."
             )
         if available[rig] != expected:
             raise ConfigError(

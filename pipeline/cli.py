@@ -58,6 +58,23 @@ class Ranges(StrEnum):
     held_out = "held-out"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"sensorium {version('sensorium')}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """What is not a command's own."""
+
+
 @app.command()
 def run(
     rig: RigArgument = None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
-from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
+from pipeline.paths import creatable, existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -98,8 +98,11 @@ def _run(
     shows: list[Show] = []  # the session tells what happens to whoever shows it, who needs the session first
     with console(sys.stderr).status(f"checking {rig_file.document.path}"):
         session = Session(rig_file, lambda event: shows[0].event(event), allow_code, entry)
-    if entry is not None and entry.limit_mb is None and (path := rig_file.resolve(entry.path)).exists():
-        _say(f"{path} exists already and stays as it is; this session is recorded to {free_path(path).name}")
+    if entry is not None and entry.limit_mb is None:
+        if (path := rig_file.resolve(entry.path)).exists():
+            _say(f"{path} exists already and stays as it is; this session is recorded to {free_path(path).name}")
+        elif path.parent.is_dir():
+            creatable(path)
     shows.append(Show(session, json))
     try:
         with shows[0] as show:
@@ -296,6 +299,7 @@ def subscribe(
 
     title, endpoint, folder = _session(endpoint, session)
     summary, waiting = Summary(), SystemClock()
+    summary.endpoint = endpoint if folder is None else ""
     told = folder is not None
     with Subscription(endpoint, key=key, hub_key=hub_key) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)

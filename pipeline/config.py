@@ -177,7 +177,7 @@ class RestartEntry(_Strict, frozen=True):
 class Rig(_Strict, frozen=True):
     """One rig. Without ``bundle`` nothing is aligned or predicted: a rig that only records."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, examples=["rover-2"])]
     sources: dict[str, SourceEntry]
     bundle: BundleEntry | None = None
     align: AlignEntry = AlignEntry()

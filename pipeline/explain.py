@@ -48,16 +48,17 @@ class Spread(msgspec.Struct, frozen=True):
 class StreamAccount(msgspec.Struct, kw_only=True):
     """One stream of a session."""
 
-    payload: str
+    payload: str | None
+    """None where it is not known: a running session's stream of which nothing has come."""
     rate_hz: float | None
     gaps: int
     """Places in its numbering where messages are missing."""
     max_gap_ms: float | None
     jitter_ms: Spread | None
     """How far the time between two captures is from its median."""
-    delay_ms: Spread
+    delay_ms: Spread | None
     """Arrival at the recorder less the end of the capture."""
-    uncertainty_ms: Spread
+    uncertainty_ms: Spread | None
     age_ms: Spread | None
     """End of a step less the capture of the newest content in it."""
     messages: dict[str, int]
@@ -193,9 +194,6 @@ def _stream(session: Session, name: str, waits: list[int]) -> StreamAccount:
     stated = [m.streams[name] for m in session.manifests if name in m.streams]
     ages = [m.end_ns - newest for m in session.manifests if name in m.streams and (newest := m.streams[name].newest_ns)]
     intervals = np.diff(np.sort(heard["capture_ns"]))
-    delays, uncertainties = spread(heard["arrival_ns"] - heard["end_ns"]), spread(heard["uncertainty_ns"])
-    assert delays is not None  # a stream of a recording has messages
-    assert uncertainties is not None
     ledger = _Ledger(session, name)
     return StreamAccount(
         payload=facts["payload"],
@@ -203,8 +201,8 @@ def _stream(session: Session, name: str, waits: list[int]) -> StreamAccount:
         gaps=facts["gaps"],
         max_gap_ms=facts["max_gap_ms"],
         jitter_ms=spread(np.abs(intervals - np.median(intervals))) if len(intervals) else None,
-        delay_ms=delays,
-        uncertainty_ms=uncertainties,
+        delay_ms=spread(heard["arrival_ns"] - heard["end_ns"]),
+        uncertainty_ms=spread(heard["uncertainty_ns"]),
         age_ms=spread(ages),
         messages=ledger.messages(),
         rejected=dict(ledger.rejected),

@@ -22,7 +22,6 @@ from pipeline.explain import (
     Explanation,
     Heard,
     Session,
-    Spread,
     StreamAccount,
     latency_ms,
     spread,
@@ -41,7 +40,6 @@ from pipeline.transport import Buffered, Delivery, observe
 
 KEPT_NS = 30_000_000_000
 _EVERY_NS = 5_000_000_000
-_NOTHING = Spread(0.0, 0.0, 0.0)
 
 
 class Attached(Session):
@@ -147,13 +145,13 @@ class Attached(Session):
         places, rejected = self._places(name)
         span_ns = int(captures.max() - captures.min()) if len(captures) > 1 else 0
         return StreamAccount(
-            payload=self.payloads.get(name, ""),
+            payload=self.payloads.get(name),
             rate_hz=(len(captures) - 1) * self._samples[name] / (span_ns / 1e9) if span_ns else None,
             gaps=int(((np.diff(epochs) == 0) & (np.diff(seqs) > 1)).sum()),
             max_gap_ms=float((captures[1:] - heard["end_ns"][:-1]).max()) / 1e6 if len(intervals) else None,
             jitter_ms=spread(np.abs(intervals - np.median(intervals))) if len(intervals) else None,
-            delay_ms=spread(heard["arrival_ns"] - heard["end_ns"]) or _NOTHING,
-            uncertainty_ms=spread(heard["uncertainty_ns"]) or _NOTHING,
+            delay_ms=spread(heard["arrival_ns"] - heard["end_ns"]),
+            uncertainty_ms=spread(heard["uncertainty_ns"]),
             age_ms=spread([end_ns - at_ns for end_ns, at_ns in newest if at_ns is not None]),
             messages=places,
             rejected=rejected,

@@ -62,6 +62,10 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where a source on another host finds its hub (``pipeline.link.LinkSpec``); None on the hub itself."""
 
 
+IN_VAIN = "failures"
+"""What a source counts in vain attempts at its device. They stand among what it dropped, and cost no message."""
+
+
 class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a source says of one stream."""
 

@@ -165,7 +165,7 @@ class Lineage(_Strict, frozen=True):
 class ModelFile(_Strict, frozen=True):
     """model.yaml."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64, examples=["rover-2"])]
     window: WindowEntry
     streams: dict[str, StreamEntry]
     labels: tuple[str, ...]

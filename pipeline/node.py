@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, SensorError, SensoriumError
-from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
+from pipeline.life import IN_VAIN, Life, NodeSpec, Report, SourceReport, State, begin, read_spec
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
 from pipeline.stamper import Stamper
@@ -263,7 +263,7 @@ class SourceShell:
         pause = min(RETRY_NS[0] << min(self._failures - 1, 8), RETRY_NS[1])
         self._retry_ns = self.life.clock.now_ns() + pause
         self._trouble = str(error)
-        self.context.count("failures")
+        self.context.count(IN_VAIN)
         self._beat()
         self._report()
 

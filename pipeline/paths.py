@@ -55,6 +55,16 @@ def new_file(path: Path, what: str = "file") -> Path:
     return path.resolve()
 
 
+def creatable(path: Path) -> None:
+    """Raises ConfigError if ``path``, which does not exist, cannot be created: tried, because permissions alone do not
+    tell."""
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another file.") from None
+    path.unlink()
+
+
 def existing(path: Path) -> Path:
     """``path`` of a recording, if there is such a file. Raises ConfigError, which says what else it is."""
     if path.is_dir():

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pipeline.recording import Deleted, deleted_text
-from pipeline.sheet import Sheet, number, numbers
+from pipeline.sheet import Sheet, counted, number, numbers
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
@@ -26,6 +26,8 @@ def closing(summary: Summary) -> RenderableType:
     if not summary.predictions:
         head = "no predictions: the session was shorter than one window, or no stream ever came"
         head = head if summary.expected else "no model, so no predictions"
+        if summary.endpoint:
+            head = f"nothing was heard at {summary.endpoint}: is a session publishing there?"
         return Group(Text(head), *((messages(summary),) if summary.counters else ()), *last_lines(summary))
     parts: list[RenderableType] = [Text(headline(summary)), *_foreign(summary), Text(), latencies(summary), Text()]
     return Group(
@@ -46,7 +48,9 @@ def _holes(summary: Summary) -> list[RenderableType]:
     count = sum(last - first + 1 for first, last in summary.gaps)
     said = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in summary.gaps[:8])
     more = ", …" if len(summary.gaps) > 8 else ""
-    return [Text(f"{count} windows have no prediction, for a node had died: {said}{more}", style="yellow")]
+    have = "has" if count == 1 else "have"
+    said = f"{counted(count, 'window')} {have} no prediction, for a node had died: {said}{more}"
+    return [Text(said, style="yellow")]
 
 
 def dropped(summary: Summary) -> list[RenderableType]:
@@ -62,8 +66,8 @@ def headline(summary: Summary) -> str:
     rest = sum(summary.labels.values()) - sum(count for _, count in summary.labels.most_common(_LABELS))
     said += [f"other labels {rest}"] if rest else []
     said += [f"no label {summary.unlabelled}"] if summary.unlabelled else []
-    line = f"{summary.predictions} predictions over {summary.span_s:.1f} s ({', '.join(said)})"
-    line += f"; abstained {summary.abstained} times" if summary.abstained else ""
+    line = f"{counted(summary.predictions, 'prediction')} over {summary.span_s:.1f} s ({', '.join(said)})"
+    line += f"; abstained {counted(summary.abstained, 'time')}" if summary.abstained else ""
     if summary.with_truth:
         share = summary.correct / summary.with_truth
         line += f"; accuracy {share:.3f}: {summary.correct} of {summary.with_truth} with a known truth"
@@ -87,9 +91,11 @@ def _foreign(summary: Summary) -> list[RenderableType]:
     """Labels that this model cannot give."""
     if not (foreign := summary.foreign):
         return []
-    said = f"{sum(foreign.values())} predictions cannot be right: their truth ({', '.join(foreign)}) is none of the "
-    said += f"model's labels ({', '.join(summary.known)})"
-    said += "; they do not count in the accuracy" if summary.with_truth else ", so there is no accuracy"
+    count = sum(foreign.values())
+    its = ("its", "it does") if count == 1 else ("their", "they do")
+    said = f"{counted(count, 'prediction')} cannot be right: {its[0]} truth "
+    said += f"({', '.join(foreign)}) is none of the model's labels ({', '.join(summary.known)})"
+    said += f"; {its[1]} not count in the accuracy" if summary.with_truth else ", so there is no accuracy"
     return [Text(said, style="yellow")]
 
 
@@ -147,7 +153,8 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     for name, stream in info["streams"].items():
         gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
         row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
-        row += [str(stream["lost"]), str(stream["gaps"]), *(f"{number(v, 1)} ms" for v in (gap, *delay.values()))]
+        row += [str(stream["lost"]), str(stream["gaps"])]
+        row += ["–" if ms is None else f"{ms:.1f} ms" for ms in (gap, *delay.values())]
         table.add_row(name, stream["payload"], *row)
     latency, ring = info.get("latency_ms"), info.get("ring")
     if ring is not None:
@@ -168,7 +175,7 @@ def _recorded(info: Mapping[str, Any]) -> str:
     parts += [f"rig {info['rig']}"] if "rig" in info else []
     if (bundle := info.get("bundle")) is not None:
         parts.append(f"model {bundle['name'] or ''} {bundle['sha256'][:12]}…")
-    counts = [f"{info[what]} {what}" for what in ("windows", "predictions") if what in info]
+    counts = [counted(info[f"{what}s"], what) for what in ("window", "prediction") if f"{what}s" in info]
     return "   ".join([*parts, *([", ".join(counts)] if counts else [])])
 
 
@@ -188,7 +195,7 @@ def plan_table(plan: Plan, warnings: list[str], absent: list[str]) -> Renderable
     for source in plan.sources:
         for stream, payload in source.streams.items():
             table.add_row(stream, payload, source.name, source.kind, of_model.get(stream, "–"))
-    head = f"{rig.name}: {len(plan.sources)} sources"
+    head = f"{rig.name}: {counted(len(plan.sources), 'source')}"
     if bundle is not None:
         window, left_out = bundle.window, [name for name in bundle.streams if name not in plan.mapping]
         head += f"; model {bundle.name} looks at {window.steps} steps of {window.hop_ns / 1e6:g} ms"
@@ -219,7 +226,8 @@ def devices_text(places: list[Place]) -> Text:
 def verification_text(found: Verification) -> RenderableType:
     """What ``replay --verify`` says to a person: what holds, the first difference, and what nobody can know."""
     how = {"equal": "exactly", "other": "equivalently, on another runtime", "none": ""}[found.fingerprint]
-    lines = [Text(f"made again: {found.windows} windows and {found.predictions} predictions {how}".rstrip())]
+    made = f"{counted(found.windows, 'window')} and {counted(found.predictions, 'prediction')}"
+    lines = [Text(f"made again: {made} {how}".rstrip())]
     if found.first_difference is not None:
         lines.append(Text(f"{found.differences} differ; the first: {found.first_difference}", style="red"))
     if found.unverifiable_count:

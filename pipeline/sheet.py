@@ -115,6 +115,11 @@ def number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def counted(count: int, what: str) -> str:
+    """So many of something whose plural ends in s: ``1 window``, ``2 windows``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def bar(share: float, width: int = BAR) -> str:
     """``share`` of 0 to 1 as a bar of fixed width."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)

@@ -16,7 +16,7 @@ from pipeline.summary import Summary, drops
 from pipeline.terminal import Lines, Output, Screen, console
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
-    from pipeline.launch import Event, Session, Status, StreamStatus
+    from pipeline.launch import Event, NodeStatus, Session, Status, StreamStatus
 
 POLL_MS = 100
 """How often what is shown is brought up to date, and how long is waited for a prediction before looking around."""
@@ -109,12 +109,17 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
         found = {name: drops(node.counters) for name, node in status.nodes.items()}
         summary.drops = {name: counts for name, counts in found.items() if counts}
-        summary.recorded = status.nodes["record"].note if "record" in status.nodes else ""
+        summary.recorded = _recorded(status.nodes["record"]) if "record" in status.nodes else ""
     to_person = sys.stdout.isatty() and not json
     screen = console(sys.stdout if to_person else sys.stderr)
     if to_person:
         screen.print()  # a blank line below the table
     screen.print(closing(summary))
+
+
+def _recorded(recorder: NodeStatus) -> str:
+    """Where the recording is. A recorder that failed before it counted anything has made none."""
+    return "" if recorder.state == "failed" and not recorder.counters else recorder.note
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -35,6 +35,10 @@ UNITS: dict[str, tuple[str, float]] = {
 """Units that key names end in: dimension, and how many of the dimension's base unit."""
 
 
+_MCAP = b"\x89MCAP"
+"""How a recording begins, which is easily named in place of a YAML file."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without the readings that surprise: 1:30 is no number of seconds, 010 no eight, 2024-01-01 no date."""
 
@@ -69,9 +73,15 @@ class Document:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file{_similar_file(Path(path))}.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: the file cannot be read as UTF-8 text: {error}.") from None
+            raise ConfigError(f"{path}: there is no such file.{_similar_file(Path(path))}") from None
+        except UnicodeDecodeError as error:
+            if error.object.startswith(_MCAP):
+                said = f"this is a recording and no YAML file; what it holds says: sensorium info {path}"
+            else:
+                said = "this is no text, so it cannot be read as YAML; name a text file in UTF-8."
+            raise ConfigError(f"{path}: {said}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from None
         return cls(text, path)
 
     def decode(self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()) -> T:
@@ -207,10 +217,9 @@ class Document:
 
     def _struct(self, value: Any, type_: Any, at: Where, extra: tuple[str, ...]) -> Any:
         if not isinstance(value, dict):
-            raise self._wrong(value, f"a mapping with the keys {listed(f.encode_name for f in fields(type_))}", at)
-        known = {field.encode_name: field for field in fields(type_)}
+            raise self._wrong(value, describe(type_), at, _written_out(value, type_, at))
+        known = {field.encode_name: field for field in _written_fields(type_)}
         rest_field: str | None = getattr(type_, "REST", None)
-        known.pop(rest_field or "", None)
         hints = get_type_hints(type_, include_extras=True)
         kept: dict[str, Any] = {}
         rest: dict[str, Any] = {}
@@ -252,9 +261,8 @@ class Document:
             at, f"`{key}` is no key here.{_unit_hint(key, value, known) or nearest(key, known)} {allowed}"
         )
 
-    def _wrong(self, value: Any, expected: str, at: Where) -> ConfigError:
+    def _wrong(self, value: Any, expected: str, at: Where, hint: str = "") -> ConfigError:
         written = self._written.get(at)
-        hint = ""
         if isinstance(value, bool) and written is not None and written.lower() not in ("true", "false"):
             hint = f' YAML reads {written} without quotes as {str(value).lower()}; write "{written}" if you mean text.'
         elif isinstance(value, str) and (number := re.fullmatch(r"\s*(-?[0-9.]+)\s*([a-zA-Z]+)\s*", value)):
@@ -297,7 +305,7 @@ def describe(type_: Any) -> str:
     if origin is typing.Literal:
         return "one of " + listed(args)
     if _is_struct(type_):
-        return f"a mapping with the keys {listed(f.encode_name for f in fields(type_))}"
+        return f"a mapping with the keys {listed(f.encode_name for f in _written_fields(type_))}"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     names = {dict: "a mapping", list: "a list", tuple: "a list", Path: "a path"}
     return str(words.get(type_) or names.get(origin or type_) or getattr(type_, "__name__", type_))
@@ -311,11 +319,25 @@ def dotted(at: Where) -> str:
 def _limits(meta: msgspec.Meta) -> str:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "pattern": "matching",
              "min_length": "of a length of at least", "max_length": "of a length of at most"}  # fmt: skip
-    return "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+    said = "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+    return said + (f", like `{meta.examples[0]}`" if meta.examples else "")
 
 
 def _is_struct(type_: Any) -> bool:
     return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
+
+
+def _written_fields(type_: Any) -> list[Any]:
+    """The fields that are keys. What collects all other keys is none: it is never written itself."""
+    return [field for field in fields(type_) if field.name != getattr(type_, "REST", None)]
+
+
+def _written_out(value: Any, type_: Any, at: Where) -> str:
+    """The mapping that a single word stands for, where only one text is needed: ``imu: synthetic``."""
+    needed = [field for field in _written_fields(type_) if field.required]
+    if not isinstance(value, str) or not at or len(needed) != 1 or needed[0].type is not str:
+        return ""
+    return f" Write it out: `{at[-1]}: {{{needed[0].encode_name}: {value}}}`."
 
 
 def _unit_hint(key: str, value: Any, known: list[str]) -> str:

@@ -49,6 +49,8 @@ class Summary:
     def __init__(self, expected: bool = True) -> None:
         """``expected``: there is a model, so that predictions should come."""
         self.expected = expected
+        self.endpoint = ""
+        """Where predictions are listened for, if nobody knows whether a session publishes there."""
         self.predictions = 0
         self.abstained = 0
         self.unlabelled = 0

@@ -226,7 +226,7 @@ class Supervisor:
         are any; how the session ends says that the recording is not whole."""
         with self.lock:
             child.state = "failed"
-        said = f"the recording failed, and is not whole: {tail or died_how(status)}"
+        said = f"the recording failed, and is not whole: {_own_words(tail) or tail or died_how(status)}"
         if self.plan.align is None or not self.started.is_set():
             self.failure = said
         else:
@@ -235,8 +235,8 @@ class Supervisor:
     def _give_up(self, child: Child, status: int, tail: str) -> None:
         with self.lock:
             child.state = "failed"
-        if tail.startswith("error: ") and "\n" not in tail:
-            said = f"{child.name}: {tail.removeprefix('error: ')}"
+        if words := _own_words(tail):
+            said = f"{child.name}: {words}"
         else:
             said = f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else "")
         sources = [c for c in self.children.values() if c.name in self.rig.sources]
@@ -319,6 +319,11 @@ class Supervisor:
 
     def _tell(self, child: Child, kind: What, text: str) -> None:
         self._on_event(Event(self.session_clock.now_ns(), child.name, kind, text))
+
+
+def _own_words(tail: str) -> str:
+    """What a node said is wrong, if that is all that it said last: it stands in the session's own error."""
+    return tail.removeprefix("error: ") if tail.startswith("error: ") and "\n" not in tail else ""
 
 
 def _last_epoch(child: Child, stream: str) -> int:

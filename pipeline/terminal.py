@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
+from pipeline.life import IN_VAIN
 from pipeline.prediction import Prediction, StreamReport
 from pipeline.sheet import Cell, Meter, Sheet, number
 from pipeline.summary import Summary, ordered, quantiles
@@ -111,7 +112,7 @@ def screen(
     now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
     parts = [Part("title", 2, False, Text.assemble((title, "bold"), f"   {duration(now_ns)}"))]
     parts += [Part("address", 7, False, Text(about, style="dim"))] if about else []
-    parts.append(Part("answer", 0, True, answer(prediction)))
+    parts.append(Part("answer", 0, True, answer(prediction, summary.endpoint)))
     if prediction is not None:
         parts.append(Part("scores", 5, False, scores(prediction)))
     if status is not None or prediction is not None:
@@ -177,10 +178,14 @@ def _hidden(names: Iterable[str]) -> Text:
     return Text(f"no room for {', '.join(names)}", style="yellow")
 
 
-def answer(prediction: Prediction | None) -> Text:
-    """The label, how sure the model is, and the truth where it is known."""
+def answer(prediction: Prediction | None, endpoint: str = "") -> Text:
+    """The label, how sure the model is, and the truth where it is known. ``endpoint`` is where predictions are waited
+    for, if nobody knows whether there is a session."""
     if prediction is None:
-        return Text("no prediction yet: the first comes when a whole window has passed", style="dim")
+        said = "no prediction yet: the first comes when a whole window has passed"
+        if endpoint:
+            said = f"waiting for predictions at {endpoint}; nothing has been heard from there yet"
+        return Text(said, style="dim")
     line = Text("  no stream can be used", style="yellow")
     if prediction.label is not None:
         line = Text.assemble(("  " + prediction.label, "bold"), f"  {number(prediction.confidence, 2)}")
@@ -233,8 +238,10 @@ def rate(stream: StreamStatus, status: Status) -> str:
 def drops(stream: StreamStatus) -> int:
     """What was sent or should have been and no window could use: dropped at its source, lost on the way, refused.
 
-    Late messages are not among them: a frame between two steps comes after the one and is too far from the other."""
-    return sum(stream.dropped.values()) + stream.lost + sum(stream.rejected.values())
+    Late messages are not among them: a frame between two steps comes after the one and is too far from the other. Nor
+    are attempts to open a device that is away: nothing was ever sent."""
+    at_source = sum(count for what, count in stream.dropped.items() if what != IN_VAIN)
+    return at_source + stream.lost + sum(stream.rejected.values())
 
 
 def word(source: StreamStatus | None, report: StreamReport | None) -> tuple[str, Text]:
@@ -259,14 +266,17 @@ def contribution(report: StreamReport | None) -> Cell:
 
 
 def latency(prediction: Prediction, summary: Summary) -> Text:
-    """The newest prediction's latency by stage, and the quantiles of all of them."""
+    """The newest prediction's latency, the quantiles of all of them, and below them its stages: together they are
+    wider than a terminal of 80 columns."""
     values = prediction.timing.latency_ms
     parts = " + ".join(f"{stage} {values[stage]:.1f}" for stage in ordered(values) if stage != "total")
-    text = Text(f"latency {values['total']:.1f} ms = {parts}" if "total" in values else f"latency, ms  {parts}")
+    if "total" not in values:
+        return Text(f"latency, ms  {parts}")
+    text = Text(f"latency {values['total']:.1f} ms")
     if "total" in summary.latency_ms:
         q = quantiles(summary.latency_ms["total"])
-        text.append(f"\n        p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")
-    return text
+        text.append(f"   p50 {q['p50']:.1f}   p95 {q['p95']:.1f}   max {q['max']:.1f}", style="dim")
+    return text.append(f"\n      = {parts}")
 
 
 def nodes(all_nodes: Iterable[NodeStatus]) -> Text:

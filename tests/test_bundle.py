@@ -334,6 +334,7 @@ def test_a_rig_may_leave_a_stream_out(folder: Path) -> None:
     [
         ({"lidr": "front"}, None, ["`lidr`", "bundle `tiny`", "Did you mean `lidar`?"]),
         ({}, {"imu": "imu"}, ["needs a stream `lidar` (sweep)", "the rig has no `lidar`", "`imu`"]),
+        ({}, {"imu": "imu", "ldiar": "sweep"}, ["it has `imu`, `ldiar`. Did you mean `ldiar`? Map it"]),
         ({"lidar": "imu"}, None, ["`imu`, `lidar`", "same stream `imu`"]),
         ({"lidar": "cam"}, {"imu": "imu", "cam": "frame"}, ["needs sweep", "`cam` carries frame"]),
         ({"lidar": None, "imu": None}, None, ["leaves out every stream"]),

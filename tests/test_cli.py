@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     assert re.search(rf"Example:\n +sensorium {name}\b", result.output)
 
 
+def test_the_version_is_the_packages(call: Call, place: Path) -> None:
+    assert call(place, "--version") == (0, f"sensorium {version('sensorium')}\n", "")
+    code, out, _ = call(place, "--help")
+    assert code == 0
+    assert "Sensors into one stream of live predictions" in out
+
+
 def test_the_list_of_commands_is_whole() -> None:
     assert tuple(command.name or command.callback.__name__ for command in cli.app.registered_commands) == COMMANDS
 
@@ -170,6 +178,7 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["import", "rig.yaml", "-o", "nowhere/x.mcap"], "there is no folder"),
         (["record", "rig.yaml"], "-o session.mcap"),
         (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
+        (["run", "rig.yaml", "--record", "/proc/x.mcap"], "error: /proc/x.mcap cannot be created: "),
         (["subscribe"], "No session runs on this machine"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
@@ -250,6 +259,9 @@ def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
         while b"note:" not in said and select.select([running.process.stderr], [], [], PATIENCE_S)[0]:
             said += os.read(running.process.stderr.fileno(), 4096)
         assert b"nothing has come from ipc://" in said
+        out, err, code = running.stop()
+        assert (out, code) == (b"", 0)
+        assert err.decode().strip() == f"nothing was heard at ipc://{place}/nobody.sock: is a session publishing there?"
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -363,6 +375,15 @@ def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path)
     )
     assert (place / "kept-2.mcap").is_file()
     assert (place / "kept.mcap").read_text() == "of an earlier session"
+
+
+def test_a_recording_that_could_not_be_created_is_not_said_to_be_there(place: Path) -> None:
+    (place / "unrecorded.yaml").write_text(RIG + "record: {path: '/proc/{session}/x.mcap'}\n")
+    result = sensorium(place, "record", "unrecorded.yaml", "--duration", 3)
+    assert result.returncode == 1
+    assert "recorded: " not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"error: the recording failed, and is not whole: /proc/\S+ cannot be created: ", last), last
 
 
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:

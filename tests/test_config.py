@@ -71,6 +71,8 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align:\n\tmax_delay_ms: 1\n", 5, ("tab",)),
     (RIG + "align: [max_delay_ms\n", 5, ("no valid YAML",)),
     (RIG + "align: 3\n", 4, ("a mapping with the keys", "`max_delay_ms`")),
+    (RIG + "bundle: models/demo\n", 4, ("`allow_code`. Write it out: `bundle: {path: models/demo}`.",)),
+    (RIG + "  imu: synthetic\n", 4, ("`offset_uncertainty_ms`. Write it out: `imu: {kind: synthetic}`.",)),
     (RIG + "transport: {predictions: 'tcp://0.0.0.0:5599'}\n", 4, ("loopback", "tcp://127.0.0.1:5599")),
     (RIG + "transport: {predictions: 'tcp://127.0.0.1:99999'}\n", 4, ("99999 is no port", "from 1 to 65535")),
     (RIG + "transport: {predictions: 'tcp://127.0.0.1:0'}\n", 4, ("0 is no port",)),
@@ -83,6 +85,7 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     ("name: demo\nsources: {}\n", 2, ("at least one source",)),
     ("name: demo\nsources:\n  a: &a [*a]\n", 3, ("an alias",)),
     ("name: 'a b'\nsources: {}\n", 1, ("name", "matching")),
+    ("sources: {}\n", None, ("`name` is missing; it needs text matching ^", "at most 64, like `rover-2`.")),
     ("name: yes\nsources: {}\n", 1, ("YAML reads yes without quotes as true",)),
     ("", None, ("found nothing", "`sources`")),
     ("- a\n", None, ("a list", "`name`")),
@@ -135,13 +138,16 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 
 def test_a_missing_file_names_a_similar_one(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text(RIG)
-    with pytest.raises(ConfigError, match=r"no such file.*`demo.yaml`"):
+    with pytest.raises(ConfigError, match=r"there is no such file\. Did you mean `demo.yaml`\?$"):
         load_rig(tmp_path / "dmeo.yaml")
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rig.yaml").write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"rig\.yaml: this is no text, so it cannot be read as YAML"):
+        load_yaml(tmp_path / "rig.yaml", Rig)
+    (tmp_path / "rig.yaml").write_bytes(b"\x89MCAP0\r\n")
+    with pytest.raises(ConfigError, match=r"this is a recording and no YAML file; .*: sensorium info /.*rig.yaml$"):
         load_yaml(tmp_path / "rig.yaml", Rig)
 
 

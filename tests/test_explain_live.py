@@ -14,6 +14,7 @@ from pipeline.explain import PLACES
 from pipeline.explain_live import Attached, Recent
 from pipeline.launch import Session, live_sessions
 from pipeline.messages import Header
+from pipeline.status import SessionRef
 from tests.rigs import SOURCES, STREAMS, make_rig, short_folder
 
 S = 1_000_000_000
@@ -67,6 +68,13 @@ def test_without_a_model_it_says_what_can_be_seen(tmp_path: Path) -> None:
         said = attached.explanation()
     assert (said.windows, said.streams["imu"].balanced) == (0, True)
     assert said.streams["imu"].messages["received"] > 5
+
+
+def test_of_a_stream_that_never_came_nothing_is_claimed(tmp_path: Path) -> None:
+    ref = SessionRef(id="s", dir=str(tmp_path), rig="r", predictions="", streams={"imu": "imu"})
+    with Attached(ref, SystemClock()) as attached:
+        stream = attached.explanation().streams["imu"]
+    assert (stream.payload, stream.rate_hz, stream.delay_ms, stream.uncertainty_ms) == (None, None, None, None)
 
 
 def test_what_is_old_is_forgotten() -> None:

@@ -99,7 +99,7 @@ def test_accuracy_is_told_of_all_and_of_those_that_were_answered() -> None:
     for label, truth, abstained in (("yes", "yes", True), ("yes", "yes", False), ("no", "yes", False)):
         summary.add(msgspec.structs.replace(prediction(10, label, truth=truth), abstained=abstained))
     shown = said(summary)
-    assert "abstained 1 times; accuracy 0.667: 2 of 3 with a known truth, abstained or not; 0.500 where " in shown
+    assert "abstained 1 time; accuracy 0.667: 2 of 3 with a known truth, abstained or not; 0.500 where " in shown
     assert "where it answered: 1 of 2" in shown
     assert (summary.as_dict()["answered"], summary.as_dict()["answered_accuracy"]) == (2, 0.5)
     summary = Summary()

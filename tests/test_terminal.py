@@ -16,7 +16,7 @@ from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers
 from pipeline.show import Show, print_summary
 from pipeline.summary import Summary
-from pipeline.terminal import Lines, Screen, console, duration, screen
+from pipeline.terminal import Lines, Screen, console, duration, latency, screen
 from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
 
@@ -42,7 +42,13 @@ def status() -> Status:
             late=4,
         ),
         "imu": StreamStatus(
-            node="imu", payload="imu", rate_hz=100.0, verdict="missing", reason="dead", note="waiting for /dev/i2c-1"
+            node="imu",
+            payload="imu",
+            rate_hz=100.0,
+            verdict="missing",
+            reason="dead",
+            dropped={"failures": 7},  # attempts to open it: nothing that was sent
+            note="waiting for /dev/i2c-1",
         ),
     }
     nodes = {
@@ -63,7 +69,8 @@ def test_the_screen_shows_streams_verdicts_nodes_and_what_they_wait_for() -> Non
     assert rows["camera"][:6] == ["camera", "30.0/s", "6", "12", "ms", "ok"]
     assert rows["camera"][6] == "+0.25"
     assert rows["imu"][:6] == ["imu", "0.0/s", "0", "–", "missing:", "dead"]
-    assert rows["latency"][:9] == ["latency", "3.5", "ms", "=", "wait", "1.0", "+", "encode", "2.0"]
+    assert rows["latency"] == ["latency", "3.5", "ms"]
+    assert rows["="] == ["=", "wait", "1.0", "+", "encode", "2.0"]
     assert "camera ready" in shown
     assert "imu restarting (2 restarts)" in shown
     assert "imu: waiting for /dev/i2c-1" in shown
@@ -96,6 +103,17 @@ def test_a_replay_has_no_latency_of_its_own() -> None:
     )
 
 
+def test_the_latency_of_every_stage_fits_a_terminal_of_80_columns() -> None:
+    slow = prediction(wait=1250.0, align=10.8, transport=10.4, encode=120.1, fuse=10.1, total=1401.4)
+    summary = Summary()
+    summary.add(slow)
+    shown = on_terminal(latency(slow, summary), 80)
+    assert shown == [
+        "latency 1401.4 ms   p50 1399.5   p95 1399.5   max 1401.4",
+        "      = wait 1250.0 + align 10.8 + transport 10.4 + encode 120.1 + fuse 10.1",
+    ]
+
+
 def test_before_the_first_prediction_the_screen_says_what_is_waited_for() -> None:
     shown = text(screen("demo", status(), None, Summary()))
     assert "no prediction yet" in shown
@@ -114,7 +132,7 @@ def test_the_summary_names_every_verdict_with_its_reason() -> None:
     summary = Summary()
     summary.add(prediction(truth="yes", wait=1.0, total=2.0))
     shown = text(closing(summary))
-    assert "1 predictions over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
+    assert "1 prediction over 0.0 s (yes 1); accuracy 1.000: 1 of 1 with a known truth" in shown
     assert "missing dead" in shown
     assert "messages" not in shown  # nobody counted them
 
@@ -151,6 +169,16 @@ def test_the_summary_names_what_was_dropped_between_nodes() -> None:
 def test_a_session_without_predictions_says_so() -> None:
     assert "no predictions" in text(closing(Summary()))
     assert "no model" in text(closing(Summary(expected=False)))
+
+
+def test_where_nothing_was_heard_nobody_speaks_of_a_session() -> None:
+    summary = Summary()
+    summary.endpoint = "tcp://127.0.0.1:5711"
+    waiting = text(screen("there", None, None, summary))
+    assert "waiting for predictions at tcp://127.0.0.1:5711; nothing has been heard from there yet" in waiting
+    assert text(closing(summary)) == "nothing was heard at tcp://127.0.0.1:5711: is a session publishing there?\n"
+    summary.add(prediction())
+    assert "nothing was heard" not in text(closing(summary))
 
 
 def test_the_screen_writes_events_worth_a_line_above_the_table() -> None:
@@ -195,6 +223,28 @@ def test_a_verification_names_the_first_difference_and_what_nobody_can_know() ->
 def test_an_incomplete_recording_is_called_that() -> None:
     info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
     assert "incomplete" in text(recording_table(info))
+
+
+def test_one_of_a_kind_is_not_many_and_what_is_unknown_has_no_unit() -> None:
+    stream = {
+        "payload": "sweep", "messages": 1, "samples": 1, "rate_hz": None, "lost": 0, "gaps": 0, "max_gap_ms": None,
+        "delay_ms": {"p50": 3.0, "max": 3.0},
+    }  # fmt: skip
+    info = {"session": "s", "duration_s": 1.0, "complete": True, "windows": 1, "predictions": 2}
+    shown = text(recording_table(info | {"streams": {"lidar": stream}}))
+    assert "1 window, 2 predictions" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("lidar")] == [
+        ["lidar", "sweep", "1", "1", "–", "0", "0", "–", "3.0", "ms", "3.0", "ms"]
+    ]
+    assert "made again: 1 window and 0 predictions exactly\n" in text(
+        verification_text(Verification(session="s", windows=1, fingerprint="equal"))
+    )
+    summary = Summary()
+    summary.add(prediction(index=10, truth="other"))
+    summary.add(prediction(index=12))
+    shown = text(closing(summary))
+    assert "1 prediction cannot be right: its truth (other)" in shown
+    assert "1 window has no prediction, for a node had died: 11\n" in shown
 
 
 def test_bars_have_one_width_and_durations_read_as_time() -> None:
@@ -276,13 +326,26 @@ def test_a_screen_that_is_too_low_says_what_it_does_not_show() -> None:
     assert "no room" not in "".join(whole)
     tight = on_terminal(shown, 80, len(whole) - 1)
     assert tight == [line for line in whole if line]
-    low = on_terminal(shown, 80, 9)
-    assert len(low) == 9
-    assert low[-1] == "no room for scores, address"
+    low = on_terminal(shown, 80, 10)
+    assert len(low) == 10
+    assert low[-1] == "no room for latency, address"
     assert low[0].startswith("demo")
     least = on_terminal(shown, 80, 4)
     assert least[0].split()[0] == "yes"
     assert least[-1] == "no room for 1 line of streams, title, notes, nodes, scores, latency, address"
+
+
+@pytest.mark.parametrize(
+    ("state", "counters", "said"),
+    [("stopped", {"messages": 4.0}, True), ("failed", {"messages": 4.0}, True), ("failed", {}, False)],
+)
+def test_a_recording_is_named_if_there_is_one(state: str, counters: dict[str, float], said: bool) -> None:
+    seen = status()
+    changes = {"node": "record", "state": state, "note": "/there/x.mcap", "counters": counters}
+    seen.nodes["record"] = msgspec.structs.replace(seen.nodes["camera"], **changes)
+    summary = Summary()
+    print_summary(summary, True, seen)
+    assert ("recorded: /there/x.mcap" in text(closing(summary))) is said
 
 
 def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
