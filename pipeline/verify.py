@@ -22,7 +22,7 @@ import msgspec
 
 from pipeline.align import Aligner, AlignSpec, Manifest, Step
 from pipeline.bundle import Bundle
-from pipeline.errors import RecordingError, WireError
+from pipeline.errors import BundleError, RecordingError, WireError
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
 from pipeline.prediction import Prediction
@@ -111,7 +111,12 @@ def verify(
                 f"{reader.path} holds no windows of a live session, so there is nothing to verify; "
                 f"record one: sensorium record RIG -o FILE"
             )
-        plan = plan_replay(reader, bundle, streams)
+        try:
+            plan = plan_replay(reader, bundle, streams)
+        except BundleError as error:  # a single bit makes another payload's name
+            if (text := damage(reader.path)) is None:
+                raise
+            raise RecordingError(f"{reader.path} does not fit the bundle as it is now: {error}; {text}") from None
         names = {name: rig for name, rig in plan.streams.items() if rig}
         last: int | None = None
         try:
