@@ -167,7 +167,7 @@ def _recorded(info: Mapping[str, Any]) -> str:
     parts += [f"{info['bytes'] / 1e6:.1f} MB"] if "bytes" in info else []
     parts += [f"rig {info['rig']}"] if "rig" in info else []
     if (bundle := info.get("bundle")) is not None:
-        parts.append(f"model {bundle['name'] or ''} {bundle['sha256'][:12]}…")
+        parts.append(" ".join(filter(None, ("model", bundle["name"], f"{bundle['sha256'][:12]}…"))))
     counts = [f"{info[what]} {what}" for what in ("windows", "predictions") if what in info]
     return "   ".join([*parts, *([", ".join(counts)] if counts else [])])
 
