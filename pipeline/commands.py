@@ -490,9 +490,7 @@ def calibrate(
         print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
 
 
-def recalibrate(
-    recording: Path, out: Path, offsets: list[str], *, find: bool, refit: list[str], json: bool
-) -> None:
+def recalibrate(recording: Path, out: Path, offsets: list[str], *, find: bool, refit: list[str], json: bool) -> None:
     """``sensorium recalibrate``."""
     from pipeline.recalibrate import Shift, asked_shifts
     from pipeline.recalibrate import recalibrate as recalibrating
@@ -631,9 +629,7 @@ def make_keys(name: str, out: Path) -> None:
     print(f"{secret}: keep this here, and show it to nobody")
 
 
-def join(
-    address: str, key: Path | None, hub_key: Path | None, *, insecure: bool, once: bool, allow_code: bool
-) -> None:
+def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool, once: bool, allow_code: bool) -> None:
     """``sensorium node --join``."""
     import signal
     import threading
@@ -671,6 +667,7 @@ def simulate(
 
     if world != "rover":
         raise ConfigError(f"there is no world `{world}` to simulate; there is `rover`.")
+    there = 0
     with Progress(console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
         if count is None:
             task = bar.add_task(f"simulating {out.name}", total=duration_s)
@@ -684,6 +681,7 @@ def simulate(
                 raise ConfigError(f"{out} is a file; several sessions go into a folder: -o FOLDER.")
             seeds = range(seed, seed + count)
             left = [s for s in seeds if not generate.session_file(out, s, ranges).exists()]
+            there = count - len(left)
             task = bar.add_task(f"simulating {len(left)} sessions", total=len(left))
             written = []
             for session in generate.record_sessions(out, seeds, ranges, duration_s, jobs):
@@ -693,8 +691,10 @@ def simulate(
         _print_json(written[0] if count is None else written)
         return
     megabytes = sum(session.bytes for session in written) / 1e6
-    print(f"{out}: {len(written)} session{'s' * (count is not None)} of {duration_s:g} s, {megabytes:.1f} MB; "
-          f"see {'one' if count is not None else 'it'} with: sensorium info {written[0].file if written else out}",
+    before = f"; {there} were there already and are left as they are" if there else ""
+    shown = written[0].file if written else generate.session_file(out, seed, ranges)
+    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s, {megabytes:.1f} MB{before}; "
+          f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
           file=sys.stderr)  # fmt: skip
 
 

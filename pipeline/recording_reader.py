@@ -98,6 +98,11 @@ class RecordingReader:
         """Streams and JSON topics, sorted."""
         return sorted({channel.topic for channel in self._channels.values()})
 
+    @property
+    def end_ns(self) -> int:
+        """Session time of the last that was recorded, without looking into it; 0 if there is nothing."""
+        return max((chunk.end - self.info.unix_ns for chunk in self._chunks), default=0)
+
     def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
         """Messages and their arrival times (session clock) in log order, of all streams or of ``streams``; with the
         beats of the same streams if asked. Payloads are bytes, checked against the hash stored with them."""

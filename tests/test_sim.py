@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from nodes.simulated import Simulated
-from pipeline.errors import install
+from pipeline.errors import ConfigError, install
 from pipeline.messages import array
 from pipeline.prediction import Prediction
-from pipeline.recording import Label, RecordingReader
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.sim import cues
 from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS
 from pipeline.sim.generate import record_session, record_sessions, session_file
@@ -482,6 +482,25 @@ def test_many_sessions_are_those_of_their_seeds_and_what_is_there_stays(
     assert not list(tmp_path.glob("*.tmp"))
     record_session(tmp_path / "alone.mcap", 30, "train", 1.0)
     assert (tmp_path / "alone.mcap").read_bytes() == session_file(tmp_path, 30, "train").read_bytes()
+    assert not list(record_sessions(tmp_path, range(30, 33), "train", 1.0))
+    with pytest.raises(ConfigError, match=r"00030\.mcap is there already, and is 1 s long, not 2 s \(1 more are"):
+        list(record_sessions(tmp_path, range(30, 34), "train", 2.0))
+    assert not session_file(tmp_path, 33, "train").exists()
+
+
+def test_the_command_says_what_was_there_already(simulation: Callable[..., Any], tmp_path: Path) -> None:
+    for seed in (70, 71):
+        with RecordingWriter(session_file(tmp_path, seed, "train"), SessionInfo(session="s", unix_ns=1)) as writer:
+            writer.write_label(Label(0, NS, "clear"), NS)
+    asked = ("simulate", "rover", "-o", str(tmp_path), "--seed", "70", "--count", "2", "--duration")
+    ran = cli(*asked, "1")
+    assert ran.returncode == 0, ran.stderr
+    assert "0 sessions of 1 s, 0.0 MB; 2 were there already and are left as they are; see one with" in ran.stderr
+    shown = ran.stderr.split("sensorium info ")[1].strip()
+    assert cli("info", shown).returncode == 0
+    ran = cli(*asked, "60")
+    assert ran.returncode == 2
+    assert "is 1 s long, not 60 s" in ran.stderr
 
 
 MAIN = """
