@@ -8,7 +8,7 @@ processor or its versions of MuJoCo and numpy do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import as_completed
 from contextlib import suppress
 from pathlib import Path
@@ -90,7 +90,7 @@ def session_file(folder: Path, seed: int, ranges: Name) -> Path:
 
 def record_sessions(
     folder: Path, seeds: Iterable[int], ranges: Name = "train", duration_s: float = 20.0, jobs: int = 1
-) -> Iterator[Written]:
+) -> Generator[Written, None, None]:
     """Records a session of each seed into ``folder``, several at a time, and yields each as it is done. A session is
     there whole or not at all; what is there already is left, so that a run that was ended can go on. ConfigError, also
     if a session that is there already has another length."""
