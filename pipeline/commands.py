@@ -704,7 +704,8 @@ def simulate(
         _print_json(written[0] if count is None else written)
         return
     megabytes = sum(session.bytes for session in written) / 1e6
-    left = f"; {there} were there already and are left as they are" if there else ""
+    stays = "was there already and is left as it is" if there == 1 else "were there already and are left as they are"
+    left = f"; {there} {stays}" if there else ""
     shown = written[0].file if written else generate.session_file(out, seed, ranges)
     print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s, {megabytes:.1f} MB{left}; "
           f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",

@@ -155,8 +155,8 @@ def asked_shifts(
         before = shifts.get(name, Shift())
         if abs(before.offset_ns + offset_ns) > LONG_MS * 1_000_000:  # as of a rig's offset_ms
             raise ConfigError(
-                f"--offset {text}: {(before.offset_ns + offset_ns) / 1e6:g} ms is more than an offset may be, which is "
-                f"{LONG_MS} ms either way."
+                f"--offset {text}: {(before.offset_ns + offset_ns) / 1e6:.10g} ms is more than an offset may be, which "
+                f"is {LONG_MS} ms either way."
             )
         shifts[name] = Shift(
             offset_ns=before.offset_ns + offset_ns, uncertainty_ns=before.uncertainty_ns + uncertainty_ns

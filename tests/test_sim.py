@@ -502,6 +502,10 @@ def test_the_command_says_what_was_there_already(simulation: Callable[..., Any],
     assert "0 sessions of 1 s, 0.0 MB; 2 were there already and are left as they are; see one with" in ran.stderr
     shown = ran.stderr.split("sensorium info ")[1].strip()
     assert cli("info", shown).returncode == 0
+    (tmp_path / "rover-train-00071.mcap").unlink()
+    said = cli(*asked, "1").stderr
+    assert "1 session of 1 s" in said
+    assert "; 1 was there already and is left as it is; " in said
     ran = cli(*asked, "60")
     assert ran.returncode == 2
     assert "is 1 s long, not 60 s" in ran.stderr
