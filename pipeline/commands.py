@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack, closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -497,9 +498,7 @@ def calibrate(
         print(f"{rig}: set {', '.join(written)}" if written else f"{rig}: nothing to set", file=sys.stderr)
 
 
-def recalibrate(
-    recording: Path, out: Path, offsets: list[str], *, find: bool, refit: list[str], json: bool
-) -> None:
+def recalibrate(recording: Path, out: Path, offsets: list[str], *, find: bool, refit: list[str], json: bool) -> None:
     """``sensorium recalibrate``."""
     from pipeline.recalibrate import Shift, asked_shifts
     from pipeline.recalibrate import recalibrate as recalibrating
@@ -646,9 +645,7 @@ def make_keys(name: str, out: Path) -> None:
     print(f"{secret}: keep this here, and show it to nobody")
 
 
-def join(
-    address: str, key: Path | None, hub_key: Path | None, *, insecure: bool, once: bool, allow_code: bool
-) -> None:
+def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool, once: bool, allow_code: bool) -> None:
     """``sensorium node --join``."""
     import signal
     import threading
@@ -686,31 +683,54 @@ def simulate(
 
     if world != "rover":
         raise ConfigError(f"there is no world `{world}` to simulate; there is `rover`.")
-    with Progress(console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
-        if count is None:
-            task = bar.add_task(f"simulating {out.name}", total=duration_s)
-            written = [
-                generate.record_session(
-                    new_file(out), seed, ranges, duration_s, progress=lambda s: bar.update(task, completed=s)
+    written: list[generate.Written] = []
+    there = 0
+    # Whoever ends it politely gets what Ctrl-C does, as in a training.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Progress(console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+            if count is None:
+                task = bar.add_task(f"simulating {out.name}", total=duration_s)
+                file = new_file(out)
+                written.append(
+                    generate.record_session(
+                        file, seed, ranges, duration_s, progress=lambda s: bar.update(task, completed=s)
+                    )
                 )
-            ]
-        else:
-            if out.is_file():
-                raise ConfigError(f"{out} is a file; several sessions go into a folder: -o FOLDER.")
-            seeds = range(seed, seed + count)
-            left = [s for s in seeds if not generate.session_file(out, s, ranges).exists()]
-            task = bar.add_task(f"simulating {len(left)} sessions", total=len(left))
-            written = []
-            for session in generate.record_sessions(out, seeds, ranges, duration_s, jobs):
-                written.append(session)
-                bar.advance(task)
+            else:
+                if out.is_file():
+                    raise ConfigError(f"{out} is a file; several sessions go into a folder: -o FOLDER.")
+                seeds = range(seed, seed + count)
+                there = _sessions_there(out, seeds, ranges)
+                task = bar.add_task(f"simulating {count - there} sessions", total=count - there)
+                with closing(generate.record_sessions(out, seeds, ranges, duration_s, jobs)) as sessions:
+                    for session in sessions:
+                        written.append(session)
+                        bar.advance(task)
+    except KeyboardInterrupt:
+        if count is None:
+            kept = f"{out} holds what was simulated until then" if out.exists() else "nothing was written"
+            raise Interrupted(f"interrupted; {kept}") from None
+        done = _sessions_there(out, range(seed, seed + count), ranges)
+        raise Interrupted(f"interrupted after {done} of {count} sessions; the same command goes on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if json:
         _print_json(written[0] if count is None else written)
         return
     megabytes = sum(session.bytes for session in written) / 1e6
-    print(f"{out}: {len(written)} session{'s' * (count is not None)} of {duration_s:g} s, {megabytes:.1f} MB; "
-          f"see {'one' if count is not None else 'it'} with: sensorium info {written[0].file if written else out}",
+    stays = "was there already and is left as it is" if there == 1 else "were there already and are left as they are"
+    left = f"; {there} {stays}" if there else ""
+    shown = written[0].file if written else generate.session_file(out, seed, ranges)
+    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s, {megabytes:.1f} MB{left}; "
+          f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
           file=sys.stderr)  # fmt: skip
+
+
+def _sessions_there(folder: Path, seeds: Iterable[int], ranges: Literal["train", "held-out"]) -> int:
+    from pipeline.sim.generate import session_file
+
+    return sum(session_file(folder, seed, ranges).exists() for seed in seeds)
 
 
 def node(kind: str, spec: Path) -> None:

@@ -45,7 +45,7 @@ class SourceEntry(_Strict, frozen=True):
     REST: ClassVar[str] = "settings"
     kind: str
     required: bool = False
-    offset_ms: Annotated[float, msgspec.Meta(ge=-10_000, le=10_000)] = 0.0
+    offset_ms: Annotated[float, msgspec.Meta(ge=-LONG_MS, le=LONG_MS)] = 0.0
     offset_uncertainty_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
 

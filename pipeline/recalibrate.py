@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pipeline.config import LONG_MS
 from pipeline.envelope import MIN_BLOCKS, Prior, fit_lower
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.messages import AudioLayout, Header, Message
@@ -37,6 +38,7 @@ from pipeline.recording import (
     RecordingWriter,
     SessionInfo,
 )
+from pipeline.recording_summary import BUNDLE_NAME, bundle_name
 from pipeline.recording_writer import CALIBRATION, RIG
 from pipeline.strict import listed, nearest
 
@@ -151,6 +153,11 @@ def asked_shifts(
                 f"--offset {text}: found {text!r}, expected one like imu=-80 or imu=-80,2 (milliseconds)."
             )
         before = shifts.get(name, Shift())
+        if abs(before.offset_ns + offset_ns) > LONG_MS * 1_000_000:  # as of a rig's offset_ms
+            raise ConfigError(
+                f"--offset {text}: {(before.offset_ns + offset_ns) / 1e6:.10g} ms is more than an offset may be, which "
+                f"is {LONG_MS} ms either way."
+            )
         shifts[name] = Shift(
             offset_ns=before.offset_ns + offset_ns, uncertainty_ns=before.uncertainty_ns + uncertainty_ns
         )
@@ -330,6 +337,8 @@ def _session(reader: RecordingReader, shifts: Mapping[str, Shift]) -> SessionInf
     for name, shift in shifts.items():
         moved[name] = moved.get(name, 0) + shift.offset_ns
     extra = {k: v for k, v in reader.info.extra.items() if not k.startswith(OFFSET)}
+    if called := bundle_name(reader):  # the predictions, which say it, are left out
+        extra[BUNDLE_NAME] = called
     extra |= {FROM: reader.path.name} | {OFFSET + name: str(ns) for name, ns in moved.items() if ns}
     return msgspec.structs.replace(reader.info, extra=extra, ring=None)
 

@@ -13,7 +13,7 @@ import struct
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ from pipeline.messages import Header, Message, Payload
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
 from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
 
-_MAGIC = b"\x89MCAP0\r\n"
+MAGIC = b"\x89MCAP0\r\n"
 _HEAD = struct.Struct("<BQ")
 _CHUNK_TIMES = struct.Struct("<QQ")
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
@@ -97,6 +97,11 @@ class RecordingReader:
     def topics(self) -> list[str]:
         """Streams and JSON topics, sorted."""
         return sorted({channel.topic for channel in self._channels.values()})
+
+    @property
+    def end_ns(self) -> int:
+        """Session time of the last that was recorded, without looking into it; 0 if there is nothing."""
+        return max((chunk.end - self.info.unix_ns for chunk in self._chunks), default=0)
 
     def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
         """Messages and their arrival times (session clock) in log order, of all streams or of ``streams``; with the
@@ -167,9 +172,9 @@ class RecordingReader:
         size = os.fstat(self._file.fileno()).st_size
         if size == 0:
             raise RecordingError(f"{self.path} is empty: nothing was recorded, or its writer died before it began")
-        if self._read(0, len(_MAGIC)) != _MAGIC[:size]:
+        if self._read(0, len(MAGIC)) != MAGIC[:size]:
             raise RecordingError(f"{self.path} is no MCAP file, and only those are recordings. See `sensorium import`")
-        at = len(_MAGIC)
+        at = len(MAGIC)
         while at + _HEAD.size <= size:
             opcode, length = _HEAD.unpack(self._read(at, _HEAD.size))
             body = at + _HEAD.size
@@ -181,7 +186,7 @@ class RecordingReader:
             elif opcode in _KEPT:
                 self._keep(opcode, self._read(body, length))
             elif opcode == Opcode.FOOTER:
-                return self._read(body + length, len(_MAGIC)) == _MAGIC
+                return self._read(body + length, len(MAGIC)) == MAGIC
             at = body + length
         return False
 
@@ -291,18 +296,30 @@ class RecordingReader:
 def ring_part(path: Path) -> RingPart | None:
     """Where a file says at its beginning that it stands in a ring; None if it is no segment of one. Reads no further
     than that, and raises nothing."""
+    with suppress(msgspec.MsgspecError):
+        return _stated(_begun(path) or {}, "ring", RingPart)
+    return None
+
+
+def is_recording(path: Path) -> bool:
+    """Whether a file says at its beginning that it is a recording, be it cut off behind that. Raises nothing."""
+    return _begun(path) is not None
+
+
+def _begun(path: Path) -> dict[str, str] | None:
+    """What a recording says of its session at its beginning; None if the file does not say it there."""
     try:
         with path.open("rb") as file:
-            at = len(_MAGIC) if file.read(len(_MAGIC)) == _MAGIC else 1 << 62
+            at = len(MAGIC) if file.read(len(MAGIC)) == MAGIC else 1 << 62
             for _ in range(_HEAD_RECORDS):
                 file.seek(at)
                 opcode, length = _HEAD.unpack(file.read(_HEAD.size))
                 if opcode == Opcode.METADATA:
                     metadata = Metadata.read(ReadDataStream(BytesIO(file.read(length))))
                     if metadata.name == SESSION:
-                        return _stated(metadata.metadata, "ring", RingPart)
+                        return dict(metadata.metadata)
                 at += _HEAD.size + length
-    except (*_DAMAGE, OSError, msgspec.MsgspecError):
+    except (*_DAMAGE, OSError):
         pass
     return None
 
@@ -339,4 +356,4 @@ def reading(recording: str | Path | RecordingReader) -> Iterator[RecordingReader
             yield reader
 
 
-__all__ = ["RecordingReader", "reading", "ring_part"]
+__all__ = ["MAGIC", "RecordingReader", "is_recording", "reading", "ring_part"]

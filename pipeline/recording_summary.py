@@ -17,6 +17,9 @@ from pipeline.recording_reader import RecordingReader, reading
 from pipeline.recording_schemas import MANIFEST_TOPIC, PREDICTION_TOPIC
 from pipeline.recording_writer import Label
 
+BUNDLE_NAME = "bundle_name"
+"""Under what a recording without predictions says what the session's model is called."""
+
 _UNKNOWN = -(1 << 62)
 """An epoch before all others: that of a stream of which nobody knows where it stood."""
 
@@ -49,13 +52,19 @@ def about(reader: RecordingReader) -> dict[str, Any]:
     if rig := _named(msgspec.yaml.decode, info.rig or "").name:
         found["rig"] = rig
     if info.bundle is not None:
-        predicted = _named(msgspec.json.decode, next((data for data, _, _ in reader.json(PREDICTION_TOPIC)), b"{}"))
-        name = predicted.bundle.get("name") if isinstance(predicted.bundle, dict) else None
-        found["bundle"] = {"name": name, "sha256": info.bundle}
+        found["bundle"] = {"name": bundle_name(reader), "sha256": info.bundle}
     for what, topic in (("windows", MANIFEST_TOPIC), ("predictions", PREDICTION_TOPIC)):
         if topic in reader.topics:
             found[what] = sum(1 for _ in reader.json(topic))
     return found
+
+
+def bundle_name(reader: RecordingReader) -> str | None:
+    """What the session's model is called, which its predictions say, or the recording itself where these were left
+    out; None where neither does."""
+    predicted = _named(msgspec.json.decode, next((data for data, _, _ in reader.json(PREDICTION_TOPIC)), b"{}"))
+    name = predicted.bundle.get("name") if isinstance(predicted.bundle, dict) else None
+    return name or reader.info.extra.get(BUNDLE_NAME)
 
 
 def _named(decode: Any, text: str | bytes) -> _Named:

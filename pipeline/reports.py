@@ -174,7 +174,7 @@ def _recorded(info: Mapping[str, Any]) -> str:
     parts += [f"{info['bytes'] / 1e6:.1f} MB"] if "bytes" in info else []
     parts += [f"rig {info['rig']}"] if "rig" in info else []
     if (bundle := info.get("bundle")) is not None:
-        parts.append(f"model {bundle['name'] or ''} {bundle['sha256'][:12]}…")
+        parts.append(" ".join(filter(None, ("model", bundle["name"], f"{bundle['sha256'][:12]}…"))))
     counts = [counted(info[f"{what}s"], what) for what in ("window", "prediction") if f"{what}s" in info]
     return "   ".join([*parts, *([", ".join(counts)] if counts else [])])
 

@@ -494,8 +494,21 @@ def test_a_type_of_a_known_name_with_other_fields_is_left_out(tmp_path: Path) ->
 
 def test_a_recording_of_ours_need_not_be_imported(tmp_path: Path, ros: Ros) -> None:
     import_file(write_bag(tmp_path, "mcap", ros, [("/imu", T0, imu(ros, T0))]), tmp_path / "ours.mcap")
-    with pytest.raises(ConfigError, match="recording of Sensorium already"):
-        import_file(tmp_path / "ours.mcap", tmp_path / "again.mcap")
+    whole = (tmp_path / "ours.mcap").read_bytes()
+    for size in (len(whole), len(whole) - 1, len(whole) // 2):  # one that is cut off, too, can be read as it is
+        (tmp_path / "ours.mcap").write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=r"recording of Sensorium already.*sensorium info"):
+            import_file(tmp_path / "ours.mcap", tmp_path / "again.mcap")
+        with RecordingReader(tmp_path / "ours.mcap") as reader:
+            assert reader.info.complete == (size == len(whole))
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\x89MCAP0\r\r" + bytes(1000)])
+def test_what_is_only_called_mcap_is_told_so(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "text.mcap").write_bytes(content)
+    with pytest.raises(RecordingError, match="no MCAP file") as told:
+        import_(tmp_path / "text.mcap")
+    assert "recover" not in str(told.value)
 
 
 def test_without_the_library_the_line_to_type_is_said(bag: Callable[[Made], Path], ros: Ros,

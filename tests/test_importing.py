@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -47,6 +48,10 @@ def test_a_gopro_file_gives_three_streams_on_one_clock(shared_data: Path, tmp_pa
     out = tmp_path / "walk.mcap"
     info = import_file(shared_data / "gopro" / "max-heromode.mp4", out)
     assert info.extra["device"] == "GoPro Max"
+    assert "MAGN (260 samples), SHUT (316 samples)" in info.extra["left_out"]
+    assert "SCEN (98 samples)" in info.extra["left_out"]
+    assert "GPS5 (191 samples)" in info.extra["left_out"]
+    assert "ACCL (" not in info.extra["left_out"]
     summary = summarise(out)
     assert summary["complete"] is True
     assert summary["duration_s"] == pytest.approx(10.5, abs=0.1)
@@ -74,7 +79,9 @@ def test_a_gopro_file_gives_three_streams_on_one_clock(shared_data: Path, tmp_pa
 
 def test_stamps_of_the_device_are_kept(shared_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "walk.mcap"
-    import_file(shared_data / "gopro" / "max-heromode.mp4", out, ImportOptions(max_width=64))
+    asked = ImportOptions(streams=("camera", "imu"), max_width=64)
+    info = import_file(shared_data / "gopro" / "max-heromode.mp4", out, asked)
+    assert "left_out" not in info.extra  # nobody asked for the rest
     first = messages(out, "imu")[0].header
     assert first.t_device_ns == 80_577_000  # STMP of the first payload
     assert first.t_capture_ns == 0
@@ -305,6 +312,15 @@ def test_gpmf_samples_are_scaled_turned_and_timed() -> None:
     assert facts == {"device": "Test cam"}
     assert series["ACCL"].values[0][0].tolist() == [1.0, 3.0, -2.0]
     assert series["ACCL"].times_ns(True).tolist() == [n * 1_000_000 for n in (1, 2, 3, 4, 5, 6)]
+
+
+def test_all_that_a_track_holds_is_counted() -> None:
+    held: Counter[str] = Counter()
+    scenes = klv("STRM", "\0", 1, klv("TYPE", "c", 2, b"Ff") + klv("SCEN", "?", 8, bytes(48)) * 3)
+    track = [payload(stream("ACCL", [[0, 0, 9]] * n), stream("GPS5", [[1] * 5] * 2), scenes) for n in (4, 2)]
+    series, _ = _collect(((n, n + 1, data) for n, data in enumerate(track)), held)
+    assert set(series) == {"ACCL"}
+    assert held == {"ACCL": 6, "GPS5": 4, "SCEN": 6}
 
 
 def test_gpmf_without_stamps_is_timed_by_its_container() -> None:

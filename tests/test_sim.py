@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +20,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from nodes.simulated import Simulated
-from pipeline.errors import install
+from pipeline.cli import app
+from pipeline.errors import ConfigError, Interrupted, install
 from pipeline.messages import array
 from pipeline.prediction import Prediction
-from pipeline.recording import Label, RecordingReader
-from pipeline.sim import cues
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.sim import cues, generate
 from pipeline.sim.cues import CUES, DELAY_S, LABELS, SENSORS
 from pipeline.sim.generate import record_session, record_sessions, session_file
 from pipeline.sim.ranges import RANGES, draw
@@ -482,6 +486,29 @@ def test_many_sessions_are_those_of_their_seeds_and_what_is_there_stays(
     assert not list(tmp_path.glob("*.tmp"))
     record_session(tmp_path / "alone.mcap", 30, "train", 1.0)
     assert (tmp_path / "alone.mcap").read_bytes() == session_file(tmp_path, 30, "train").read_bytes()
+    assert not list(record_sessions(tmp_path, range(30, 33), "train", 1.0))
+    with pytest.raises(ConfigError, match=r"00030\.mcap is there already, and is 1 s long, not 2 s \(1 more are"):
+        list(record_sessions(tmp_path, range(30, 34), "train", 2.0))
+    assert not session_file(tmp_path, 33, "train").exists()
+
+
+def test_the_command_says_what_was_there_already(simulation: Callable[..., Any], tmp_path: Path) -> None:
+    for seed in (70, 71):
+        with RecordingWriter(session_file(tmp_path, seed, "train"), SessionInfo(session="s", unix_ns=1)) as writer:
+            writer.write_label(Label(0, NS, "clear"), NS)
+    asked = ("simulate", "rover", "-o", str(tmp_path), "--seed", "70", "--count", "2", "--duration")
+    ran = cli(*asked, "1")
+    assert ran.returncode == 0, ran.stderr
+    assert "0 sessions of 1 s, 0.0 MB; 2 were there already and are left as they are; see one with" in ran.stderr
+    shown = ran.stderr.split("sensorium info ")[1].strip()
+    assert cli("info", shown).returncode == 0
+    (tmp_path / "rover-train-00071.mcap").unlink()
+    said = cli(*asked, "1").stderr
+    assert "1 session of 1 s" in said
+    assert "; 1 was there already and is left as it is; " in said
+    ran = cli(*asked, "60")
+    assert ran.returncode == 2
+    assert "is 1 s long, not 60 s" in ran.stderr
 
 
 MAIN = """
@@ -522,6 +549,43 @@ def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.mcap").write_bytes(b"")
     assert "exists already" in cli("simulate", "rover", "-o", out).stderr
     assert "is a file" in cli("simulate", "rover", "-o", out, "--count", "2").stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_what_is_ended_leaves_whole_sessions_and_the_same_command_goes_on(
+    simulation: Callable[..., Any], tmp_path: Path, how: signal.Signals
+) -> None:
+    asked = ["simulate", "rover", "-o", str(tmp_path), "--count", "3", "--duration", "600"]
+    with RecordingWriter(session_file(tmp_path, 0, "train"), SessionInfo(session="s", unix_ns=1)) as writer:
+        writer.write_label(Label(0, 600 * NS, "clear"), 600 * NS)
+    # The signal reaches the command alone, and none of its workers.
+    with subprocess.Popen([sys.executable, "-c", MAIN, "", *asked], stderr=subprocess.PIPE, text=True) as running:
+        try:
+            part = session_file(tmp_path, 1, "train").with_suffix(".mcap.tmp")
+            for _ in range(600):
+                if part.exists():
+                    break
+                threading.Event().wait(0.1)
+            assert part.exists()
+            running.send_signal(how)
+            _, stderr = running.communicate(timeout=30)
+        finally:
+            running.kill()
+    assert running.returncode == 130
+    assert stderr == "error: interrupted after 1 of 3 sessions; the same command goes on\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["rover-train-00000.mcap"]
+
+
+def test_a_single_session_that_is_ended_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"some")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "record_session", interrupted)
+    out = tmp_path / "x.mcap"
+    result = CliRunner().invoke(app, ["simulate", "rover", "-o", str(out)])
+    assert isinstance(result.exception, Interrupted)
+    assert str(result.exception) == f"interrupted; {out} holds what was simulated until then"
 
 
 # -- live --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Generator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,22 @@ def test_workers_do_not_outlive_who_began_them(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe")
+def test_an_interrupt_of_this_process_alone_does_not_wait_for_what_has_begun(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    def interrupted() -> Generator[Future[None], None, None]:
+        with workers(1) as pool:
+            yield pool.submit(hold, str(fifo))
+
+    work = interrupted()
+    held = next(work)
+    with fifo.open() as file:
+        assert file.readline() == "here\n"
+        with pytest.raises(KeyboardInterrupt):
+            work.throw(KeyboardInterrupt)
+        assert file.read() == ""
+    assert isinstance(held.exception(), BrokenProcessPool)

@@ -56,7 +56,8 @@ class AudioVideo:
             if probe.streams.audio:
                 track = sound(container(), options, slack_ns, opened.dropped)
                 opened.tracks[options.microphone] = _guarded(path, track)
-            motion = gopro.motion(probe, path)
+            # Nobody who names the streams that are wanted asked for the rest.
+            motion = gopro.motion(probe, path, [] if options.streams else opened.left_out)
             if motion is not None:
                 opened.tracks[options.imu] = motion.pieces(options.imu_batch_ms, slack_ns)
                 opened.facts |= motion.facts

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, RecordingError
 from pipeline.importing.foxglove_messages import foxglove_decoder
 from pipeline.importing.images import Unusable
 from pipeline.importing.ros_types import Decode, Definition, decoder, full_name, rosbags
+from pipeline.recording_reader import MAGIC, is_recording
 
 _DAMAGE = (OSError, EOFError, struct.error, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError,
            OverflowError, MemoryError)  # fmt: skip
@@ -117,13 +118,20 @@ class McapBag(Bag):
         self._path = path
         self._file = path.open("rb")
         try:
+            # Before the reader, which takes anything for MCAP, and whose words for our own that are cut off mislead.
+            start = self._file.read(len(MAGIC))
+            if not MAGIC.startswith(start):
+                raise RecordingError(f"{path} cannot be read: it is no MCAP file, whatever its name says.")
+            if is_recording(path):
+                raise _ours(path)
+            self._file.seek(0)
             self._reader = SeekingReader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
             statistics = summary and summary.statistics
             if not summary or not statistics or (statistics.message_count and not summary.chunk_indexes):
                 raise RecordingError(f"{path} has no index. Make one with: mcap recover {path.name} -o whole.mcap")
             if any(index.name == "sensorium" for index in summary.metadata_indexes):
-                raise ConfigError(f"{path} is a recording of Sensorium already, and need not be imported.")
+                raise _ours(path)
         except (McapError, *_DAMAGE) as error:
             self._file.close()
             if isinstance(error, RecordingError | ConfigError):
@@ -155,6 +163,12 @@ class McapBag(Bag):
 
     def close(self) -> None:
         self._file.close()
+
+
+def _ours(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} is a recording of Sensorium already, and need not be imported; see it with: sensorium info {path}"
+    )
 
 
 def _mcap_decoder(encoding: str, schema: Any) -> Decode:

@@ -17,6 +17,7 @@ without stamps are read by the times of the payloads.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +36,7 @@ _NUMBERS = {"b": "i1", "B": "u1", "s": ">i2", "S": ">u2", "l": ">i4", "L": ">u4"
     "f": ">f4",
     "d": ">f8",
 }
+_TAKEN = ("ACCL", "GYRO")
 _ONE_A_FRAME = ("SHUT", "ISOE", "ISOG", "CORI", "IORI")
 _DEFAULT_AXES = "ZXY"  # of the cameras before ORIN
 
@@ -139,12 +141,18 @@ class Motion:
             )
 
 
-def motion(container: Any, path: Path) -> Motion | None:
-    """The motion track of an open container; None if it has none. RecordingError if it is damaged."""
+def motion(container: Any, path: Path, left_out: list[str]) -> Motion | None:
+    """The motion track of an open container; None if it has none. What else the track holds is said in ``left_out``.
+    RecordingError if it is damaged."""
+    held: Counter[str] = Counter()
     try:
-        series, facts = _collect(_payloads(container))
+        series, facts = _collect(_payloads(container), held)
     except (ValueError, struct.error, av.FFmpegError) as error:
         raise RecordingError(f"{path} has a damaged GoPro motion track: {error}") from None
+    taken = _TAKEN if "ACCL" in series else ()
+    rest = [f"{key} ({count} samples)" for key, count in held.items() if count and key not in taken]
+    if rest:
+        left_out.append(f"{', '.join(rest)} of the GoPro's track, of which only ACCL and GYRO are taken over")
     if "ACCL" not in series:
         return None
     try:
@@ -181,8 +189,12 @@ def _payloads(container: Any) -> Iterator[tuple[int, int, bytes]]:
         container.seek(0)
 
 
-def _collect(payloads: Iterator[tuple[int, int, bytes]]) -> tuple[dict[str, Series], dict[str, str]]:
-    wanted = ("ACCL", "GYRO", *_ONE_A_FRAME)
+def _collect(
+    payloads: Iterator[tuple[int, int, bytes]], held: Counter[str] | None = None
+) -> tuple[dict[str, Series], dict[str, str]]:
+    """What is read of the track, and what it says of the camera; ``held`` counts the samples of all of its streams."""
+    wanted = (*_TAKEN, *_ONE_A_FRAME)
+    held = Counter() if held is None else held
     found: dict[str, Series] = {}
     facts: dict[str, str] = {}
     for start_ns, end_ns, data in payloads:
@@ -192,11 +204,21 @@ def _collect(payloads: Iterator[tuple[int, int, bytes]]) -> tuple[dict[str, Seri
                     facts["device"] = entry.body.decode("latin-1").rstrip("\0 ")
                 if entry.key != "STRM":
                     continue
-                stream = {inner.key: inner for inner in entry.children}
+                children = entry.children
+                stream = {inner.key: inner for inner in children}
+                if children:  # the samples are what comes last
+                    held[children[-1].key] += _samples(children)
                 for key in wanted:
                     if key in stream and stream[key].repeat:
                         _append(found.setdefault(key, Series()), stream, key, start_ns, end_ns)
     return found, facts
+
+
+def _samples(stream: list[Entry]) -> int:
+    """How many a stream has in one payload: as many as are in its last entry, but where that is there several times
+    (a list of scenes for each picture) one in each."""
+    same = [entry for entry in stream if entry.key == stream[-1].key]
+    return len(same) if len(same) > 1 else same[0].repeat
 
 
 def _append(series: Series, stream: dict[str, Entry], key: str, start_ns: int, end_ns: int) -> None:
@@ -206,7 +228,7 @@ def _append(series: Series, stream: dict[str, Entry], key: str, start_ns: int, e
         if not np.isfinite(scale).all() or not scale.all() or values.shape[1] % len(scale):
             raise ValueError(f"{key} is to be divided by {scale.tolist()}")
         values = values / scale
-    if key in ("ACCL", "GYRO"):
+    if key in _TAKEN:
         axes = stream["ORIN"].body.decode("latin-1") if "ORIN" in stream else _DEFAULT_AXES
         values = to_xyz(values, axes)
     series.values.append(values)

@@ -8,13 +8,15 @@ processor or its versions of MuJoCo and numpy do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from pipeline.recording import Label, RecordingWriter, SessionInfo
+from pipeline.errors import ConfigError, RecordingError
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.sim.camera import prepare
 from pipeline.sim.ranges import Name
 from pipeline.sim.script import Spell
@@ -23,6 +25,8 @@ from pipeline.workers import workers
 UNIX_NS = 1_767_225_600_000_000_000
 """Simulated sessions begin at 2026-01-01T00:00:00Z, so that the same seed gives the same bytes."""
 NS = 1_000_000_000
+_TICK_NS = 10_000_000
+"""The simulation's, which cannot be imported before ``prepare``."""
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -86,12 +90,15 @@ def session_file(folder: Path, seed: int, ranges: Name) -> Path:
 
 def record_sessions(
     folder: Path, seeds: Iterable[int], ranges: Name = "train", duration_s: float = 20.0, jobs: int = 1
-) -> Iterator[Written]:
+) -> Generator[Written, None, None]:
     """Records a session of each seed into ``folder``, several at a time, and yields each as it is done. A session is
-    there whole or not at all; what is there already is left, so that a run that was ended can go on. ConfigError."""
+    there whole or not at all; what is there already is left, so that a run that was ended can go on. ConfigError, also
+    if a session that is there already has another length."""
+    files = {seed: session_file(folder, seed, ranges) for seed in seeds}
+    _check_lengths([file for file in files.values() if file.exists()], duration_s)
     prepare()
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [seed for seed in seeds if not session_file(folder, seed, ranges).exists()]
+    wanted = [seed for seed, file in files.items() if not file.exists()]
     try:
         with workers(jobs) as pool:
             for done in as_completed([pool.submit(_record_whole, folder, seed, ranges, duration_s) for seed in wanted]):
@@ -99,6 +106,23 @@ def record_sessions(
     finally:
         for seed in wanted:
             _unfinished(folder, seed, ranges).unlink(missing_ok=True)
+
+
+def _check_lengths(files: Iterable[Path], duration_s: float) -> None:
+    """ConfigError if sessions are not as long as those that are to lie beside them. What cannot be read is nobody's
+    business here."""
+    others = []
+    for file in files:
+        with suppress(RecordingError), RecordingReader(file) as reader:
+            if not 0 <= reader.end_ns - round(duration_s * NS) < _TICK_NS:  # a session ends with a tick
+                others.append((file, reader.end_ns / NS))
+    if others:
+        file, length_s = others[0]
+        more = f" ({len(others) - 1} more are of another length)" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{file} is there already, and is {length_s:g} s long, not {duration_s:g} s{more}. Name another folder, or "
+            f"the same length, or remove what is there."
+        )
 
 
 def _unfinished(folder: Path, seed: int, ranges: Name) -> Path:
