@@ -203,6 +203,8 @@ class Supervisor:
             if self._stopping:
                 child.state = "stopped"
         if self._stopping:
+            if child.name == "record" and status > 0:  # what it held back until the end found no room
+                self._recording_failed(child, status, child.tail())
             self._tell(child, "stopped", "stopped" if status == 0 else died_how(status))
             return
         if ended:

@@ -386,6 +386,25 @@ def test_a_recording_that_could_not_be_created_is_not_said_to_be_there(place: Pa
     assert re.match(r"error: the recording failed, and is not whole: /proc/\S+ cannot be created: ", last), last
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a file's greatest size can be set on POSIX alone")
+def test_a_recording_that_finds_no_room_at_its_end_is_no_success(place: Path) -> None:
+    """Much is held back until a recorder stops: its index, and of a short session nearly all."""
+    (place / "short.yaml").write_text("name: r\nsources: {imu: {kind: synthetic, payload: imu}}\n")
+    asked = ["run", "short.yaml", "--duration", 1, "--record"]
+    assert sensorium(place, *asked, "whole.mcap").returncode == 0
+    most = (place / "whole.mcap").stat().st_size - 1500
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most})); "
+    result = subprocess.run(
+        [sys.executable, "-c", f"{limit}from pipeline.cli import main; main()", *map(str, asked), "cut.mcap"],
+        cwd=place, env=environment(place), capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "recorded: " not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "the recording failed, and is not whole: " in last
+    assert "cut.mcap cannot be written any further" in last
+
+
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:
     with Running(place, "run", "rig.yaml", "--json") as running:
         first = running.line()

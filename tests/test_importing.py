@@ -195,6 +195,20 @@ def test_a_wave_file_of_two_channels(make_file: Callable[..., Path], tmp_path: P
         assert reader.streams == {"microphone": "audio"}
 
 
+def test_further_tracks_are_said_to_be_left(make_file: Callable[..., Path], tmp_path: Path) -> None:
+    both = make_file(frames=[0, 40], sound=[0, 10, 20, 30])
+    assert "left_out" not in import_file(both, tmp_path / "a.mcap").extra
+    with av.open(str(both)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        twice = [[target.add_stream_from_template(stream) for _ in range(2)] for stream in source.streams]
+        for packet in source.demux():
+            for stream in twice[packet.stream.index] if packet.dts is not None else ():
+                packet.stream = stream
+                target.mux(packet)
+    info = import_file(tmp_path / "b.mkv", tmp_path / "b.mcap")
+    assert info.extra["left_out"] == "1 more track of pictures; 1 more track of sound"
+    assert len(messages(tmp_path / "b.mcap", "camera")) == 2
+
+
 def test_pictures_raw_scaled_and_named(make_file: Callable[..., Path], tmp_path: Path) -> None:
     options = ImportOptions(jpeg_quality=None, max_width=32, camera="front")
     import_file(make_file(frames=[0, 40]), tmp_path / "a.mcap", options)

@@ -57,12 +57,20 @@ class AudioVideo:
                 track = sound(container(), options, slack_ns, opened.dropped)
                 opened.tracks[options.microphone] = _guarded(path, track)
             # Nobody who names the streams that are wanted asked for the rest.
+            if not options.streams:
+                opened.left_out += _more(probe)
             motion = gopro.motion(probe, path, [] if options.streams else opened.left_out)
             if motion is not None:
                 opened.tracks[options.imu] = motion.pieces(options.imu_batch_ms, slack_ns)
                 opened.facts |= motion.facts
             opened.close = stack.pop_all().close
         return opened
+
+
+def _more(container: Any) -> list[str]:
+    """What there is beside the first track of pictures and of sound."""
+    more = {"pictures": len(container.streams.video) - 1, "sound": len(container.streams.audio) - 1}
+    return [f"{n} more track{'s' * (n > 1)} of {what}" for what, n in more.items() if n > 0]
 
 
 def pictures(container: Any, options: ImportOptions, uncertainty_ns: int) -> Iterator[Piece]:
