@@ -28,6 +28,14 @@ settings.register_profile("default", deadline=None, suppress_health_check=[Healt
 settings.load_profile("default")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_a_shell_leaves_them() -> None:
+    """PulseAudio's plugin for ALSA blocks SIGPIPE in whatever thread asks for the sound devices, and for good, and what
+    is started later inherits that: `| head` would end it by an error instead of a signal."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real recordings by other people's sensors, which are never committed."""
