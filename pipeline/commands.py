@@ -10,8 +10,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -559,15 +559,14 @@ def train(
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
-    if not resume and out.with_name(f"{out.name}.unfinished").is_dir():
+    interrupted = out.with_name(f"{out.name}.unfinished").is_dir()
+    if interrupted and not resume:
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
-    if resume and not out.with_name(f"{out.name}.unfinished").is_dir():
+    if resume and not interrupted:
         _say(f"no training of {out.name} was interrupted here: nothing is to be gone on with, and it begins anew")
     tell = _print_line if json else None
-    # Whoever ends it politely gets what Ctrl-C does: nothing half done stays behind, and it can be gone on with.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with Bars(console(sys.stderr), tell) as bars:
+        with _ended_politely(), Bars(console(sys.stderr), tell) as bars:
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt:
@@ -578,14 +577,22 @@ def train(
         again += ["--freeze"] if freeze else []
         again += [] if device == "auto" else ["--device", device]
         raise Interrupted(f"interrupted; go on with: {shlex.join(again)}") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
     screen = console(sys.stdout)
     screen.print(curves(trained.curves), "", score_table(made.scores))
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
+
+
+@contextmanager
+def _ended_politely() -> Iterator[None]:
+    """Within it SIGTERM does what Ctrl-C does: nothing half done stays behind, and it can be gone on with."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _cores() -> int:
@@ -685,10 +692,9 @@ def simulate(
         raise ConfigError(f"there is no world `{world}` to simulate; there is `rover`.")
     written: list[generate.Written] = []
     there = 0
-    # Whoever ends it politely gets what Ctrl-C does, as in a training.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hidden = not sys.stderr.isatty()
     try:
-        with Progress(console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty()) as bar:
+        with _ended_politely(), Progress(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
                 file = new_file(out)
@@ -713,8 +719,6 @@ def simulate(
             raise Interrupted(f"interrupted; {kept}") from None
         done = _sessions_there(out, range(seed, seed + count), ranges)
         raise Interrupted(f"interrupted after {done} of {count} sessions; the same command goes on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if json:
         _print_json(written[0] if count is None else written)
         return

@@ -170,11 +170,10 @@ def _check_truth(passes: Sequence[Pass], sessions: Sequence[Session], bundle: Bu
 
 
 def _session(session: Session, one: Pass, bundle: Bundle) -> SessionResult:
-    counts = np.bincount(one.truth, minlength=len(bundle.labels))
+    counts, used = np.bincount(one.truth, minlength=len(bundle.labels)), _used(session, bundle)
     return SessionResult(
         file=session.path.name, session=session.session, sha256=session.sha256, attributes=session.attributes,
-        in_training=_used(session, bundle) == "trained on", used=_used(session, bundle), missing=session.missing,
-        windows=one.steps,
+        in_training=used == "trained on", used=used, missing=session.missing, windows=one.steps,
         labels={label: int(n) for label, n in zip(bundle.labels, counts, strict=True) if n},
         scores=scores([one], 0, len(bundle.labels)),
     )  # fmt: skip

@@ -152,7 +152,7 @@ def _training(trained: Trained) -> str:
         "taken; none were chosen by how they did."
     )
     if file.teachers is not None:
-        epochs = file.teachers.epochs or max(1, file.train.epochs // 2)
+        epochs = file.teachers.train(file.train).epochs
         text += (
             f" It learnt from what {file.teachers.count} models like it, of other seeds and {epochs} epochs, say in "
             f"the mean of the sessions, of which {file.teachers.blend:.0%} were blended with others; only these models "

@@ -115,6 +115,10 @@ class TeachersEntry(_Strict, frozen=True):
     epochs: Positive | None = None
     blend: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
 
+    def train(self, entry: TrainEntry) -> TrainEntry:
+        """How each of them is trained where the model is by ``entry``."""
+        return msgspec.structs.replace(entry, epochs=self.epochs or max(1, entry.epochs // 2))
+
 
 class CalibrateEntry(_Strict, frozen=True):
     """``coverage`` of the prediction sets; ``wrong``: the share of any class's windows that may get a confident wrong

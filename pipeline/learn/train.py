@@ -268,13 +268,10 @@ class _Run:
     def _taught(self, entry: TeachersEntry, checkpoints: Checkpoints, resume: bool, curves: bool) -> Teachers:
         """Trains the teachers, each from another seed; ``curves``: whether they are not in the curves yet."""
         file = self._config.file
-        epochs = entry.epochs or max(1, file.train.epochs // 2)
         models = []
         for number in range(1, entry.count + 1):
             seed = int.from_bytes(hashlib.sha256(f"{file.seed}/teacher/{number}".encode()).digest()[:4])
-            own = msgspec.structs.replace(
-                file, seed=seed, teachers=None, train=msgspec.structs.replace(file.train, epochs=epochs)
-            )
+            own = msgspec.structs.replace(file, seed=seed, teachers=None, train=entry.train(file.train))
             config, name = msgspec.structs.replace(self._config, file=own), f"teacher {number}"
             one = _Run(config, self._ready, self._parts, self._device, self._watch, name)
             one.run(checkpoints.within(f"teacher-{number}", one.identity()), resume)
