@@ -70,10 +70,10 @@ STREAMS: dict[str, dict[str, Any]] = {
                     "jitter": 0.04, "hide": 0.15, "style": 0.5},
     },
     "depth": {
-        "rule": {**_GRID, "rate_hz": 5},
-        "token": 64,
-        "encoder": {**_NET, **_TIME, "widths": [32, 64, 96], "kernel": 3, "stride": 1, "scale": 0.1, "jitter": 0.1,
-                    "dropout": 0.3, "hide": 0.3},
+        "rule": {**_GRID, "rate_hz": 15},
+        "token": 96,
+        "encoder": {**_NET, **_TIME, "stride": 1, "components": 24, "differences": [1, 2], "scale": 0.1, "jitter": 0.03,
+                    "style": 0.5},
     },
 }  # fmt: skip
 FUSION = {"width": 96, "queries": 1, "head": "linear"}

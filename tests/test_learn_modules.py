@@ -26,7 +26,7 @@ from pipeline.learn.export import _plain  # noqa: E402
 from pipeline.learn.fusion import STRATEGIES, Fusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import encoder_graph, fusion_graph  # noqa: E402
 from pipeline.learn.pictures import TURN, azimuths  # noqa: E402
-from pipeline.learn.series import lagged  # noqa: E402
+from pipeline.learn.series import Principal, lagged  # noqa: E402
 from pipeline.learn.sound import fourier, triangles  # noqa: E402
 from pipeline.learn.summaries import Moved, spans  # noqa: E402
 
@@ -41,6 +41,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                                 {"samples": 9, "channels": 6, "rate_hz": 90}),
     "signal": ("signal", {"widths": [16, 16], "dims": 3, "origin": 1, "pairs": [[0, 2]], "differences": [1, 2, 30]},
                {"samples": 24, "channels": 9, "rate_hz": 30}),
+    "signal by components": ("signal", {"widths": [16], "components": 3},
+                             {"samples": 12, "channels": 7, "rate_hz": 20}),
     "signal of one sample": ("signal", {"widths": [16]}, {"samples": 1, "channels": 2, "rate_hz": 10}),
     "signal rows": ("signal", {"widths": [16], "points": 8, "dims": 2, "origin": 1}, {"channels": 4}),
     "sweep": ("sweep", {"widths": [8], "columns": 32, "rows": 8}, {}),
@@ -286,6 +288,28 @@ def test_rows_of_any_number_are_stretched_linearly() -> None:
     assert (broken == 0).all()
 
 
+def test_components_are_those_of_what_is_valid() -> None:
+    """Channels that three hidden ones make, some of them in large units: three components hold all of it."""
+    rng = np.random.default_rng(2)
+    mixed = rng.normal(0, 1, (3, 20)) * 10.0 ** rng.integers(-1, 3, 20)
+    steps = torch.from_numpy((rng.normal(0, 1, (40, 12, 3)) @ mixed + 5).astype(np.float32)).transpose(1, 2)
+    valid = torch.from_numpy((rng.random((40, 1, 12)) < 0.7).astype(np.float32))
+    wild = torch.cat([torch.where(valid > 0, steps, 1e6), valid], 1)
+    found = Principal(20, 3)
+    found.take([wild[:30], wild[30:]])
+    assert torch.isfinite(found.axes).all()
+    parts = found(steps)
+    centred = (steps - steps.transpose(1, 2)[valid[:, 0] > 0].mean(0)[None, :, None]).transpose(1, 2).reshape(-1, 20)
+    rows = parts.transpose(1, 2).reshape(-1, 3)
+    again = rows @ torch.linalg.lstsq(rows, centred).solution
+    assert torch.allclose(again, centred, rtol=1e-3, atol=1e-3 * float(centred.abs().max()))
+    apart = torch.corrcoef(parts.transpose(1, 2)[valid[:, 0] > 0].T) - torch.eye(3)
+    assert float(apart.abs().max()) < 1e-3
+    nothing = Principal(20, 3)
+    nothing.take([])
+    assert torch.equal(nothing(steps), steps[:, :3])
+
+
 def test_normalisation_counts_what_is_valid_only() -> None:
     layer, moments = Normalise(2, 1), Moments()
     values = torch.tensor([[[1.0, 3.0, 99.0], [2.0, 2.0, 99.0]]])
@@ -339,6 +363,8 @@ def test_pooling_and_statistics_see_what_is_valid() -> None:
         ("signal", {"dims": 3, "pairs": [[0, 9]]}, "points"),
         ("signal", {"dims": 2}, "2"),
         ("signal", {"origin": 0}, "dims"),
+        ("signal", {"components": 10}, "9 channels have no 10"),
+        ("signal", {"components": 2, "dims": 3}, "one of both"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(payload: Any, given_settings: dict[str, Any], words: str) -> None:

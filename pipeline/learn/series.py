@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigError
-from pipeline.learn.blocks import TINY, Moments, Normalise, ResidualNet, pooled, statistics
+from pipeline.learn.blocks import SMALLEST, TINY, Moments, Normalise, ResidualNet, pooled, statistics
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
 GRAVITY = 9.80665
@@ -81,8 +81,12 @@ class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw
     is the point that the others are relative to, ``pairs`` are points whose distance is a channel, and ``axis`` the
     coordinate about which ``turn_deg`` rotates. ``unit``: two points whose mean distance is the unit of length, so that
     a tall person is like a small one. With ``parents``, the point that each hangs on (-1: on none), each
-    link's length varies in training by ``limbs`` (relative standard deviation), as it does from person to person."""
+    link's length varies in training by ``limbs`` (relative standard deviation), as it does from person to person.
 
+    ``components``: so many principal components (of the training) in the place of the channels, for signals of hundreds
+    of them, of which a network would learn the training by heart."""
+
+    components: Annotated[int, msgspec.Meta(ge=0)] = 0
     dims: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
     origin: Annotated[int, msgspec.Meta(ge=0)] | None = None
     pairs: tuple[tuple[int, int], ...] = ()
@@ -104,6 +108,7 @@ class SeriesEncoder(StreamEncoder):
         self.resampled = points > 0
         self.points = points or settings.points
         self.shape = (channels + 1, self.points)
+        self._furnish()
         with torch.no_grad():
             known = self.derived(torch.zeros(1, channels, self.points), torch.ones(1, 1, self.points))[0].shape[1]
         self.known = known
@@ -135,6 +140,9 @@ class SeriesEncoder(StreamEncoder):
         rows = torch.cat([values, torch.zeros(1, self.channels)])
         there = torch.cat([known, torch.zeros(1)])
         return rows[left] * (1 - part) + rows[right] * part, there[left] * there[right]
+
+    def _furnish(self) -> None:
+        """Makes what ``derived`` computes with."""
 
     def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Channels [B, C', T] that the network sees, and where they hold [B, 1, T]."""
@@ -314,8 +322,19 @@ class SignalEncoder(SeriesEncoder):
         _check_points(settings, channels)
         super().__init__(settings, channels, points, token)
 
+    def _furnish(self) -> None:
+        some = self.settings.components
+        self.principal = Principal(self.channels, some) if some else None
+
+    def fit(self, prepared: Iterable[Tensor]) -> None:
+        if self.principal is not None:
+            self.principal.take(map(self.flat, prepared))
+        super().fit(prepared)
+
     def derived(self, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         dims = self.settings.dims
+        if self.principal is not None:
+            return self.principal(values) * valid, valid
         if not dims:
             return values, valid
         points = torch.unflatten(values, 1, (-1, dims))
@@ -369,7 +388,48 @@ class SignalEncoder(SeriesEncoder):
         return torch.einsum("bij,bljct->blict", change, torch.unflatten(values, 2, (n, dims))).flatten(2, 3)
 
 
+class Principal(nn.Module):
+    """Channels [B, C, T] to their first principal components [B, components, T]. A channel counts by the root of its
+    standard deviation: neither do the ones of large numbers rule, nor does the noise of the smallest become as large as
+    they are."""
+
+    mean: Tensor
+    axes: Tensor
+
+    def __init__(self, channels: int, components: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, channels, 1))
+        self.register_buffer("axes", torch.eye(components, channels))
+
+    @torch.no_grad()
+    def take(self, prepared: Iterable[Tensor]) -> None:
+        """Finds the axes in steps [B, C + 1, T], whose last row says what counts; without any they stay as they are."""
+        n = self.mean.shape[1]
+        count, total = 0.0, torch.zeros(n, dtype=torch.float64)
+        squares = torch.zeros(n, n, dtype=torch.float64)
+        for steps in prepared:
+            valid = steps[:, -1] > 0
+            rows = steps[:, :-1].transpose(1, 2)[valid].double()
+            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.T @ rows
+        if not count:
+            return
+        mean = total / count
+        spread = squares / count - mean[:, None] * mean
+        scale = spread.diagonal().clamp(min=SMALLEST**2) ** -0.25
+        axes = torch.linalg.eigh(scale[:, None] * spread * scale).eigenvectors.flip(1)[:, : len(self.axes)].T
+        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # an axis may point either way
+        self.mean.copy_(mean[None, :, None])
+        self.axes.copy_(axes * scale)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.axes @ (values - self.mean)
+
+
 def _check_points(settings: SignalSettings, channels: int) -> None:
+    if settings.components and settings.dims:
+        raise ConfigError("`components` are of a signal's channels; with `dims` these are points. Give one of both.")
+    if settings.components > channels:
+        raise ConfigError(f"{channels} channels have no {settings.components} `components`; ask for as many at most.")
     dims, origin = settings.dims, () if settings.origin is None else (settings.origin,)
     named = [
         *origin,

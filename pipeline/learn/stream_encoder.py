@@ -34,8 +34,8 @@ class StreamEncoder(nn.Module):
         raise NotImplementedError
 
     def fit(self, prepared: Iterable[Tensor]) -> None:
-        """Takes the normalisation from training data: prepared steps, single or in batches of any leading shape.
-        Without any, nothing is normalised."""
+        """Takes the normalisation from training data: prepared steps, single or in batches of any leading shape, which
+        may be gone through more than once. Without any, nothing is normalised."""
 
     def augment(self, prepared: Tensor, generator: torch.Generator) -> Tensor:
         """Other steps [B, L, ...] with the same meaning; unchanged where the encoder knows none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -421,7 +421,7 @@ def fit_normalisation(model: Model, sessions: Sequence[Labelled], only: Sequence
     for name in model.encoders if only is None else only:
         total = sum(int(session.session.present[name].sum()) for session in sessions)
         every = max(1, total // FITTED_ON)
-        model.encoder(name).fit(_some(sessions, name, every))
+        model.encoder(name).fit(_Some(sessions, name, every))
 
 
 def some_of(sessions: Sequence[Labelled], steps: int) -> list[Labelled]:
@@ -431,13 +431,19 @@ def some_of(sessions: Sequence[Labelled], steps: int) -> list[Labelled]:
     return list(sessions[::every])
 
 
-def _some(sessions: Sequence[Labelled], name: str, every: int) -> Iterator[Tensor]:
-    """Batches of every ``every``-th step that is present."""
-    for session in sessions:
-        rows = np.flatnonzero(session.session.present[name])[::every]
-        if not len(rows):
-            continue
-        if session.held:
-            yield torch.from_numpy(session.held[name][rows])
-        else:
-            yield torch.from_numpy(np.concatenate([session.read(name, r, r + 1) for r in rows.tolist()]))
+class _Some(Iterable[Tensor]):
+    """Batches of every ``every``-th step that is present, as often as they are asked for."""
+
+    def __init__(self, sessions: Sequence[Labelled], stream: str, every: int) -> None:
+        self._sessions, self._stream, self._every = sessions, stream, every
+
+    def __iter__(self) -> Iterator[Tensor]:
+        name = self._stream
+        for session in self._sessions:
+            rows = np.flatnonzero(session.session.present[name])[:: self._every]
+            if not len(rows):
+                continue
+            if session.held:
+                yield torch.from_numpy(session.held[name][rows])
+            else:
+                yield torch.from_numpy(np.concatenate([session.read(name, r, r + 1) for r in rows.tolist()]))
