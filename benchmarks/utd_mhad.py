@@ -1,7 +1,7 @@
 """Learned fusion against published numbers: UTD-MHAD through aligner, training and fusion as everything else goes.
 
     python benchmarks/utd_mhad.py [FOLDER] [--seeds 5] [--strategies late early hybrid] [--quick] [--json] [--loso]
-        [--split both] [--depth] [--corrupt] [--write rows.json]
+        [--split both] [--depth] [--corrupt] [--write rows.json] [--jobs 2]
 
 Subjects 1, 3, 5, 7 are trained on, 2, 4, 6, 8 tested on, as in every published table; ``--split both`` adds the
 opposite split as a guard against settings that suit one half. The settings below (``STREAMS`` to ``TEACHERS``) and the
@@ -14,16 +14,20 @@ subset of one stream is that model with the other streams missing. Rows: ``split
 on), ``subset`` (used), ``accuracy``, ``sd``, ``low``, ``high`` in %, ``by_subject``; with ``corruption`` where streams
 were spoiled without anybody saying so (see ``utd_mhad_data``).
 
-``--depth`` adds a model with the depth camera as a third stream. ``--quick`` trains a few epochs, to see it run.
+``--depth`` adds a model with the depth camera as a third stream. ``--quick`` trains a few epochs, to see it run. A
+model takes ten to twenty minutes on one core; ``--jobs`` are trained at a time (as many as there are cores), with the
+same result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,32 +279,73 @@ def _corruptions(options: argparse.Namespace, strategy: str, streams: tuple[str,
     )
 
 
-def measure(options: argparse.Namespace, clips: Clips) -> list[dict[str, Any]]:
+class Task(NamedTuple):
+    """One model to train and test."""
+
+    run: Run
+    corruptions: tuple[Corruption, ...]
+    seed: int
+    epochs: int | None
+    device: str
+
+
+_CLIPS: list[Clips] = []
+"""Of this process."""
+
+
+def _ready(folder: Path, depth: bool, subjects: Sequence[int], cache: Path) -> None:
+    torch.set_num_threads(1)
+    _CLIPS[:] = [Clips([clip for clip in load_clips(folder, depth) if clip.subject in subjects], cache)]
+
+
+def _work(task: Task) -> tuple[Task, Outcome]:
+    return task, evaluate(_CLIPS[0], task.run, task.seed, task.epochs, task.corruptions, task.device)
+
+
+def outcomes(options: argparse.Namespace, tasks: Sequence[Task], cache: Path) -> Iterator[tuple[Task, Outcome]]:
+    """What the tasks find, as they are done."""
+    ready = (options.folder, options.depth, ODD if options.loso else (*ODD, *EVEN), cache)
+    jobs = min(options.jobs or len(os.sched_getaffinity(0)), len(tasks))
+    if jobs == 1:
+        _ready(*ready)
+        yield from map(_work, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, _ready, ready) as pool:
+        yield from pool.imap_unordered(_work, tasks)
+
+
+def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     """All rows. What is done so far is told on stderr."""
-    found: dict[Run, list[Outcome]] = {}
-    runs = plan(options)
     clock, epochs = SystemClock(), 3 if options.quick else options.epochs
     begun_ns = clock.now_ns()
-    for seed in range(options.seeds):
-        folds: dict[tuple[str, tuple[str, ...]], list[Outcome]] = {}
-        for run, corruptions in runs:
-            outcome = evaluate(clips, run, seed, epochs, corruptions, options.device)
-            said = ", ".join(f"{k[0]} {100 * v.mean():.2f}" for k, v in outcome.right.items() if k[1] is None)
-            spent_s = (clock.now_ns() - begun_ns) / 1e9
-            print(f"{spent_s:6.0f} s  {run.split} {run.strategy} seed {seed}: {said}", file=sys.stderr, flush=True)
-            if options.loso:
-                folds.setdefault((run.strategy, run.streams), []).append(outcome)
-            else:
-                found.setdefault(run, []).append(outcome)
-        for (strategy, streams), parts in folds.items():
-            found.setdefault(Run(strategy, streams, ODD, ODD), []).append(joined(parts))
+    tasks = [
+        Task(run, corruptions, seed, epochs, options.device)
+        for seed in range(options.seeds)
+        for run, corruptions in plan(options)
+    ]
+    found: dict[Task, Outcome] = {}
+    for task, outcome in outcomes(options, tasks, cache):
+        found[task] = outcome
+        said = ", ".join(f"{k[0]} {100 * v.mean():.2f}" for k, v in outcome.right.items() if k[1] is None)
+        spent_s = (clock.now_ns() - begun_ns) / 1e9
+        print(f"{spent_s:6.0f} s  {task.run.split} {task.run.strategy} seed {task.seed}: {said}",
+              file=sys.stderr, flush=True)  # fmt: skip
         if options.write:
-            options.write.write_text(json.dumps(_rows(found), indent=1))
-    return _rows(found)
+            options.write.write_text(json.dumps(_rows(tasks, found, options.loso), indent=1))
+    return _rows(tasks, found, options.loso)
 
 
-def _rows(found: Mapping[Run, Sequence[Outcome]]) -> list[dict[str, Any]]:
-    return [row for run, outcomes in found.items() for row in rows_of(run, outcomes)]
+def _rows(tasks: Sequence[Task], found: Mapping[Task, Outcome], loso: bool) -> list[dict[str, Any]]:
+    """Rows of what is there, in the order of the plan. Folds of one seed are joined, and count once all are there."""
+    parts: dict[Run, dict[int, list[Outcome | None]]] = {}
+    for task in tasks:
+        run = task.run._replace(train=ODD, test=ODD) if loso else task.run
+        parts.setdefault(run, {}).setdefault(task.seed, []).append(found.get(task))
+    whole = {
+        run: [joined([fold for fold in folds if fold is not None]) for folds in seeds.values() if None not in folds]
+        for run, seeds in parts.items()
+    }
+    return [row for run, each in whole.items() if each for row in rows_of(run, each)]
 
 
 def main() -> None:
@@ -318,16 +363,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three epochs")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, help="models trained at a time; as many as there are cores if left out")
     parser.add_argument("--cache", type=Path, help="keeps prepared clips between runs")
     parser.add_argument("--write", type=Path, help="a file for the rows so far, after every seed")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    clips = load_clips(options.folder, options.depth)
-    if options.loso:
-        clips = [clip for clip in clips if clip.subject in ODD]
     with tempfile.TemporaryDirectory(prefix="utd-mhad-") as scratch:
-        rows = measure(options, Clips(clips, options.cache or Path(scratch)))
+        rows = measure(options, options.cache or Path(scratch))
     print(json.dumps(rows, indent=1) if options.json else table(rows))
 
 
