@@ -43,7 +43,7 @@ def run(
     allow_code: bool,
 ) -> None:
     """``sensorium run``."""
-    rig_file = _load(rig, predictions)
+    rig_file = _load(rig, predictions, allow_code)
     entry = _record_entry(rig_file, record) if record is not None else None
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
 
@@ -58,18 +58,19 @@ def record(
     allow_code: bool,
 ) -> None:
     """``sensorium record``."""
-    rig_file = _load(rig, predictions)
+    rig_file = _load(rig, predictions, allow_code)
     if out is None and rig_file.rig.record is None:
         raise ConfigError(f"{rig_file.document.path} has no key `record`, so say where to: add -o session.mcap.")
     entry = _record_entry(rig_file, out) if out is not None else rig_file.rig.record
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
 
 
-def _load(rig: str | None, predictions: str | None) -> RigFile:
+def _load(rig: str | None, predictions: str | None, allow_code: bool) -> RigFile:
     """The rig meant, with its predictions published at another endpoint if that was asked for."""
-    from pipeline.config import TransportEntry, load_rig
+    from pipeline.config import TransportEntry
+    from pipeline.plan import load_to_plan
 
-    rig_file = load_rig(find_rig(rig))
+    rig_file = load_to_plan(find_rig(rig), allow_code)
     if predictions is None:
         return rig_file
     kept = msgspec.structs.asdict(rig_file.rig.transport)
@@ -422,14 +423,13 @@ def info(recording: Path, *, json: bool) -> None:
 
 def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     """``sensorium check``."""
-    from pipeline.config import load_rig
     from pipeline.devices import absences
     from pipeline.launch import check_rig_file
     from pipeline.node import decode_settings
-    from pipeline.plan import import_paths, make_plan
+    from pipeline.plan import import_paths, load_to_plan, make_plan
     from pipeline.source import load_kind
 
-    rig_file = load_rig(find_rig(rig))
+    rig_file = load_to_plan(find_rig(rig), allow_code)
     warnings = check_rig_file(rig_file, allow_code)
     plan = make_plan(rig_file, allow_code)
     classes = {source.name: load_kind(source.kind, import_paths(rig_file)) for source in plan.sources}

@@ -195,6 +195,20 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     assert out == ""
 
 
+@pytest.mark.parametrize("command", [("check",), ("run",), ("record", "-o", "new.mcap")])
+def test_everything_that_is_wrong_with_a_rig_is_said_at_once(place: Path, call: Call, command: list[str]) -> None:
+    (place / "wrong.yaml").write_text(
+        RIG.replace("small", "'a b'").replace("payload: audio", "paylod: audio").replace("rate_hz: 10", "rate_hz: -1")
+    )
+    code, out, err = call(place, command[0], "wrong.yaml", *command[1:])
+    assert (code, out) == (2, "")
+    assert [line.partition(": ")[0] + ": " + line.split(": ")[1] for line in err.splitlines()] == [
+        "error: wrong.yaml, line 2, name",
+        "error: wrong.yaml, line 4, sources.camera.rate_hz",
+        "error: wrong.yaml, line 5, sources.microphone.paylod",
+    ]
+
+
 def test_a_mistake_ends_the_process_with_its_code(place: Path) -> None:
     result = sensorium(place, "run", "rgi.yaml")
     assert result.returncode == 2
