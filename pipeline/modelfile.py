@@ -31,7 +31,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class WindowEntry(_Strict, frozen=True):
     """Time is cut into hops of ``hop_ms``; the model sees the last ``steps`` of them."""
 
-    hop_ms: PositiveFloat
+    hop_ms: Annotated[float, msgspec.Meta(ge=1, le=3_600_000)]
     steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 

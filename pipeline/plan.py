@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, SensoriumError, Together, closest, join
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
 from pipeline.recording import message_limit
-from pipeline.source import CORE_KINDS, KINDS, Source, load_kind
+from pipeline.source import CORE_KINDS, KINDS, Pace, Source, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Document, Where, listed, nearest
 
@@ -43,6 +43,7 @@ class SourcePlan(msgspec.Struct, frozen=True):
     labels: bool
     offset_ns: int = 0
     offset_uncertainty_ns: int = 0
+    paces: dict[str, Pace] = {}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -136,6 +137,7 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
         wrong.add(document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
                                  "elsewhere, and changes none of them; leave the offset out."))  # fmt: skip
     inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
+    paces: dict[str, Pace] = {}
     for stream, source in inner.items():  # of another host: checked as if they were this one's
         with wrong:
             check_source_name(document, stream, (*at, "sources"))
@@ -145,17 +147,19 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
                     raise ConfigError(
                         f"a source of kind `{source.kind}` cannot run on another host; name a sensor's kind."
                     )
-            _source(rig_file, stream, source, (*at, "sources", stream))
+            paces |= _source(rig_file, stream, source, (*at, "sources", stream)).paces
     settings = wrong.settled(settings)
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
         )
         slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
+        paces |= {name: node_class.pace(settings)} if is_source else {}
     plain = msgspec.to_builtins(settings, enc_hook=str)
     return SourcePlan(
         name, entry.kind, entry.required, plain, streams, slots, labels=not is_source and not inner,
         offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
+        paces=paces,
     )  # fmt: skip
 
 
