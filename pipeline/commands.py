@@ -365,14 +365,15 @@ def evaluate(
     allow_code: bool,
 ) -> None:
     """``sensorium evaluate``."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     from pipeline import evaluate as evaluating
+    from pipeline.bars import Bar
     from pipeline.terminal import console
 
     out = new_file(html) if html is not None else None
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+    with Bar(*columns, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task("checking what was named", total=None)
         found = evaluating.evaluate(
             bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
@@ -683,8 +684,7 @@ def simulate(
     json: bool,
 ) -> None:
     """``sensorium simulate``."""
-    from rich.progress import Progress
-
+    from pipeline.bars import Bar
     from pipeline.sim import generate
     from pipeline.terminal import console
 
@@ -694,7 +694,7 @@ def simulate(
     there = 0
     hidden = not sys.stderr.isatty()
     try:
-        with _ended_politely(), Progress(console=console(sys.stderr), transient=True, disable=hidden) as bar:
+        with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
                 file = new_file(out)
