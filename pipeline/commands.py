@@ -120,7 +120,7 @@ def replay(
     """``sensorium replay``."""
     from pipeline.bundle import load_bundle
     from pipeline.clock import SystemClock
-    from pipeline.recording import RecordingReader
+    from pipeline.recording import INCOMPLETE, RecordingReader
     from pipeline.replay import paced, replay_predictions
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.summary import Summary
@@ -130,7 +130,7 @@ def replay(
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
-            _say(f"{recording.name} is incomplete: it holds gaps, or its end is missing; what can be read is replayed")
+            _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
         to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(

@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli, commands, launch
+from pipeline.recording import INCOMPLETE
 from pipeline.schemas import schema
 from pipeline.status import SessionRef
 from tests.conftest import ROOT
@@ -193,6 +194,16 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     assert said in err
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("command", [("info",), ("explain",), ("replay", "--bundle", f"{ROOT}/models/demo")])
+def test_every_command_says_of_a_recording_that_is_cut_off_the_same(
+    tmp_path: Path, call: Call, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "cut.mcap").write_bytes((ROOT / "recordings" / "demo.mcap").read_bytes()[:700_000])
+    code, out, err = call(tmp_path, command[0], "cut.mcap", *command[1:])
+    assert code == 0, err
+    assert INCOMPLETE in out + err
 
 
 @pytest.mark.parametrize("command", [("check",), ("run",), ("record", "-o", "new.mcap")])
