@@ -48,7 +48,7 @@ def status() -> Status:
             rate_hz=100.0,
             verdict="missing",
             reason="dead",
-            dropped={"failures": 7},  # attempts to open it: nothing that was sent
+            failures=7,  # attempts to open it: nothing that was sent
             note="waiting for /dev/i2c-1",
         ),
     }
