@@ -57,7 +57,7 @@ def _balance(found: Explanation) -> Text:
         if stream.unaccounted:
             lines.append(f"{name}: {stream.unaccounted} came while nobody aligned, or were not recorded\n", "yellow")
     if all(stream.balanced for stream in found.streams.values()):
-        places = " = used + no window + superseded + duplicate + rejected + buffered" if found.windows else ""
+        places = " = used + late + no window + superseded + duplicate + rejected + buffered" if found.windows else ""
         return lines.append(f"balanced: sent = received + lost{'; received' + places if places else ''}", style="green")
     return lines.append("not balanced: some messages have no place", style="red")
 

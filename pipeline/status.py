@@ -41,6 +41,7 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     received: int = 0
     used: int = 0
     late: int = 0
+    no_window: int = 0
     superseded: int = 0
     duplicate: int = 0
     lost: int = 0

@@ -237,8 +237,8 @@ def rate(stream: StreamStatus, status: Status) -> str:
 def drops(stream: StreamStatus) -> int:
     """What was sent or should have been and no window could use: dropped at its source, lost on the way, refused.
 
-    Late messages are not among them: a frame between two steps comes after the one and is too far from the other. Nor
-    are attempts to open a device that is away: nothing was ever sent."""
+    Late messages are not among them: their windows say so. Nor are attempts to open a device that is away: nothing was
+    ever sent."""
     return sum(stream.dropped.values()) + stream.lost + sum(stream.rejected.values())
 
 

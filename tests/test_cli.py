@@ -320,7 +320,7 @@ def test_a_run_ends_with_a_summary_in_which_every_message_has_a_place(
     places = dict(zip(re.split("  +", heading)[1:], map(int, row.split()[1:]), strict=True))
     assert places["sent"] == places["received"] + places["lost"]
     assert places["received"] == sum(
-        places[place] for place in ("used", "no window", "superseded", "duplicate", "rejected", "buffered")
+        places[place] for place in ("used", "late", "no window", "superseded", "duplicate", "rejected", "buffered")
     )
     assert places["used"] > 0
 
