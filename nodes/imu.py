@@ -32,7 +32,7 @@ from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
 from pipeline.protocols.witmotion import Sample, WitMotion
 from pipeline.serialport import SerialPort
-from pipeline.source import Found, Reading, Search, Source, SourceContext
+from pipeline.source import Found, Pace, Reading, Search, Source, SourceContext
 from pipeline.timebase import SampleClock
 
 _NS, _MS = 1_000_000_000, 1_000_000
@@ -78,6 +78,10 @@ class Imu(Source):
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
         self._device: _Device | None = None
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        return Pace.of(settings.rate_hz, settings.batch_ms, "batch_ms")
 
     @classmethod
     def discover(cls, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[Search]:

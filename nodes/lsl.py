@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.errors import SensorError, install
 from pipeline.messages import Payload, SignalLayout, signal_dtype
-from pipeline.source import Found, Reading, Search, Source, SourceContext
+from pipeline.source import Found, Pace, Reading, Search, Source, SourceContext
 from pipeline.timebase import SLEW_PPM
 
 _NS, _MS = 1_000_000_000, 1_000_000
@@ -89,6 +89,10 @@ class Lsl(Source):
         self._inlet: Any = None
 
     # -- opening -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        return Pace.of(None, settings.batch_ms, "batch_ms")
 
     @classmethod
     def discover(cls) -> list[Search]:

@@ -32,7 +32,7 @@ from pipeline.errors import SensorError
 from pipeline.hosttime import Domain, domain_of, host_zero
 from pipeline.messages import AudioLayout, Payload
 from pipeline.soundblocks import SETTLING_BLOCKS, Block, BlockClock, Converter, Regroup, mix
-from pipeline.source import Found, Reading, Search, Source, SourceContext
+from pipeline.source import Found, Pace, Reading, Search, Source, SourceContext
 
 _MS, _NS = 1_000_000, 1_000_000_000
 _BLOCK_S = 0.01
@@ -137,6 +137,10 @@ class Microphone(Source):
         self._stream: Any = None
         self._opening: LongCall | None = None  # these two: a call that has not come back
         self._closing: LongCall | None = None
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        return Pace.of(settings.rate_hz, settings.block_ms, "block_ms")
 
     @classmethod
     def discover(cls) -> list[Search]:

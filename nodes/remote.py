@@ -221,6 +221,7 @@ class Remote:
         self.said[stream], self.heard_ns[stream] = report, now_ns
         there = report.sources.get(stream)
         if there is not None:
+            self.reports[stream].failures = there.failures
             self.reports[stream].dropped = there.dropped | {
                 name: n for name, n in self.reports[stream].dropped.items() if name == "no_slot"
             }

@@ -30,7 +30,7 @@ from pipeline.messages import (
     TextLayout,
 )
 from pipeline.scene import SIGNAL_CHANNELS, Scene
-from pipeline.source import Reading, Source, SourceContext
+from pipeline.source import Pace, Reading, Source, SourceContext
 
 _NS, _MS = 1_000_000_000, 1_000_000
 _PATIENCE_NS = 50 * _MS
@@ -55,10 +55,10 @@ class Synthetic(Source):
         payload: Payload
         seed: Annotated[int, msgspec.Meta(ge=0)] = 0
         period_s: Annotated[float, msgspec.Meta(ge=2)] = 20.0
-        rate_hz: Annotated[float, msgspec.Meta(gt=0)] | None = None
+        rate_hz: Annotated[float, msgspec.Meta(gt=0, le=192_000)] | None = None
         block: Annotated[int, msgspec.Meta(ge=1)] | None = None
-        width: Annotated[int, msgspec.Meta(ge=16)] = 320
-        height: Annotated[int, msgspec.Meta(ge=16)] = 240
+        width: Annotated[int, msgspec.Meta(ge=16, le=16_384)] = 320
+        height: Annotated[int, msgspec.Meta(ge=16, le=16_384)] = 240
         format: Literal["bgr8", "jpeg"] = "bgr8"
         quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 80
         channels: Annotated[int, msgspec.Meta(ge=1)] = 1
@@ -78,6 +78,10 @@ class Synthetic(Source):
                 )
             if self.payload == "audio" and self.rate_hz is not None and self.rate_hz != int(self.rate_hz):
                 raise ValueError(f"`rate_hz: {self.rate_hz}`: the rate of audio must be a whole number, like 16000")
+            if self.payload in ("frame", "sweep", "text") and self.rate_hz is not None and self.rate_hz > 1000:
+                raise ValueError(
+                    f"`rate_hz: {self.rate_hz:g}`: a {self.payload} source has at most 1000 messages a second"
+                )
             if self.payload in ("frame", "sweep", "text") and self.block is not None:
                 raise ValueError(f"`block` is for audio, imu and signal; a {self.payload} source has one a message")
 
@@ -98,6 +102,13 @@ class Synthetic(Source):
     def payload_of(cls, settings: Any) -> Payload:
         payload: Payload = settings.payload
         return payload
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        rate_hz = settings.rate_hz or _RATE_HZ[settings.payload]
+        if settings.payload not in _BLOCK:
+            return Pace.of(rate_hz)
+        return Pace.of(rate_hz, 1000 * (settings.block or _BLOCK[settings.payload]) / rate_hz, "block")
 
     @classmethod
     def largest_payload(cls, settings: Any) -> int:

@@ -17,7 +17,7 @@ import msgspec
 
 from pipeline import align
 from pipeline.align import AlignSpec, StreamSpec
-from pipeline.errors import BundleError, ConfigError, listed, nearest
+from pipeline.errors import BundleError, ConfigError, Together, closest, listed, nearest
 from pipeline.foreign import SHIPPED, load_experts
 from pipeline.messages import Payload
 from pipeline.modelfile import (
@@ -63,7 +63,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         streams: Mapping[str, str | None] | None = None,
         max_delay_ns: int | None = None,
         *,
-        available: Mapping[str, Payload] | None = None,
+        available: Mapping[str, Payload | None] | None = None,
         idle_ns: Mapping[str, int | None] | None = None,
         max_buffer: Mapping[str, int] | None = None,
         unordered: frozenset[str] = frozenset(),
@@ -72,9 +72,9 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         """What the aligner must know to make this bundle's windows from a rig's streams.
 
         ``streams`` maps bundle stream -> rig stream where the names differ; None leaves a stream out on purpose (it is
-        then always masked). ``available`` are the rig's streams and payloads, if they are known. ``idle_ns``,
-        ``max_buffer`` and ``unordered`` go by rig stream; ``limits`` are further fields of AlignSpec. Raises
-        ConfigError, naming both sides, where bundle and rig do not fit.
+        then always masked). ``available`` are the rig's streams and payloads, if they are known; None for a payload
+        that nobody knows. ``idle_ns``, ``max_buffer`` and ``unordered`` go by rig stream; ``limits`` are further fields
+        of AlignSpec. Raises ConfigError, naming both sides, wherever bundle and rig do not fit.
         """
         names = self.rig_streams(streams, available)
         specs = []
@@ -89,30 +89,32 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
         return AlignSpec(hop_ns=self.window.hop_ns, streams=tuple(specs), max_delay_ns=max_delay_ns, **limits)
 
     def rig_streams(
-        self, streams: Mapping[str, str | None] | None = None, available: Mapping[str, Payload] | None = None
+        self, streams: Mapping[str, str | None] | None = None, available: Mapping[str, Payload | None] | None = None
     ) -> dict[str, str]:
         """Bundle stream -> rig stream, without those left out. Raises ConfigError as ``align_spec`` does."""
-        mapping = streams or {}
-        for name in mapping:
-            if name not in self.streams:
-                raise ConfigError(
-                    f"the rig maps a stream `{name}` that the bundle `{self.name}` does not have; it has "
-                    f"{listed(self.streams)}.{nearest(name, self.streams)}"
-                )
+        mapping, wrong = streams or {}, Together()
+        unknown = [name for name in mapping if name not in self.streams]
+        for name in unknown:
+            wrong.add(ConfigError(
+                f"the rig maps a stream `{name}` that the bundle `{self.name}` does not have; it has "
+                f"{listed(self.streams)}.{nearest(name, self.streams)}"
+            ))  # fmt: skip
         chosen = {name: mapping.get(name, name) for name in self.streams}
         result = {name: rig for name, rig in chosen.items() if rig is not None}
         twice = next((rig for rig in result.values() if list(result.values()).count(rig) > 1), None)
         if twice is not None or not result:
             both = [name for name, rig in result.items() if rig == twice]
-            raise ConfigError(
+            wrong.add(ConfigError(
                 f"the rig maps {listed(both)} of the bundle `{self.name}` to the same stream `{twice}`; each needs its "
                 "own." if both else f"the rig leaves out every stream of the bundle `{self.name}`; map at least one."
-            )  # fmt: skip
-        for name, rig in result.items() if available is not None else ():
-            self._check_available(name, rig, available or {})
-        return result
+            ))  # fmt: skip
+        meant = {closest(name, self.streams) for name in unknown}
+        for name in [name for name in result if name not in meant] if available is not None else ():
+            with wrong:
+                self._check_available(name, result[name], available or {})
+        return wrong.settled(result)
 
-    def _check_available(self, name: str, rig: str, available: Mapping[str, Payload]) -> None:
+    def _check_available(self, name: str, rig: str, available: Mapping[str, Payload | None]) -> None:
         expected = self.streams[name].payload
         if rig not in available:
             raise ConfigError(
@@ -120,7 +122,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
                 f"{listed(available)}.{nearest(rig, available)} Map it (`streams: {{{name}: …}}`), or leave it out "
                 f"(`streams: {{{name}: null}}`) and it stays masked."
             )
-        if available[rig] != expected:
+        if available[rig] not in (expected, None):
             raise ConfigError(
                 f"the bundle `{self.name}` needs {expected} on its stream `{name}`, but the rig's `{rig}` carries "
                 f"{available[rig]}. Map another stream to it."

@@ -525,7 +525,7 @@ def main() -> None:
     try:
         app()
     except SensoriumError as error:
-        fail(str(error), error.exit_code)
+        fail([str(part) for part in error.parts], error.exit_code)
     except (BrokenPipeError, SystemExit) as end:
         if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -537,12 +537,12 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("w", prefix="sensorium-", suffix=".txt", delete=False) as file:
             traceback.print_exc(file=file)
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        fail(f"this is a mistake in Sensorium: {what}. The full trace is in {file.name}", 1)
+        fail([f"this is a mistake in Sensorium: {what}. The full trace is in {file.name}"], 1)
 
 
-def fail(message: str, exit_code: int) -> None:
-    """Says in one paragraph what is wrong, and exits."""
-    message = f"error: {message}"
+def fail(wrong: list[str], exit_code: int) -> None:
+    """Says what is wrong, a paragraph each, and exits."""
+    message = "\n".join(f"error: {one}" for one in wrong)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         message = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in message.splitlines())

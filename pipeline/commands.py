@@ -43,7 +43,7 @@ def run(
     allow_code: bool,
 ) -> None:
     """``sensorium run``."""
-    rig_file = _load(rig, predictions)
+    rig_file = _load(rig, predictions, allow_code)
     entry = _record_entry(rig_file, record) if record is not None else None
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
 
@@ -58,18 +58,19 @@ def record(
     allow_code: bool,
 ) -> None:
     """``sensorium record``."""
-    rig_file = _load(rig, predictions)
+    rig_file = _load(rig, predictions, allow_code)
     if out is None and rig_file.rig.record is None:
         raise ConfigError(f"{rig_file.document.path} has no key `record`, so say where to: add -o session.mcap.")
     entry = _record_entry(rig_file, out) if out is not None else rig_file.rig.record
     _run(rig_file, entry, json=json, duration_s=duration_s, allow_code=allow_code)
 
 
-def _load(rig: str | None, predictions: str | None) -> RigFile:
+def _load(rig: str | None, predictions: str | None, allow_code: bool) -> RigFile:
     """The rig meant, with its predictions published at another endpoint if that was asked for."""
-    from pipeline.config import TransportEntry, load_rig
+    from pipeline.config import TransportEntry
+    from pipeline.plan import load_to_plan
 
-    rig_file = load_rig(find_rig(rig))
+    rig_file = load_to_plan(find_rig(rig), allow_code)
     if predictions is None:
         return rig_file
     kept = msgspec.structs.asdict(rig_file.rig.transport)
@@ -119,7 +120,7 @@ def replay(
     """``sensorium replay``."""
     from pipeline.bundle import load_bundle
     from pipeline.clock import SystemClock
-    from pipeline.recording import RecordingReader
+    from pipeline.recording import INCOMPLETE, RecordingReader
     from pipeline.replay import paced, replay_predictions
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.summary import Summary
@@ -129,7 +130,7 @@ def replay(
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
-            _say(f"{recording.name} is incomplete: it holds gaps, or its end is missing; what can be read is replayed")
+            _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
         to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
@@ -364,14 +365,15 @@ def evaluate(
     allow_code: bool,
 ) -> None:
     """``sensorium evaluate``."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     from pipeline import evaluate as evaluating
+    from pipeline.bars import Bar
     from pipeline.terminal import console
 
     out = new_file(html) if html is not None else None
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console(sys.stderr), transient=True) as bar:
+    with Bar(*columns, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task("checking what was named", total=None)
         found = evaluating.evaluate(
             bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
@@ -422,14 +424,13 @@ def info(recording: Path, *, json: bool) -> None:
 
 def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     """``sensorium check``."""
-    from pipeline.config import load_rig
     from pipeline.devices import absences
     from pipeline.launch import check_rig_file
     from pipeline.node import decode_settings
-    from pipeline.plan import import_paths, make_plan
+    from pipeline.plan import import_paths, load_to_plan, make_plan
     from pipeline.source import load_kind
 
-    rig_file = load_rig(find_rig(rig))
+    rig_file = load_to_plan(find_rig(rig), allow_code)
     warnings = check_rig_file(rig_file, allow_code)
     plan = make_plan(rig_file, allow_code)
     classes = {source.name: load_kind(source.kind, import_paths(rig_file)) for source in plan.sources}
@@ -683,8 +684,7 @@ def simulate(
     json: bool,
 ) -> None:
     """``sensorium simulate``."""
-    from rich.progress import Progress
-
+    from pipeline.bars import Bar
     from pipeline.sim import generate
     from pipeline.terminal import console
 
@@ -694,7 +694,7 @@ def simulate(
     there = 0
     hidden = not sys.stderr.isatty()
     try:
-        with _ended_politely(), Progress(console=console(sys.stderr), transient=True, disable=hidden) as bar:
+        with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
                 file = new_file(out)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
+from pipeline.errors import Together
 from pipeline.strict import Document, Where, listed, load_yaml
 
 __all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml", "long_times"]
@@ -206,13 +207,25 @@ def load_rig(path: Path | str) -> RigFile:
 
 
 def check_rig(document: Document) -> RigFile:
-    """The rig in ``document``. Raises ConfigError."""
-    rig = document.decode(Rig)
-    if not rig.sources:
-        raise document.error(("sources",), "a rig needs at least one source, like `camera: {kind: camera}`.")
-    for name in rig.sources:
-        check_source_name(document, name, ("sources",))
-    return RigFile(rig, document)
+    """The rig in ``document``. Raises ConfigError, which says everything that is wrong."""
+    rig_file, wrong = read_rig(document)
+    return wrong.settled(rig_file)
+
+
+def read_rig(document: Document) -> tuple[RigFile | None, Together]:
+    """The rig in ``document`` as far as it can be read, and what is wrong."""
+    rig, wrong = document.read(Rig)
+    if rig is None and isinstance(document.value, dict):  # any name will do to see what else is wrong
+        rig, _ = document.read(Rig, value={"sources": {}} | document.value | {"name": "rig"})
+    if rig is None:
+        return None, wrong
+    named = document.value.get("sources")
+    if named == {}:
+        wrong.add(document.error(("sources",), "a rig needs at least one source, like `camera: {kind: camera}`."))
+    for name in named if isinstance(named, dict) else ():
+        with wrong:
+            check_source_name(document, name, ("sources",))
+    return RigFile(rig, document), wrong
 
 
 def check_source_name(document: Document, name: str, at: Where) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipeline.bars import Bar
 from pipeline.sheet import Sheet
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -21,7 +22,7 @@ class Bars:
 
     def __init__(self, screen: Console, heard: Any = None) -> None:
         self._screen, self._heard = screen, heard
-        self._progress = Progress(
+        self._progress = Bar(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), console=screen, disable=not screen.is_terminal,
         )  # fmt: skip
@@ -42,6 +43,10 @@ class Bars:
 
     def note(self, text: str) -> None:
         self._screen.print(text)
+
+    def bars(self) -> RenderableType:
+        """What a terminal shows below the lines."""
+        return self._progress.get_renderable()
 
     def _finish(self) -> None:
         for task in self._progress.tasks:

@@ -7,7 +7,7 @@ counts as wrong and as abstained, and it is left out of the calibration error, s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -96,10 +96,9 @@ class SessionResult(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     session: str
     sha256: str
-    in_training: bool
-    """Whether the bundle says that it was trained on this very file."""
-    used: Use
-    """What the bundle says that it was used for when the bundle was made."""
+    in_training: Annotated[bool, msgspec.Meta(description="Follows from `used`: whether that is `trained on`.")]
+    """For programs that knew it before ``used``, and nothing else."""
+    used: Annotated[Use, msgspec.Meta(description="What this file was to the bundle when it was made; empty: nothing.")]
     attributes: dict[str, str]
     missing: list[str]
     """Streams of the bundle that the recording lacks."""

@@ -1,9 +1,9 @@
 """``sensorium explain``: where every message of a recorded session went, and what its windows waited for.
 
 Everything is worked out again from what lies in the file. A manifest names the messages that the aligner took in and
-those that it used; the others came too late, twice, or against their stream's own promises, which their headers tell.
-So the account of a stream (sent = received + lost; received = used + late + superseded + duplicate + rejected +
-buffered) is not copied from the aligner but recounted, and says whether it balances.
+those that it used; the others came too late, for no window, twice, or against their stream's own promises, which their
+headers tell. So the account of a stream (sent = received + lost; received = used + late + no_window + superseded +
+duplicate + rejected + buffered) is not copied from the aligner but recounted, and says whether it balances.
 
 A recording without windows (an import, a rig without a model) gets them by event time if a bundle is named; without
 one only what the messages say by themselves is known.
@@ -26,9 +26,10 @@ from pipeline.messages import Header
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading, summarise
 from pipeline.replay import replay_steps
+from pipeline.rules import Track
 from pipeline.summary import Summary, ordered, quantiles
 
-PLACES = ("used", "late", "superseded", "duplicate", "rejected", "buffered")
+PLACES = ("used", "late", "no_window", "superseded", "duplicate", "rejected", "buffered")
 """Where a message that was received can have gone."""
 _NEVER = 1 << 62
 _JITTERY_NS = 10_000_000
@@ -67,7 +68,8 @@ class StreamAccount(msgspec.Struct, kw_only=True):
     unaccounted: int
     """Messages that came while nobody aligned, or that a manifest names and the recorder lost."""
     balanced: bool
-    """Whether sent = received + lost and received = used + late + superseded + duplicate + rejected + buffered."""
+    """Whether sent = received + lost and received = used + late + no_window + superseded + duplicate + rejected +
+    buffered."""
     verdicts: dict[str, int]
     waited: int
     """Windows that waited for this stream, the last to be proven."""
@@ -279,7 +281,8 @@ class _Ledger:
         self._used = self._taken & set(_keys(r for m in manifests for r in m.streams[stream].used))
         self._overflows = [span for m in manifests for span in m.streams[stream].overflows]
         self._absences = _absences(manifests) if session.live else []
-        self._obsolete_ns = _obsolete_ns(session, stream, manifests)
+        self._track = _track(session, stream, manifests)
+        self._obsolete_ns = _obsolete_ns(self._track, manifests)
         self._end_ns = manifests[-1].emitted_ns if manifests and session.live else -_NEVER
         self._max_future_ns = session.spec.max_future_ns if session.spec is not None and session.live else None
         # Where messages overtake each other a bound holds only once all before it have come.
@@ -318,7 +321,7 @@ class _Ledger:
                 else:
                     below = self._ordered and capture_ns < bound_ns
                     broken = "epoch" if stale or capture_ns < floor_ns else "bound" if below else ""
-                    place = self._of_others(capture_ns, arrival_ns, "future" if refused else broken)
+                    place = self._of_others(capture_ns, end_ns, arrival_ns, "future" if refused else broken)
                 if place:
                     self.places[place] += 1
                 seen.add((of, seq))
@@ -331,7 +334,7 @@ class _Ledger:
             return "used"
         return "superseded" if end_ns < self._obsolete_ns else "buffered"
 
-    def _of_others(self, capture_ns: int, arrival_ns: int, broken: str) -> str:
+    def _of_others(self, capture_ns: int, end_ns: int, arrival_ns: int, broken: str) -> str:
         """What became of a message that no manifest names."""
         if not self.aligned:
             return ""
@@ -345,7 +348,7 @@ class _Ledger:
             return ""
         if capture_ns >= self._obsolete_ns and arrival_ns >= self._end_ns - _JITTERY_NS:
             return "buffered"  # it came after the last window was made
-        return "late"
+        return "late" if self._track is None or self._track.missed(capture_ns, end_ns) else "no_window"
 
     def _beyond(self, stamp_ns: int, arrival_ns: int) -> bool:
         return self._max_future_ns is not None and stamp_ns - arrival_ns > self._max_future_ns
@@ -384,13 +387,19 @@ def _absences(manifests: list[Manifest]) -> list[tuple[int, int]]:
     return [(a.emitted_ns, b.emitted_ns) for a, b in pairwise(manifests) if b.step != a.step + 1]
 
 
-def _obsolete_ns(session: Session, stream: str, manifests: list[Manifest]) -> int:
-    """The time below which no window after the last could use a message: by the stream's rule if that is known."""
-    if not manifests:
-        return _NEVER
-    last = manifests[-1]
-    for spec in session.spec.streams if session.spec is not None else ():
+def _track(session: Session, stream: str, manifests: list[Manifest]) -> Track | None:
+    """The stream's track after the last window: what no window to come could use, and which were made too early; None
+    where nobody knows the stream's rule."""
+    for spec in session.spec.streams if session.spec is not None and manifests else ():
         if spec.name == stream and session.spec is not None:
-            track = make_track(spec, session.spec.hop_ns, None, last.step + 1)
-            return track.late_below_ns + isinstance(spec.rule, Resample)
-    return last.end_ns
+            track = make_track(spec, session.spec.hop_ns, None, manifests[-1].step + 1)
+            track.unproven = [(m.step, m.step) for m in manifests if not m.streams[stream].proven]
+            return track
+    return None
+
+
+def _obsolete_ns(track: Track | None, manifests: list[Manifest]) -> int:
+    """The time below which no window after the last could use a message: by the stream's rule if that is known."""
+    if track is not None:
+        return track.late_below_ns + isinstance(track.spec.rule, Resample)
+    return manifests[-1].end_ns if manifests else _NEVER

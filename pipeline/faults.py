@@ -256,21 +256,22 @@ TOGETHER = "all together"
 def load_faults(path: Path | str, streams: Iterable[str]) -> FaultFile:
     """The faults in a YAML file, for a recording that has ``streams``. Raises ConfigError."""
     document = Document.load(path)
-    found = document.decode(FaultFile)
+    found, wrong = document.read(FaultFile)
+    if found is None:
+        return wrong.settled(found)
     known = sorted(streams)
-    if not found.faults:
-        raise document.error(("faults",), "no fault is named, so there is nothing to compare; see the example file.")
+    if document.value["faults"] == {}:
+        said = "no fault is named, so there is nothing to compare; see the example file."
+        wrong.add(document.error(("faults",), said))
     for name, fault in found.faults.items():
         for stream in fault.streams:
             if stream not in known:
-                raise document.error(
-                    ("faults", name, "streams"),
-                    f"the recording has no stream `{stream}` that the model uses; it has {listed(known)}."
-                    f"{nearest(stream, known)}",
-                )
+                said = f"the recording has no stream `{stream}` that the model uses; it has {listed(known)}."
+                wrong.add(document.error(("faults", name, "streams"), f"{said}{nearest(stream, known)}"))
     if found.together and TOGETHER in found.faults:
-        raise document.error(("faults", TOGETHER), "this name is taken by the run of all faults; choose another.")
-    return found
+        said = "this name is taken by the run of all faults; choose another."
+        wrong.add(document.error(("faults", TOGETHER), said))
+    return wrong.settled(found)
 
 
 def runs(file: FaultFile) -> dict[str, dict[str, Fault]]:

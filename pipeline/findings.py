@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pipeline.recording import INCOMPLETE
 from pipeline.reports import GAPS, accounts, latency_table
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
@@ -31,7 +32,7 @@ _LISTED = 8
 
 def explanation_text(found: Explanation) -> RenderableType:
     """A whole session: where messages went, how streams behaved, what windows waited for, latency by stage."""
-    state = "" if found.complete else "   incomplete: it holds gaps, or its end is missing"
+    state = "" if found.complete else f"   {INCOMPLETE}"
     head = Text.assemble(f"session {found.session}   windows: {found.windows or ''} {_SOURCES[found.source]}")
     head.append(state, style="yellow")
     where = accounts({name: stream.messages for name, stream in found.streams.items()})
@@ -56,7 +57,7 @@ def _balance(found: Explanation) -> Text:
         if stream.unaccounted:
             lines.append(f"{name}: {stream.unaccounted} came while nobody aligned, or were not recorded\n", "yellow")
     if all(stream.balanced for stream in found.streams.values()):
-        places = " = used + no window + superseded + duplicate + rejected + buffered" if found.windows else ""
+        places = " = used + late + no window + superseded + duplicate + rejected + buffered" if found.windows else ""
         return lines.append(f"balanced: sent = received + lost{'; received' + places if places else ''}", style="green")
     return lines.append("not balanced: some messages have no place", style="red")
 

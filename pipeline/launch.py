@@ -29,7 +29,8 @@ from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
-from pipeline.plan import Place, make_plan
+from pipeline.pacing import odd_paces
+from pipeline.plan import Place, Plan, make_plan
 from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
@@ -42,7 +43,7 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
     """Checks everything about a rig that needs no hardware; what is doubtful, in sentences. Raises ConfigError,
     BundleError, RecordingError."""
     plan = make_plan(rig_file, allow_code)
-    notes = check_environment() + long_times(rig_file.document)
+    notes = check_environment() + long_times(rig_file.document) + _odd_paces(plan)
     if plan.align is not None:
         unused = sorted(set(plan.streams) - {stream.name for stream in plan.align.streams})
         notes += [f"the model does not use the stream `{name}`; it can only be recorded." for name in unused]
@@ -52,6 +53,18 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
     if plan.record is not None and plan.record.limit_bytes is not None:
         notes += ring_notes(rig_file.resolve(plan.record.path), plan.record.limit_bytes)
+    return notes
+
+
+def _odd_paces(plan: Plan) -> list[str]:
+    paces = {stream: pace for source in plan.sources for stream, pace in source.paces.items()}
+    slots = {stream: nbytes for source in plan.sources for stream, nbytes in source.slots.items()}
+    steps, notes = 1 if plan.bundle is None else plan.bundle.window.steps, []
+    for stream, said in odd_paces(paces, slots, plan.align, steps):
+        node = plan.node_of(stream) if stream else ""
+        inner = ("sources", stream) if node != stream else ()
+        at = ("sources", node, *inner) if stream else ("bundle",)
+        notes.append(f"{plan.rig_file.document.place(at)}: {said}.")
     return notes
 
 

@@ -62,17 +62,15 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Where a source on another host finds its hub (``pipeline.link.LinkSpec``); None on the hub itself."""
 
 
-IN_VAIN = "failures"
-"""What a source counts in vain attempts at its device. They stand among what it dropped, and cost no message."""
-
-
 class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """What a source says of one stream."""
+    """What a source says of one stream: ``dropped`` are messages and what would have been in them, by reason;
+    ``failures`` how often its device failed or could not be opened, which by itself cost no message."""
 
     epoch: int | None = None
     published: int = 0
     newest_ns: int | None = None
     dropped: dict[str, int] = {}
+    failures: int = 0
 
 
 class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -84,6 +82,7 @@ class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     received: int = 0
     used: int = 0
     late: int = 0
+    no_window: int = 0
     superseded: int = 0
     duplicate: int = 0
     lost: int = 0

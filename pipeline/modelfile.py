@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from pipeline import align
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, Together, joined
 from pipeline.messages import Payload
 from pipeline.strict import Document, listed, nearest
 
@@ -31,7 +31,7 @@ class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class WindowEntry(_Strict, frozen=True):
     """Time is cut into hops of ``hop_ms``; the model sees the last ``steps`` of them."""
 
-    hop_ms: PositiveFloat
+    hop_ms: Annotated[float, msgspec.Meta(ge=1, le=3_600_000)]
     steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
 
 
@@ -207,12 +207,16 @@ def read_model(file: Path) -> tuple[ModelFile, dict[str, BundleStream], str]:
     """What ``file`` says, its streams in the pipeline's terms, and its text. Raises BundleError."""
     try:
         document = Document.load(file)
-        model = document.decode(ModelFile)
-        streams = {name: stream_of(document, name, entry, model.window) for name, entry in model.streams.items()}
-        _check_model(document, model)
+        model, wrong = document.decode(ModelFile), Together()
+        streams = {}
+        for name, entry in model.streams.items():
+            with wrong:
+                streams[name] = stream_of(document, name, entry, model.window)
+        with wrong:
+            _check_model(document, model)
+        return model, wrong.settled(streams), document.text
     except ConfigError as error:
-        raise BundleError(str(error)) from None
-    return model, streams, document.text
+        raise joined([BundleError(str(part)) for part in error.parts]) from None
 
 
 def to_ns(ms: float) -> int:

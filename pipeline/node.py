@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, SensorError, SensoriumError
-from pipeline.life import IN_VAIN, Life, NodeSpec, Report, SourceReport, State, begin, read_spec
+from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
 from pipeline.stamper import Stamper
@@ -151,8 +151,10 @@ class SourceShell:
         self.published = 0
         self.newest_ns: int | None = None
         self.ended = False
+        self.failures = 0
+        """How often the device failed or could not be opened."""
         self._open = False
-        self._failures = 0
+        self._in_a_row = 0
         self._retry_ns = 0
         self._last_sent_ns = 0
         self._trouble = ""
@@ -245,7 +247,7 @@ class SourceShell:
         if header is None:
             self.context.count("order")
             return
-        self._failures = 0
+        self._in_a_row = 0
         if header.epoch != self._said_epoch:
             self._report()  # before anything of it is sent: whoever buries this node must know its last epoch
         if not self.sender.publish(Message(header, reading.data)):
@@ -257,13 +259,13 @@ class SourceShell:
     def _failed(self, error: SensorError) -> None:
         self.source.close()
         self._open = False
-        self._failures += 1
-        if self._failures >= FAILURES:
+        self._in_a_row += 1
+        if self._in_a_row >= FAILURES:
             raise error
-        pause = min(RETRY_NS[0] << min(self._failures - 1, 8), RETRY_NS[1])
+        pause = min(RETRY_NS[0] << min(self._in_a_row - 1, 8), RETRY_NS[1])
         self._retry_ns = self.life.clock.now_ns() + pause
         self._trouble = str(error)
-        self.context.count(IN_VAIN)
+        self.failures += 1
         self._beat()
         self._report()
 
@@ -276,7 +278,7 @@ class SourceShell:
     def _report(self) -> None:
         state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
-                              dropped=dict(self.context.dropped))  # fmt: skip
+                              dropped=dict(self.context.dropped), failures=self.failures)  # fmt: skip
         self._said_epoch = self.stamper.epoch
         self.say(
             Report(

@@ -17,15 +17,15 @@ import msgspec
 from pipeline.align import AlignSpec, Resample
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.clock import Origin
-from pipeline.config import AlignEntry, RecordEntry, RigFile, SourceEntry, check_source_name
+from pipeline.config import AlignEntry, BundleEntry, RecordEntry, RigFile, SourceEntry, check_source_name, read_rig
 from pipeline.encoding import PythonEncoder
-from pipeline.errors import ConfigError, SensoriumError
+from pipeline.errors import ConfigError, SensoriumError, Together, closest, joined
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
 from pipeline.recording import message_limit
-from pipeline.source import CORE_KINDS, KINDS, Source, load_kind
+from pipeline.source import CORE_KINDS, KINDS, Pace, Source, load_kind
 from pipeline.steps import GAP, STEP
-from pipeline.strict import Where, listed, nearest
+from pipeline.strict import Document, Where, listed, nearest
 
 OF_EVERY_SOURCE = ("kind", "required", "offset_ms", "offset_uncertainty_ms")
 """Keys that any source may have beside its own settings."""
@@ -43,6 +43,7 @@ class SourcePlan(msgspec.Struct, frozen=True):
     labels: bool
     offset_ns: int = 0
     offset_uncertainty_ns: int = 0
+    paces: dict[str, Pace] = {}
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -62,20 +63,63 @@ class Plan(msgspec.Struct, frozen=True):
         return next(source.name for source in self.sources if stream in source.streams)
 
 
+def load_to_plan(path: Path | str, allow_code: bool = False) -> RigFile:
+    """The rig in the file ``path``, as ``load_rig`` gives it, to make a plan of. What ``load_rig`` refuses is raised
+    together with what ``make_plan`` would refuse of all that can be read in spite of it. Raises as it does."""
+    rig_file, wrong = read_rig(Document.load(path))
+    if wrong.found and rig_file is not None:
+        rig, document = rig_file.rig, rig_file.document
+        if rig.bundle is not None and document.read(BundleEntry, ("bundle",))[1].found:
+            rig_file = RigFile(msgspec.structs.replace(rig, bundle=None), document)  # half of it would say other things
+        _plan(rig_file, allow_code, None, wrong)
+    return wrong.settled(rig_file)
+
+
 def make_plan(rig_file: RigFile, allow_code: bool = False, record: RecordEntry | None = None) -> Plan:
     """The plan of a rig; ``record`` replaces the rig's own recording. Raises ConfigError, BundleError,
-    RecordingError."""
-    rig = rig_file.rig
-    sources = tuple(_source(rig_file, name, entry, ("sources", name)) for name, entry in rig.sources.items())
-    streams = _streams(rig_file, sources)
-    _known(rig_file, ("align", "streams"), rig.align.streams, streams)
+    RecordingError, which says everything that is wrong."""
+    wrong = Together()
+    return wrong.settled(_plan(rig_file, allow_code, record, wrong))
+
+
+def _plan(rig_file: RigFile, allow_code: bool, record: RecordEntry | None, wrong: Together) -> Plan | None:
+    """The plan, or none where something is wrong, which is noted."""
+    rig, sources = rig_file.rig, list[SourcePlan]()
+    for name, entry in rig.sources.items():
+        with wrong:
+            sources.append(_source(rig_file, name, entry, ("sources", name)))
+    streams = _streams(rig_file, sources, wrong)
+    known = _maybe(rig_file, sources, streams) if wrong.found else streams
+    _known(rig_file, ("align", "streams"), rig.align.streams, known, wrong)
     record = record or rig.record
     if record is not None and record.streams is not None:
-        _known(rig_file, ("record", "streams"), record.streams, streams)
-    _check_ring(rig_file, record, sources)
+        _known(rig_file, ("record", "streams"), record.streams, known, wrong)
+    with wrong:
+        _check_ring(rig_file, record, sources)
     allowed = allow_code or (rig.bundle is not None and rig.bundle.allow_code)
-    bundle, mapping, spec = _model(rig_file, streams, allowed)
-    return Plan(rig_file, sources, streams, bundle, mapping, spec, record, allowed)
+    with wrong:
+        bundle, mapping, spec = _model(rig_file, streams, known, allowed)
+    if wrong.found:
+        return None
+    return Plan(rig_file, tuple(sources), streams, bundle, mapping, spec, record, allowed)
+
+
+def _maybe(
+    rig_file: RigFile, sources: Collection[SourcePlan], streams: Mapping[str, Payload]
+) -> Mapping[str, Payload | None] | None:
+    """What is published where something is wrong with a source: its stream's name is then known, but not its payload;
+    and nothing is known (None) if it may publish other streams, too."""
+    named, known = rig_file.document.value.get("sources"), dict[str, Payload | None](streams)
+    for name in set(named if isinstance(named, dict) else {}) - {source.name for source in sources}:
+        kind = str(named[name].get("kind") if isinstance(named[name], dict) else None)
+        try:
+            kind_class = load_kind(kind if ":" in kind else closest(kind, KINDS) or "", import_paths(rig_file))
+        except ConfigError:
+            return None
+        if not issubclass(kind_class, Source):
+            return None
+        known[name] = None
+    return known
 
 
 def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> SourcePlan:
@@ -88,41 +132,49 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
     if not is_source and not hasattr(node_class, "streams_of"):
         raise document.error((*at, "kind"), f"the class of `{entry.kind}` is no Source: let it inherit from "
                              "pipeline.node.Source.")  # fmt: skip
-    settings = document.decode(node_class.Settings, at, entry.settings, extra=OF_EVERY_SOURCE)
+    settings, wrong = document.read(node_class.Settings, at, entry.settings, extra=OF_EVERY_SOURCE)
     if not is_source and (entry.offset_ms or entry.offset_uncertainty_ms):
-        raise document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
-                             "elsewhere, and changes none of them; leave the offset out.")  # fmt: skip
+        wrong.add(document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
+                                 "elsewhere, and changes none of them; leave the offset out."))  # fmt: skip
     inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
+    paces: dict[str, Pace] = {}
     for stream, source in inner.items():  # of another host: checked as if they were this one's
-        check_source_name(document, stream, (*at, "sources"))
-        with placed(rig_file, (*at, "sources", stream, "kind")):
-            if not issubclass(load_kind(source.kind, import_paths(rig_file)), Source):
-                raise ConfigError(f"a source of kind `{source.kind}` cannot run on another host; name a sensor's kind.")
-        _source(rig_file, stream, source, (*at, "sources", stream))
+        with wrong:
+            check_source_name(document, stream, (*at, "sources"))
+        with wrong:
+            with placed(rig_file, (*at, "sources", stream, "kind")):
+                if not issubclass(load_kind(source.kind, import_paths(rig_file)), Source):
+                    raise ConfigError(
+                        f"a source of kind `{source.kind}` cannot run on another host; name a sensor's kind."
+                    )
+            paces |= _source(rig_file, stream, source, (*at, "sources", stream)).paces
+    settings = wrong.settled(settings)
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
         )
         slots = {name: node_class.largest_payload(settings)} if is_source else node_class.slots_of(settings)
+        paces |= {name: node_class.pace(settings)} if is_source else {}
     plain = msgspec.to_builtins(settings, enc_hook=str)
     return SourcePlan(
         name, entry.kind, entry.required, plain, streams, slots, labels=not is_source and not inner,
         offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
+        paces=paces,
     )  # fmt: skip
 
 
 @contextmanager
 def placed(rig_file: RigFile, at: Where) -> Iterator[None]:
     """Puts the place in the rig before what is said of it."""
+    document = rig_file.document
     try:
         yield
-    except ConfigError as error:
-        said = str(error)
-        raise (error if said.startswith(str(rig_file.document.path)) else rig_file.document.error(at, said)) from error
     except ValueError as error:
-        raise rig_file.document.error(at, str(error)) from None
+        raise document.error(at, str(error)) from None
     except SensoriumError as error:
-        raise type(error)(f"{rig_file.document.place(at)}: {error}") from error
+        placed = [part if isinstance(part, ConfigError) and str(part).startswith(str(document.path))
+                  else document.fault(type(part), at, str(part)) for part in error.parts]  # fmt: skip
+        raise joined(placed) from error
 
 
 def import_paths(rig_file: RigFile) -> tuple[str, ...]:
@@ -130,7 +182,7 @@ def import_paths(rig_file: RigFile) -> tuple[str, ...]:
     return str(rig_file.document.path.resolve().parent), str(Path.cwd())
 
 
-def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: tuple[SourcePlan, ...]) -> None:
+def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: Collection[SourcePlan]) -> None:
     """A ring must take the largest message of every source that it records."""
     if record is None or record.limit_bytes is None:
         return
@@ -145,28 +197,33 @@ def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: tuple[So
             "(`encoding: jpeg`, `width`).")  # fmt: skip
 
 
-def _streams(rig_file: RigFile, sources: tuple[SourcePlan, ...]) -> dict[str, Payload]:
+def _streams(rig_file: RigFile, sources: Collection[SourcePlan], wrong: Together) -> dict[str, Payload]:
     streams: dict[str, Payload] = {}
     for source in sources:
         for stream, payload in source.streams.items():
             if stream in streams:
-                raise rig_file.document.error(
+                wrong.add(rig_file.document.error(
                     ("sources", source.name), f"the stream `{stream}` is published by another source already; rename "
-                    "that source, or choose streams of the recording with `streams`.")  # fmt: skip
-            streams[stream] = payload
+                    "that source, or choose streams of the recording with `streams`."))  # fmt: skip
+            streams.setdefault(stream, payload)
     return streams
 
 
-def _known(rig_file: RigFile, at: Where, names: Any, streams: dict[str, Payload]) -> None:
-    for name in names:
-        if name not in streams:
-            raise rig_file.document.error(
-                at, f"the rig has no stream `{name}`; it has {listed(streams)}.{nearest(name, streams)}"
-            )
+def _known(
+    rig_file: RigFile, at: Where, names: Mapping[str, Any] | tuple[str, ...], streams: Collection[str] | None,
+    wrong: Together,
+) -> None:  # fmt: skip
+    """Notes each of ``names``, which stand at ``at``, that is none of ``streams``; none where nobody knows these."""
+    for index, name in enumerate(names):
+        if streams is not None and name not in streams:
+            where = (*at, name if isinstance(names, Mapping) else index)
+            wrong.add(rig_file.document.error(
+                where, f"the rig has no stream `{name}`; it has {listed(streams)}.{nearest(name, streams)}"
+            ))  # fmt: skip
 
 
 def _model(
-    rig_file: RigFile, streams: dict[str, Payload], allow_code: bool
+    rig_file: RigFile, streams: dict[str, Payload], known: Mapping[str, Payload | None] | None, allow_code: bool
 ) -> tuple[Bundle | None, dict[str, str], AlignSpec | None]:
     rig = rig_file.rig
     if rig.bundle is None:
@@ -176,8 +233,8 @@ def _model(
         for name in bundle.experts:  # made once and let go: only they know which packages and files they need
             PythonEncoder(bundle, name, bundle.streams[name])
     with placed(rig_file, ("bundle",)):
-        mapping = bundle.rig_streams(rig.bundle.streams, streams)
-        spec = live_spec(bundle, rig.align, rig.bundle.streams, streams, available=streams)
+        mapping = bundle.rig_streams(rig.bundle.streams, known)
+        spec = live_spec(bundle, rig.align, rig.bundle.streams, streams, available=known)
     return bundle, mapping, spec
 
 
@@ -187,7 +244,7 @@ def live_spec(
     mapping: Mapping[str, str | None],
     streams: Collection[str],
     *,
-    available: Mapping[str, Payload] | None = None,
+    available: Mapping[str, Payload | None] | None = None,
     unordered: frozenset[str] = frozenset(),
 ) -> AlignSpec:
     """How a bundle's windows are made live under the limits that a rig states. Raises ConfigError as

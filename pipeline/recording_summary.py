@@ -23,6 +23,9 @@ BUNDLE_NAME = "bundle_name"
 _UNKNOWN = -(1 << 62)
 """An epoch before all others: that of a stream of which nobody knows where it stood."""
 
+INCOMPLETE = "incomplete: it holds gaps, or its end is missing"
+"""What a recording that is not ``complete`` is, in words."""
+
 
 def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     """Per stream: messages, samples, measured rate, gaps and losses, delays, and statistics of what it measured.

@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.recording import Deleted, deleted_text
+from pipeline.recording import INCOMPLETE, Deleted, deleted_text
 from pipeline.sheet import Sheet, counted, number, numbers
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
@@ -128,24 +128,23 @@ def messages(summary: Summary) -> RenderableType:
 
 
 def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
-    """The same of numbers that are known already: by stream and place. What the aligner counts as late is called
-    otherwise here: it is healthy as a rule, and the verdict of that name is not."""
+    """The same of numbers that are known already: by stream and place."""
     places = list(dict.fromkeys(place for amounts in streams.values() for place in amounts))
-    table = numbers("messages", ["no window" if place == "late" else place for place in places])
+    table = numbers("messages", [place.replace("_", " ") for place in places])
     for stream, amounts in streams.items():
         table.add_row(stream, *(str(amounts.get(place, "–")) for place in places))
-    return Group(table, Text(_PLACES, style="dim")) if "late" in places else table
+    return Group(table, Text(_PLACES, style="dim")) if "no_window" in places else table
 
 
 _PLACES = (
-    "no window: no window to come could hold it, like a picture between two steps (where it came too late its window "
-    "is late or partial); superseded: a better one was used"
+    "late: its window, which is late or partial, was made without it; no window: no window needed it, like a picture "
+    "between two steps; superseded: a better one was used"
 )
 
 
 def recording_table(info: dict[str, Any]) -> RenderableType:
     """What ``sensorium info`` says to a person."""
-    state = "" if info["complete"] else "   incomplete: it holds gaps, or its end is missing"
+    state = "" if info["complete"] else f"   {INCOMPLETE}"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
     head.append("".join(f"\n{line}" for line in (_recorded(info), _labels(info)) if line))
     columns = ("messages", "samples", "rate", "lost", "gaps", "longest pause", "delay", "max delay")

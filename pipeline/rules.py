@@ -93,11 +93,14 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Counters(msgspec.Struct, kw_only=True):
-    """received == used + late + superseded + duplicate + sum(rejected.values()) + buffered, always."""
+    """received == used + late + no_window + superseded + duplicate + sum(rejected.values()) + buffered, always."""
 
     received: int = 0
     used: int = 0
     late: int = 0
+    """No step to come can hold them, and one that might have held them was made without, not yet being proven."""
+    no_window: int = 0
+    """No step to come can hold them, and none was made too early for them: pictures between two steps, say."""
     superseded: int = 0
     duplicate: int = 0
     rejected: dict[str, int] = msgspec.field(default_factory=dict)
@@ -203,6 +206,8 @@ class Track:
         self.losses: list[tuple[int, int, int]] = []  # (first ns, end ns, count) in which lost messages may lie
         self.overflows: list[tuple[int, int, int]] = []  # (first ns, last ns, count) of what was turned away
         self.fresh_overflows = 0
+        # (first, last) of the steps that were final before they were proven, as long as a message might be theirs.
+        self.unproven: list[tuple[int, int]] = []
         self.aim(step)
 
     # --- taking messages -------------------------------------------------------------------------------------------
@@ -379,7 +384,10 @@ class Track:
     def _sort_in(self, message: Message) -> None:
         header = message.header
         if self.is_late(message):
-            self.counters.late += 1
+            if self.missed(header.t_capture_ns, header.t_end_ns):
+                self.counters.late += 1
+            else:
+                self.counters.no_window += 1
         elif len(self.buffer) >= self.max_buffer:
             self._overflow(header)
         else:
@@ -493,6 +501,8 @@ class Track:
         """The step is history: what no later step can hold leaves the buffer, and is counted."""
         self.fresh.clear()
         self.fresh_losses = self.fresh_overflows = 0
+        if self.unproven or not self.proven:
+            self._note_proof()
         self.aim(self.step + 1)
         gone = self.obsolete()
         if gone:
@@ -506,6 +516,27 @@ class Track:
             first_ns = self.span()[0]
             self.losses = [loss for loss in self.losses if loss[1] > first_ns]
             self.overflows = [span for span in self.overflows if span[1] >= first_ns]
+
+    def _note_proof(self) -> None:
+        """Notes whether the step that becomes history was proven, and forgets steps that no message can be of."""
+        end_ns = self.span()[1]
+        while self.unproven and end_ns + (self.unproven[0][1] - self.step) * self.hop_ns <= self.bound_ns:
+            del self.unproven[0]
+        if not self.proven:
+            joins = bool(self.unproven) and self.unproven[-1][1] == self.step - 1
+            first = self.unproven.pop()[0] if joins else self.step
+            self.unproven.append((first, self.step))
+
+    def missed(self, capture_ns: int, end_ns: int) -> bool:
+        """Whether a message from ``capture_ns`` to ``end_ns`` lies in what the rule looked at for a step that was final
+        before it was proven."""
+        if not self.unproven:
+            return False
+        first_ns, until_ns = self.span()
+        last_ns = end_ns if self.looks_inside else capture_ns
+        low = self.step + (capture_ns - until_ns) // self.hop_ns + 1
+        high = self.step + (last_ns - first_ns) // self.hop_ns
+        return low <= high and any(first <= high and low <= last for first, last in self.unproven)
 
     def restore(self, stated: Stated, messages: list[Message]) -> None:
         """Puts the track where it was when a step was made: see ``Aligner.obey``."""

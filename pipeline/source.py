@@ -90,6 +90,26 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
     trouble: str = ""
 
 
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a source is set to speak: the time between two messages and between two samples of them, None where
+    only the device knows. ``fewer`` and ``sooner`` say which settings make its messages fewer, and shorter."""
+
+    message_ns: float | None = None
+    sample_ns: float | None = None
+    fewer: str = "lower `rate_hz`"
+    sooner: str = "raise `rate_hz`"
+
+    @classmethod
+    def of(cls, rate_hz: float | None, message_ms: float | None = None, key: str = "") -> Pace:
+        """The pace at ``rate_hz``, of messages or, where these are blocks of ``message_ms`` by the setting ``key``, of
+        samples."""
+        sample_ns = None if rate_hz is None else 1e9 / rate_hz
+        if message_ms is None:
+            return cls(message_ns=sample_ns)
+        message_ns = message_ms * 1e6 if sample_ns is None else max(message_ms * 1e6, sample_ns)
+        return cls(message_ns=message_ns, sample_ns=sample_ns, fewer=f"raise `{key}`", sooner=f"lower `{key}`")
+
+
 def default_bound_ns(layout: Layout, t_capture_ns: int, t_end_ns: int) -> int:
     """The promise that a reading's kind makes by itself: an audio block ends where the next begins; samples of a
     batch and single moments are followed by later ones."""
@@ -138,6 +158,12 @@ class Source:
     def largest_payload(cls, settings: Any) -> int:
         """Bytes of the largest payload to expect, 0 if unknown: what a slot of shared memory must hold."""
         return 0
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        """How often a source with these settings speaks, as far as they say; for `sensorium check`, which warns where
+        that does not fit the rest of the rig."""
+        return Pace()
 
     @classmethod
     def discover(cls) -> list[Search]:

@@ -23,7 +23,8 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class StreamStatus(msgspec.Struct, kw_only=True):
-    """One stream, as its source and the aligner see it. Counters are of the node's present life."""
+    """One stream, as its source and the aligner see it. Counters are of the node's present life; ``failures`` of the
+    device are none of ``dropped``, for nothing was ever sent."""
 
     node: str
     payload: str
@@ -32,6 +33,7 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     rate_hz: float = 0.0
     newest_ns: int | None = None
     dropped: dict[str, int] = {}
+    failures: int = 0
     note: str = ""
     verdict: str | None = None
     reason: str | None = None
@@ -39,6 +41,7 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     received: int = 0
     used: int = 0
     late: int = 0
+    no_window: int = 0
     superseded: int = 0
     duplicate: int = 0
     lost: int = 0

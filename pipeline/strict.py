@@ -1,4 +1,5 @@
-"""Strict YAML: a file decoded into frozen structs, or one ``ConfigError`` that says where, what and what instead.
+"""Strict YAML: a file decoded into frozen structs, or one ``ConfigError`` that says where, what and what instead, of
+everything that is wrong in it.
 
 PyYAML's own tree of nodes is kept beside the values, because it knows the line of every key; msgspec knows the types.
 Neither alone can tell a user which line of which file to change: msgspec drops dictionary keys from its error path,
@@ -18,11 +19,13 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 import yaml
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest
 from pipeline.errors import listed as listed
 from pipeline.errors import nearest as nearest
 
 T = TypeVar("T")
+K = TypeVar("K", str, int)
+E = TypeVar("E", bound=SensoriumError)
 Where = tuple[str | int, ...]
 
 UNITS: dict[str, tuple[str, float]] = {
@@ -65,7 +68,11 @@ class Document:
         self.path, self.text = Path(path), text
         self._lines: dict[Where, int] = {}
         self._written: dict[Where, str] = {}
-        self.value = self._parse()
+        keys = Together()  # what is wrong with keys, before anybody knows what they mean
+        value = self._parse(keys)
+        if keys.found:
+            keys.settled(value)
+        self.value = value
 
     @classmethod
     def load(cls, path: Path | str) -> Document:
@@ -86,22 +93,43 @@ class Document:
 
     def decode(self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()) -> T:
         """The value at path ``at`` (or ``value`` in its place) as ``type_``. ``extra`` are keys that are also allowed
-        there, named when a key is unknown. Raises ConfigError."""
-        return typing.cast(T, self._convert(self._get(at) if value is ... else value, type_, at, tuple(extra)))
+        there, named when a key is unknown. Raises ConfigError, which says everything that is wrong."""
+        found, wrong = self.read(type_, at, value, extra)
+        if wrong.found:
+            wrong.settled(found)
+        return typing.cast(T, found)
+
+    def read(
+        self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()
+    ) -> tuple[T | None, Together]:
+        """As ``decode``, but beside what is wrong there is what can be read in spite of it: what is wrong is left out,
+        so that keys have their defaults. None where something needed is wrong."""
+        wrong, found = Together(), None
+        with wrong:
+            found = self._convert(self._get(at) if value is ... else value, type_, at, wrong, tuple(extra))
+        return found, wrong
 
     def error(self, at: Where, what: str) -> ConfigError:
         """A ConfigError about the value at path ``at``: file, line, path, ``what``."""
-        return ConfigError(f"{self.place(at)}: {what}")
+        return self.fault(ConfigError, at, what)
+
+    def fault(self, kind: type[E], at: Where, what: str) -> E:
+        """The same as another error, where the fault is no user's."""
+        error = kind(f"{self.place(at)}: {what}")
+        error.line = self._line(at) or 0
+        return error
 
     def place(self, at: Where) -> str:
         """Where ``at`` is: file, line if known, dotted path."""
-        known = next((self._lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self._lines), None)
-        parts = [str(self.path)]
+        known, parts = self._line(at), [str(self.path)]
         if known is not None:
             parts.append(f"line {known}")
         if at:
             parts.append(dotted(at))
         return ", ".join(parts)
+
+    def _line(self, at: Where) -> int | None:
+        return next((self._lines[at[:n]] for n in range(len(at), 0, -1) if at[:n] in self._lines), None)
 
     def numbers(self) -> Iterator[tuple[Where, int | float]]:
         """Every number under a key, and its path."""
@@ -115,7 +143,7 @@ class Document:
 
     # -- reading YAML ------------------------------------------------------------------------------------------------
 
-    def _parse(self) -> Any:
+    def _parse(self, wrong: Together) -> Any:
         for number, line in enumerate(self.text.splitlines(), 1):
             if "\t" in line[: len(line) - len(line.lstrip())]:
                 raise ConfigError(
@@ -125,7 +153,7 @@ class Document:
         try:
             loader = _Loader(self.text)
             node = loader.get_single_node()
-            return None if node is None else self._build(loader, node, (), ())
+            return None if node is None else self._build(loader, node, (), (), wrong)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line_text = f", line {mark.line + 1}" if mark else ""
@@ -136,36 +164,40 @@ class Document:
             why = " ".join(str(error).split())
             raise ConfigError(f"{self.path}: this is no valid YAML: {why}.") from None
 
-    def _build(self, loader: Any, node: yaml.Node, at: Where, above: tuple[yaml.Node, ...]) -> Any:
+    def _build(self, loader: Any, node: yaml.Node, at: Where, above: tuple[yaml.Node, ...], wrong: Together) -> Any:
         """The value of ``node``, whose lines are noted under the path ``at``."""
         self._lines.setdefault(at, node.start_mark.line + 1)
         if node in above:
             raise self.error(at, "an alias (*name) refers to the mapping or list that it stands in; write it out.")
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(loader, node, at, (*above, node))
+            return self._mapping(loader, node, at, (*above, node), wrong)
         if isinstance(node, yaml.SequenceNode):
-            return [self._build(loader, item, (*at, i), (*above, node)) for i, item in enumerate(node.value)]
+            return [self._build(loader, item, (*at, i), (*above, node), wrong) for i, item in enumerate(node.value)]
         self._written[at] = node.value
         return loader.construct_object(node, deep=True)
 
-    def _mapping(self, loader: Any, node: yaml.MappingNode, at: Where, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
+    def _mapping(
+        self, loader: Any, node: yaml.MappingNode, at: Where, above: tuple[yaml.Node, ...], wrong: Together
+    ) -> dict[str, Any]:
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
             if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 self._lines[(*at, key_node.value)] = line
-                raise self.error((*at, key_node.value), f"the key `{key_node.value}` stands here twice, first in line "
-                                 f"{seen[key_node.value]}; keep one of them.")  # fmt: skip
-            seen[str(key_node.value)] = line
+                wrong.add(self.error((*at, key_node.value), f"the key `{key_node.value}` stands here twice, first in "
+                                     f"line {seen[key_node.value]}; keep one of them."))  # fmt: skip
+            seen.setdefault(str(key_node.value), line)
         loader.flatten_mapping(node)  # anchors merged with <<: come first, so that a mapping's own keys win
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             self._lines[(*at, str(key))] = key_node.start_mark.line + 1
             if key is None or key_node.tag != "tag:yaml.org,2002:str":
-                raise self.error((*at, str(key)), f"a key must be text, but YAML reads `{key or 'this key'}` as "
-                                 f"something else; put it in quotes: \"{key}\".")  # fmt: skip
-            result[key] = self._build(loader, value_node, (*at, key), above)
+                wrong.add(self.error((*at, str(key)), f"a key must be text, but YAML reads `{key or 'this key'}` as "
+                                     f"something else; put it in quotes: \"{key}\"."))  # fmt: skip
+                continue
+            with wrong:
+                result[key] = self._build(loader, value_node, (*at, key), above, wrong)
         return result
 
     def _get(self, at: Where) -> Any:
@@ -176,35 +208,47 @@ class Document:
 
     # -- checking types ----------------------------------------------------------------------------------------------
 
-    def _convert(self, value: Any, type_: Any, at: Where, extra: tuple[str, ...] = ()) -> Any:
+    # Each raises what is wrong with ``value`` itself, and notes in ``wrong`` what is wrong in its parts.
+
+    def _convert(self, value: Any, type_: Any, at: Where, wrong: Together, extra: tuple[str, ...] = ()) -> Any:
         origin, args = get_origin(type_), get_args(type_)
         if origin is Annotated and _is_struct(args[0]):
             type_, origin, args = args[0], get_origin(args[0]), get_args(args[0])
         if origin in (Union, types.UnionType):
-            return self._union(value, type_, args, at)
+            return self._union(value, type_, args, at, wrong)
         if _is_struct(type_):
-            return self._struct(value, type_, at, extra)
+            return self._struct(value, type_, at, wrong, extra)
         if origin is dict and args[0] is str:
             if not isinstance(value, dict):
                 raise self._wrong(value, "a mapping of names to values", at)
-            return {key: self._convert(item, args[1], (*at, key)) for key, item in value.items()}
+            return dict(self._each(value.items(), args[1], at, wrong))
         if origin in (list, tuple) and (origin is list or args[-1] is ...):
             if not isinstance(value, list):
                 raise self._wrong(value, "a list, like [a, b]", at)
-            return origin(self._convert(item, args[0], (*at, i)) for i, item in enumerate(value))
+            return origin(item for _, item in self._each(enumerate(value), args[0], at, wrong))
         return self._leaf(value, type_, at)
 
-    def _union(self, value: Any, type_: Any, args: tuple[Any, ...], at: Where) -> Any:
+    def _each(self, items: Iterable[tuple[K, Any]], type_: Any, at: Where, wrong: Together) -> Iterator[tuple[K, Any]]:
+        """``items`` by their keys, without those that are wrong."""
+        for key, item in items:
+            try:
+                found = self._convert(item, type_, (*at, key), wrong)
+            except ConfigError as error:
+                wrong.add(error)
+            else:
+                yield key, found
+
+    def _union(self, value: Any, type_: Any, args: tuple[Any, ...], at: Where, wrong: Together) -> Any:
         if value is None and type(None) in args:
             return None
         others = [a for a in args if a is not type(None)]
         if len(others) == 1:
-            return self._convert(value, others[0], at)
+            return self._convert(value, others[0], at, wrong)
         structs = [a for a in args if _is_struct(a)]
         if not isinstance(value, dict) or not structs:
             return self._leaf(value, type_, at)
         if len(structs) == 1:
-            return self._struct(value, structs[0], at, ())
+            return self._struct(value, structs[0], at, wrong, ())
         field = structs[0].__struct_config__.tag_field
         tags = {s.__struct_config__.tag: s for s in structs}
         tag = value.get(field)
@@ -213,31 +257,39 @@ class Document:
             place = (*at, field) if field in value else at
             raise self.error(place, f"found {stated}, allowed are {listed(tags)}.{nearest(tag, tags)}")
         rest = {k: v for k, v in value.items() if k != field}
-        return self._struct(rest, tags[tag], at, (field,))
+        return self._struct(rest, tags[tag], at, wrong, (field,))
 
-    def _struct(self, value: Any, type_: Any, at: Where, extra: tuple[str, ...]) -> Any:
+    def _struct(self, value: Any, type_: Any, at: Where, wrong: Together, extra: tuple[str, ...]) -> Any:
         if not isinstance(value, dict):
             raise self._wrong(value, describe(type_), at, _written_out(value, type_, at))
         known = {field.encode_name: field for field in _written_fields(type_)}
         rest_field: str | None = getattr(type_, "REST", None)
         hints = get_type_hints(type_, include_extras=True)
+        before, others = len(wrong.found), [key for key in value if key not in known and key not in extra]
         kept: dict[str, Any] = {}
-        rest: dict[str, Any] = {}
         for key, item in value.items():
-            if key in known:
-                kept[known[key].name] = self._convert(item, hints[known[key].name], (*at, key))
-            elif rest_field is not None:
-                rest[key] = item
-            elif key not in extra:
-                raise self._unknown(key, item, [*known, *extra], (*at, key))
-        for name, field in known.items():
-            if field.required and field.name not in kept:
-                raise self.error(at, f"the key `{name}` is missing; it needs {describe(hints[field.name])}.")
+            with wrong:
+                if key in known:
+                    kept[known[key].name] = self._convert(item, hints[known[key].name], (*at, key), wrong)
+                elif key in others and rest_field is None:
+                    raise self._unknown(key, item, [*known, *extra], (*at, key))
+        meant = {_meant(key, [*known, *extra]) for key in others} if rest_field is None else set()
+        missing = [name for name, field in known.items() if field.required and field.name not in kept]
+        for name in missing:
+            if name not in value and name not in meant:  # else it is said already
+                close = closest(name, others) if rest_field is not None else None
+                hint = f" Is `{close}` meant to be it?" if close else ""
+                what = f"the key `{name}` is missing; it needs {describe(hints[known[name].name])}.{hint}"
+                wrong.add(self.error(at, what))
+        if missing:
+            raise Noted
         if rest_field is not None:
-            kept[rest_field] = rest
+            kept[rest_field] = {key: value[key] for key in others}
         try:
             return type_(**kept)
         except (ValueError, TypeError) as error:  # what a struct's __post_init__ says of its fields together
+            if len(wrong.found) > before:  # which may be so because one of them was left out
+                raise Noted from None
             raise self.error(at, str(error)) from None
 
     def _leaf(self, value: Any, type_: Any, at: Where) -> Any:
@@ -340,23 +392,37 @@ def _written_out(value: Any, type_: Any, at: Where) -> str:
     return f" Write it out: `{at[-1]}: {{{needed[0].encode_name}: {value}}}`."
 
 
+def _meant(key: str, known: list[str]) -> str | None:
+    """The key that a user who wrote ``key`` is told to write."""
+    return _with_unit(key, known) or closest(key, known)
+
+
+def _with_unit(key: str, known: list[str]) -> str | None:
+    """The key of the same quantity in another unit: ``hop_ms`` for ``hop_s``, and for ``hop``."""
+    stem, unit = _unit_of(key)
+    for name in known:
+        other_stem, other = _unit_of(name)
+        if other and other_stem == stem and (not unit or UNITS[unit][0] == UNITS[other][0]):
+            return name
+    return None
+
+
+def _unit_of(key: str) -> tuple[str, str]:
+    stem, _, unit = key.rpartition("_")
+    return (stem, unit) if unit in UNITS else (key, "")
+
+
 def _unit_hint(key: str, value: Any, known: list[str]) -> str:
     """The same quantity in another unit, converted: ``hop_s: 0.1`` where ``hop_ms`` is the key."""
-    stem, _, unit = key.rpartition("_")
-    if unit not in UNITS:
-        stem, unit = key, ""
-    for name in known:
-        other_stem, _, other = name.rpartition("_")
-        if other_stem != stem or other not in UNITS:
-            continue
-        if not unit:
-            return f" Units stand in the names: write `{name}`."
-        dimension, factor = UNITS[unit]
-        if UNITS[other][0] == dimension and isinstance(value, int | float):
-            return f" The key is `{name}`: write `{name}: {round(value * factor / UNITS[other][1], 9):g}`."
-        if UNITS[other][0] == dimension:
-            return f" The key is `{name}`."
-    return ""
+    name, unit = _with_unit(key, known), _unit_of(key)[1]
+    if name is None:
+        return ""
+    if not unit:
+        return f" Units stand in the names: write `{name}`."
+    if isinstance(value, int | float):
+        ratio = UNITS[unit][1] / UNITS[_unit_of(name)[1]][1]
+        return f" The key is `{name}`: write `{name}: {round(value * ratio, 9):g}`."
+    return f" The key is `{name}`."
 
 
 def _similar_file(path: Path) -> str:

@@ -168,6 +168,7 @@ def account(counters: Counters) -> dict[str, int]:
         "received": counters.received,
         "used": counters.used,
         "late": counters.late,
+        "no_window": counters.no_window,
         "superseded": counters.superseded,
         "duplicate": counters.duplicate,
         "rejected": rejected,

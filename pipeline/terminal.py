@@ -17,7 +17,6 @@ from rich.live import Live
 from rich.segment import Segment
 from rich.text import Text
 
-from pipeline.life import IN_VAIN
 from pipeline.prediction import Prediction, StreamReport
 from pipeline.sheet import Cell, Meter, Sheet, number
 from pipeline.summary import Summary, ordered, quantiles
@@ -238,10 +237,9 @@ def rate(stream: StreamStatus, status: Status) -> str:
 def drops(stream: StreamStatus) -> int:
     """What was sent or should have been and no window could use: dropped at its source, lost on the way, refused.
 
-    Late messages are not among them: a frame between two steps comes after the one and is too far from the other. Nor
-    are attempts to open a device that is away: nothing was ever sent."""
-    at_source = sum(count for what, count in stream.dropped.items() if what != IN_VAIN)
-    return at_source + stream.lost + sum(stream.rejected.values())
+    Late messages are not among them: their windows say so. Nor are attempts to open a device that is away: nothing was
+    ever sent."""
+    return sum(stream.dropped.values()) + stream.lost + sum(stream.rejected.values())
 
 
 def word(source: StreamStatus | None, report: StreamReport | None) -> tuple[str, Text]:

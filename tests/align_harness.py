@@ -71,7 +71,7 @@ def counts(aligner: Aligner, name: str) -> dict[str, Any]:
 
 
 def accounted(c: dict[str, Any]) -> bool:
-    ways = ("used", "late", "superseded", "duplicate", "buffered")
+    ways = ("used", "late", "no_window", "superseded", "duplicate", "buffered")
     return bool(c["received"] == sum(c[w] for w in ways) + sum(c["rejected"].values()))
 
 

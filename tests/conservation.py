@@ -16,7 +16,7 @@ import pytest
 from pipeline.align import Aligner, AlignSpec, Counters
 from pipeline.summary import account
 
-PLACES = ("used", "late", "superseded", "duplicate", "rejected", "buffered")
+PLACES = ("used", "late", "no_window", "superseded", "duplicate", "rejected", "buffered")
 
 
 def check_account(stream: str, counters: Counters, handed_in: int | None = None) -> None:

@@ -48,7 +48,7 @@ class Fed:
     @property
     def came(self) -> bool:
         """Whether it passed the check of bounds: its capture time is good, whatever became of it."""
-        return self.outcome in ("late", "overflow", "buffered")
+        return self.outcome in ("late", "no_window", "overflow", "buffered")
 
     @property
     def unread(self) -> bool:
@@ -140,6 +140,8 @@ class Stream:
         self.buffered: list[Fed] = []
         """What was ever taken into the buffer."""
         self.samples: list[Sample] = []
+        self.unproven: list[tuple[int, int]] = []
+        """The regions of the steps that were made before they were proven."""
         self.later = first_step > 1  # what happened before is not known, so nothing is said of a start
         self.state = State(-inf, False, False, (first_step - 1) * hop_ns, None, 0)
         self.bound_at_open: dict[int, float] = {}
@@ -202,10 +204,15 @@ class Stream:
         if self.state.ended or h.t_capture_ns < self.state.bound:
             return "bound"
         if self._obsolete(fed, next_step):
-            return "late"
+            return "late" if self._missed(fed.header) else "no_window"
         if sum(not b.left for b in self.buffered) >= self.spec.max_buffer:
             return "overflow"
         return "buffered"
+
+    def _missed(self, h: Header) -> bool:
+        """Whether it lies in what a step looked at that was made before it was proven."""
+        last = h.t_end_ns if isinstance(self.rule, Resample) else h.t_capture_ns
+        return any(low <= last and h.t_capture_ns < high for low, high in self.unproven)
 
     def _refused_before(self, h: Header) -> int:
         """How many of the numbers that are missing before ``h`` belong to messages that came and were not believed."""
@@ -423,6 +430,8 @@ class Stream:
             closed="ended" if self.state.ended else "dead" if self.state.dead else None,
         )  # fmt: skip
         self.reported = len(self.buffered)
+        if not proven:
+            self.unproven.append(self.region(step))
         return state, content
 
     def _verdict(self, step: int, content: tuple[Any, ...], proven: bool, t: int) -> tuple[str, str | None, float]:
@@ -482,6 +491,7 @@ class Stream:
             "received": len(self.fed),
             "used": sum(f.used for f in self.buffered),
             "late": by["late"],
+            "no_window": by["no_window"],
             "superseded": sum(f.left for f in unused),
             "duplicate": by["duplicate"],
             "rejected": {r: by[r] for r in ("epoch", "bound", "future", "malformed", "overflow") if by[r]},

@@ -276,6 +276,25 @@ def test_a_late_message_may_still_serve_a_later_step() -> None:
     assert (c.received, c.used, c.late, c.superseded, c.buffered) == (2, 1, 1, 0, 0)
 
 
+def test_what_came_too_late_is_told_from_what_no_step_needed() -> None:
+    s = stream(Nearest(20))
+    aligner = Aligner(AlignSpec(hop_ns=100, streams=(s,), max_delay_ns=150))
+
+    def after(seq: int, t: int, at: int) -> tuple[int, int, int]:
+        aligner.feed(message(s, seq, t), at)
+        c = aligner.counters("s")
+        return c.late, c.no_window, c.used
+
+    assert after(0, 95, 96) == (0, 0, 0)
+    assert after(1, 106, 107) == (0, 0, 1)  # proves step 1, and is farther from it: nobody needs it
+    assert after(2, 150, 151) == (0, 1, 1)  # between two steps
+    aligner.tick(350)  # the deadline of step 2
+    assert after(3, 185, 351) == (1, 1, 1)  # would have been near enough for it
+    assert after(4, 250, 352) == (1, 2, 1)  # late as well, but between two steps whenever it had come
+    assert after(5, 300, 353) == (1, 2, 2)  # nothing can be nearer to step 3
+    assert after(6, 330, 354) == (1, 3, 2)
+
+
 def test_a_stream_that_was_not_declared_is_the_callers_mistake() -> None:
     aligner = Aligner(AlignSpec(hop_ns=100, streams=(stream(All()),)))
     with pytest.raises(ValueError, match="nobody"):

@@ -22,6 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli, commands, launch
+from pipeline.recording import INCOMPLETE
 from pipeline.schemas import schema
 from pipeline.status import SessionRef
 from tests.conftest import ROOT
@@ -195,6 +196,30 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     assert out == ""
 
 
+@pytest.mark.parametrize("command", [("info",), ("explain",), ("replay", "--bundle", f"{ROOT}/models/demo")])
+def test_every_command_says_of_a_recording_that_is_cut_off_the_same(
+    tmp_path: Path, call: Call, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "cut.mcap").write_bytes((ROOT / "recordings" / "demo.mcap").read_bytes()[:700_000])
+    code, out, err = call(tmp_path, command[0], "cut.mcap", *command[1:])
+    assert code == 0, err
+    assert INCOMPLETE in out + err
+
+
+@pytest.mark.parametrize("command", [("check",), ("run",), ("record", "-o", "new.mcap")])
+def test_everything_that_is_wrong_with_a_rig_is_said_at_once(place: Path, call: Call, command: list[str]) -> None:
+    (place / "wrong.yaml").write_text(
+        RIG.replace("small", "'a b'").replace("payload: audio", "paylod: audio").replace("rate_hz: 10", "rate_hz: -1")
+    )
+    code, out, err = call(place, command[0], "wrong.yaml", *command[1:])
+    assert (code, out) == (2, "")
+    assert [line.partition(": ")[0] + ": " + line.split(": ")[1] for line in err.splitlines()] == [
+        "error: wrong.yaml, line 2, name",
+        "error: wrong.yaml, line 4, sources.camera.rate_hz",
+        "error: wrong.yaml, line 5, sources.microphone.paylod",
+    ]
+
+
 def test_a_mistake_ends_the_process_with_its_code(place: Path) -> None:
     result = sensorium(place, "run", "rgi.yaml")
     assert result.returncode == 2
@@ -295,7 +320,7 @@ def test_a_run_ends_with_a_summary_in_which_every_message_has_a_place(
     places = dict(zip(re.split("  +", heading)[1:], map(int, row.split()[1:]), strict=True))
     assert places["sent"] == places["received"] + places["lost"]
     assert places["received"] == sum(
-        places[place] for place in ("used", "no window", "superseded", "duplicate", "rejected", "buffered")
+        places[place] for place in ("used", "late", "no window", "superseded", "duplicate", "rejected", "buffered")
     )
     assert places["used"] > 0
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import (
     AlignEntry,
+    RecordEntry,
     Rig,
     RigFile,
     check_environment,
@@ -84,9 +85,12 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     ("name: demo\nsources:\n  align: {kind: synthetic}\n", 3, ("`align` cannot name a source",)),
     ("name: demo\nsources: {}\n", 2, ("at least one source",)),
     ("name: demo\nsources:\n  a: &a [*a]\n", 3, ("an alias",)),
-    ("name: 'a b'\nsources: {}\n", 1, ("name", "matching")),
-    ("sources: {}\n", None, ("`name` is missing; it needs text matching ^", "at most 64, like `rover-2`.")),
-    ("name: yes\nsources: {}\n", 1, ("YAML reads yes without quotes as true",)),
+    (RIG.replace("demo", "'a b'"), 1, ("name", "matching")),
+    (RIG.removeprefix("name: demo\n"), None, ("`name` is missing; it needs text matching ^", "64, like `rover-2`.")),
+    (RIG.replace("demo", "yes"), 1, ("YAML reads yes without quotes as true",)),
+    (RIG.replace("name", "nmae"), 1, ("`nmae` is no key here. Did you mean `name`?",)),
+    (RIG + "  imu: {kidn: imu}\n", 4, ("the key `kind` is missing; it needs text. Is `kidn` meant to be it?",)),
+    (RIG + "record: {path: '{time}', limit_mb: 3}\n", 4, ("record.limit_mb", "at least 32")),
     ("", None, ("found nothing", "`sources`")),
     ("- a\n", None, ("a list", "`name`")),
 ]
@@ -99,6 +103,49 @@ def test_what_is_wrong_is_refused_in_one_paragraph(text: str, line: int | None, 
     assert "\n" not in said
     for word in words:
         assert word in said, said
+
+
+MANY = """\
+nmae: two words
+sources:
+  camera: {kind: synthetic, required: 'yes', rate_hz: 3}
+  Lidar: {kind: synthetic}
+  imu: 3
+align: {max_delay_s: 0.25, idle_ms: 0.5, streams: {camera: {idle: 5}}}
+record: {path: x, streams: [camera, 1, no]}
+transport: {predictions: here, lease_ms: 0}
+"""
+
+
+def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_lines() -> None:
+    with pytest.raises(ConfigError) as caught:
+        rig(MANY)
+    said = [str(part).removeprefix("rig.yaml, line ") for part in caught.value.parts]
+    assert str(caught.value) == "\n".join(f"rig.yaml, line {one}" for one in said)
+    assert [one.partition(": ")[0] for one in said] == [
+        "1, nmae", "3, sources.camera.required", "4, sources.Lidar", "5, sources.imu", "6, align.max_delay_s",
+        "6, align.idle_ms", "6, align.streams.camera.idle", "7, record.streams[1]", "7, record.streams[2]",
+        "8, transport.lease_ms",  # and no word of what the whole of `transport` would be without it
+    ]  # fmt: skip
+    assert caught.value.exit_code == 2
+
+
+def test_what_is_wrong_with_keys_is_said_at_once() -> None:
+    said = refusal(
+        "name: a\nname: b\nsources:\n  on: {kind: synthetic}\n  a: {kind: x, b: 1, b: 2, b: 3}\n"
+    ).splitlines()
+    assert [one.partition(": ")[0] for one in said] == [
+        "rig.yaml, line 2, name", "rig.yaml, line 4, sources.on", "rig.yaml, line 5, sources.a.b",
+    ]  # fmt: skip
+
+
+def test_what_can_be_read_is_read_in_spite_of_what_is_wrong() -> None:
+    found, wrong = Document(MANY, "rig.yaml").read(Rig, value=Document(MANY, "rig.yaml").value | {"name": "a"})
+    assert found is not None
+    assert found.sources["camera"].settings == {"rate_hz": 3}
+    assert (found.align.max_delay_ms, found.record) == (250, RecordEntry(path="x", streams=("camera",)))
+    assert len(wrong.found) == 9
+    assert Document("", "rig.yaml").read(Rig)[0] is None
 
 
 def test_so_many_milliseconds_that_seconds_may_be_meant_are_noted() -> None:

@@ -161,7 +161,7 @@ def lives(done: Done, name: str) -> list[list[Any]]:
     """The messages of each life of a device's connection. More than one means that this machine stalled for so long
     that the device was taken for dead, which the source says; what the device sent meanwhile nobody heard."""
     found = [list(group) for _, group in itertools.groupby(done.messages[name], key=lambda m: m.header.epoch)]
-    stalls = done.stream(name).dropped.get("failures", 0)
+    stalls = done.stream(name).failures
     if len(found) > 1 or stalls:
         print(f"{name:12} {len(found)} epochs, taken for dead {stalls} times: this machine stalled")
     return found
@@ -190,7 +190,7 @@ def check_lidar(done: Done, name: str, lidar: UdpLidar) -> None:
         assert (np.abs(steps - TURN_PACKETS * PACKET_NS) > 2000).sum() <= done.lost[name]
     dropped = done.stream(name).dropped
     print(f"{name:12} {lidar.calls} packets sent, {len(sweeps)} sweeps of {POINTS} points, {dropped}")
-    assert set(dropped) <= {"partial", "failures"}
+    assert set(dropped) <= {"partial"}
     rest = (lidar.calls * PACKET_NS - sweeps[-1].header.t_device_ns) / PACKET_NS
     assert rest < TURN_PACKETS * (2 + done.lost[name])  # it ends with the last whole turn that another followed
 

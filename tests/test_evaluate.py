@@ -189,6 +189,9 @@ def test_what_the_model_was_trained_on_is_said(tmp_path: Path, bundle: Path) -> 
         found = evaluate(bundle, [path])
         assert (found.sessions[0].in_training, found.sessions[0].used) == (False, use)
         assert any(f"was {use} a.mcap" in text for text in found.warnings) == (part == "held_out")
+    stated = schema("evaluation")["$defs"]["SessionResult"]["properties"]
+    assert stated["in_training"]["description"] == "Follows from `used`: whether that is `trained on`."
+    assert "description" in stated["used"]
 
 
 def test_a_recording_that_ends_too_early_is_said(tmp_path: Path, bundle: Path) -> None:

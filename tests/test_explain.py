@@ -209,7 +209,7 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     explained(path, "loss")
     said = call("explain", path)
-    assert "balanced: sent = received + lost; received = used + no window + superseded" in said
+    assert "balanced: sent = received + lost; received = used + late + no window + superseded" in said
     assert "waited for" in said
     assert "latency, ms" in said
     assert "missing: gap" in call("explain", path, "--window", 40) + call("explain", path, "--window", 41)

@@ -815,6 +815,23 @@ def test_a_training_file_is_read_strictly(change: dict[str, Any], said: str) -> 
         configured(Path("folder"), **change)
 
 
+def test_everything_that_is_wrong_with_a_training_file_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        configured(
+            Path("folder"),
+            {"imu": {"payload": "imu", "encoder": {"sise": 3}}, "lidar": {"tokens": 3}},
+            name="a b",
+            strategy="middle",
+            train={"epoch": 3, "ema": 1},
+            labels=["a", "b"],
+            ignore_labels=["a"],
+        )
+    assert {str(part).split(": ")[0].rpartition(", ")[2] for part in caught.value.parts} == {
+        "streams.imu.encoder.sise", "streams.lidar.tokens", "name", "strategy", "train.epoch", "train.ema",
+        "ignore_labels",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("streams", "said"),
     [

@@ -369,10 +369,11 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     say(
         REPORT,
         b"note",
-        msgspec.json.encode(Report(state="ready", sources={"note": SourceReport(dropped={"order": 2})})),
+        msgspec.json.encode(Report(state="ready", sources={"note": SourceReport(dropped={"order": 2}, failures=4)})),
     )
     assert node.state() == "ready"
-    assert node._report().sources["note"].dropped == {"order": 2}
+    note = node._report().sources["note"]
+    assert (note.dropped, note.failures) == ({"order": 2}, 4)
     clock.advance(2 * S)
     assert (node.state(), node._note()) == ("waiting", "nothing comes from pi")
 

@@ -18,7 +18,7 @@ from pipeline.align import Manifest, Step, StreamManifest
 from pipeline.checks import CheckContext, check_source
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import ConfigError, SensorError, WireError
-from pipeline.life import Life, Mark, NodeSpec, Order, read_spec
+from pipeline.life import Life, Mark, NodeSpec, Order, Report, read_spec
 from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Message, Payload, TextLayout
 from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
 from pipeline.source import KINDS, Reading, Source, load_kind
@@ -225,13 +225,17 @@ def test_a_promise_moves_the_bound_while_silent() -> None:
 def test_a_device_that_fails_is_opened_again_in_a_new_epoch() -> None:
     failing = [SensorError("unplugged"), SensorError("still away")]
     made, sender, _clock = shell([line(1020 * MS), SensorError("unplugged"), line(9000 * MS)], [None, *failing, None])
+    said: list[Report] = []
+    made.say = said.append
     turn_until(made, lambda: len(sender.messages) == 2)
+    made.turn()
     first, second = sender.messages
     assert second.epoch > first.epoch
     assert (first.seq, second.seq) == (0, 0)
     assert made.source.opened == 4  # type: ignore[attr-defined]
     assert made.source.closed >= 3  # type: ignore[attr-defined]
-    assert made.context.dropped == {"failures": 3}
+    assert (made.failures, made.context.dropped) == (3, {})
+    assert (said[-1].sources["text"].failures, said[-1].sources["text"].dropped) == (3, {})
     assert "still away" in {header.health for header in sender.beats}
     assert sender.beats[-1].health == ""
     # It was silent meanwhile, never for longer than the longest pause, and its beats went on.

@@ -138,15 +138,15 @@ def test_accuracy_is_not_claimed_where_no_truth_is_known() -> None:
     assert summary.as_dict()["accuracy"] is None
 
 
-@given(st.lists(st.integers(0, 10**6), min_size=8, max_size=8))
+@given(st.lists(st.integers(0, 10**6), min_size=9, max_size=9))
 def test_every_message_has_one_place(n: list[int]) -> None:
     counters = Counters(
-        received=sum(n[:7]), used=n[0], late=n[1], superseded=n[2], duplicate=n[3],
-        rejected={"epoch": n[4], "bound": n[5]}, buffered=n[6], lost=n[7],
+        received=sum(n[:8]), used=n[0], late=n[1], superseded=n[2], duplicate=n[3],
+        rejected={"epoch": n[4], "bound": n[5]}, buffered=n[6], no_window=n[7], lost=n[8],
     )  # fmt: skip
     places = account(counters)
     assert places["sent"] == places["received"] + places["lost"]
-    inside = ("used", "late", "superseded", "duplicate", "rejected", "buffered")
+    inside = ("used", "late", "no_window", "superseded", "duplicate", "rejected", "buffered")
     assert places["received"] == sum(places[place] for place in inside)
 
 

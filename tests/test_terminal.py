@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
+from pipeline.curves import Bars
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers
@@ -47,7 +48,7 @@ def status() -> Status:
             rate_hz=100.0,
             verdict="missing",
             reason="dead",
-            dropped={"failures": 7},  # attempts to open it: nothing that was sent
+            failures=7,  # attempts to open it: nothing that was sent
             note="waiting for /dev/i2c-1",
         ),
     }
@@ -360,3 +361,16 @@ def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.Mon
         show.tick(session)
     assert rates == [29.97, 3.0, 29.97]
     assert "30.0/s" in text(screen("demo", now, None, Summary()))
+
+
+@pytest.mark.parametrize("width", [60, 80, 90])
+def test_progress_bars_leave_room_for_what_somebody_types(width: int) -> None:
+    """A terminal echoes ^C behind the last line; a full one would go on in another, and the bars be drawn too low."""
+    screen = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=True)
+    with Bars(screen) as bars:
+        bars.begin("preparing sessions", 2)
+        bars.advance(2)
+        bars.begin("training", 100)
+        shown = screen.render_lines(bars.bars(), pad=False)
+    assert len(shown) == 2
+    assert max(sum(segment.cell_length for segment in line) for line in shown) <= width - len("^C")

@@ -42,7 +42,7 @@ from nodes.camera.shots import MS, NS, PERIOD_NS, Array, Driver, Shot, shown
 from nodes.camera.usb import Usb, found_at, usb_absence, usb_cameras
 from pipeline.errors import SensorError
 from pipeline.messages import FrameLayout, Payload
-from pipeline.source import Reading, Search, Source, SourceContext
+from pipeline.source import Pace, Reading, Search, Source, SourceContext
 
 _URL = re.compile(r"(rtsps?|https?)://")
 _UNKNOWN = (1920, 1080)
@@ -51,6 +51,7 @@ _EARLY = 0.4
 """A frame may come by this part of a period before it is due, where `rate_hz` leaves some out."""
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Pixels = Annotated[int, msgspec.Meta(ge=1, le=16_384)]
 
 
 class Camera(Source):
@@ -67,9 +68,9 @@ class Camera(Source):
 
         device: int | str | None = None
         file: Path | None = None
-        width: Positive | None = None
-        height: Positive | None = None
-        rate_hz: Annotated[float, msgspec.Meta(gt=0)] | None = None
+        width: Pixels | None = None
+        height: Pixels | None = None
+        rate_hz: Annotated[float, msgspec.Meta(gt=0, le=1000)] | None = None
         format: Literal["bgr8", "rgb8", "gray8"] = "bgr8"
         encoding: Literal["raw", "jpeg", "native"] = "raw"
         quality: Annotated[int, msgspec.Meta(ge=_LEAST_QUALITY, le=100)] = 80
@@ -98,6 +99,10 @@ class Camera(Source):
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
         self._driver: Driver | None = None
+
+    @classmethod
+    def pace(cls, settings: Any) -> Pace:
+        return Pace.of(settings.rate_hz)
 
     @classmethod
     def largest_payload(cls, settings: Any) -> int:

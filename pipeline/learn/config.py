@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Together
 from pipeline.learn.encoders import SETTINGS
 from pipeline.learn.fusion import FusionSettings
 from pipeline.learn.robust import RobustSettings
@@ -179,16 +179,16 @@ class Config(msgspec.Struct, frozen=True):
     document: Document
 
     def sessions(self, patterns: tuple[str, ...], at: str) -> list[Path]:
-        """The files that ``patterns`` mean, sorted, each once. ConfigError for a pattern that nothing matches."""
-        folder, found = self.document.path.resolve().parent, dict[Path, None]()
+        """The files that ``patterns`` mean, sorted, each once. ConfigError for patterns that nothing matches."""
+        folder, found, wrong = self.document.path.resolve().parent, dict[Path, None](), Together()
         for pattern in patterns:
             whole = str(folder / Path(pattern).expanduser())
             files = sorted(glob.glob(whole, recursive=True)) if glob.has_magic(whole) else [whole]
             files = [name for name in files if Path(name).is_file()]
             if not files:
-                raise self.document.error((at,), f"`{pattern}` matches no file in {folder}.")
+                wrong.add(self.document.error((at,), f"`{pattern}` matches no file in {folder}."))
             found |= {Path(name): None for name in files}
-        return list(found)
+        return wrong.settled(list(found))
 
     def names(self) -> dict[str, str]:
         """Stream -> its name in the sessions."""
@@ -201,25 +201,36 @@ def read_config(path: Path | str) -> Config:
 
 
 def check_config(document: Document) -> Config:
-    """The configuration in ``document``. Raises ConfigError."""
-    file = document.decode(TrainFile)
-    if not file.streams:
-        raise document.error(("streams",), "a model needs at least one stream, like `imu: {}`.")
+    """The configuration in ``document``. Raises ConfigError, which says everything that is wrong."""
+    file, wrong = document.read(TrainFile)
+    if file is None and isinstance(document.value, dict):  # any name will do to see what else is wrong
+        file, _ = document.read(TrainFile, value={"streams": {}} | document.value | {"name": "model"})
+    if file is None:
+        return wrong.settled(None)
+    if document.value.get("streams") == {}:
+        wrong.add(document.error(("streams",), "a model needs at least one stream, like `imu: {}`."))
+    for name, entry in file.streams.items():
+        if entry.payload is not None:  # else the sessions tell, later
+            with wrong:
+                document.decode(SETTINGS[entry.payload], ("streams", name, "encoder"), entry.encoder)
     both = sorted(set(file.labels or ()) & set(file.ignore_labels))
     if both:
-        raise document.error(("ignore_labels",), f"{listed(both)} cannot be learnt and ignored; remove one of the two.")
-    return Config(file, document)
+        said = f"{listed(both)} cannot be learnt and ignored; remove one of the two."
+        wrong.add(document.error(("ignore_labels",), said))
+    return wrong.settled(Config(file, document))
 
 
 def streams_of(config: Config, layouts: Mapping[str, Layout]) -> dict[str, BundleStream]:
     """The model's streams in the pipeline's terms, and what ``layouts`` (of the sessions' streams, by their names
     there) tell of those that the file does not describe. ConfigError names the key."""
-    found = {}
+    found, wrong = dict[str, BundleStream](), Together()
     for name, recorded in config.names().items():
-        entry = stream_entry(config, name, layouts.get(recorded), listed(sorted(layouts)))
-        config.document.decode(SETTINGS[entry.payload], ("streams", name, "encoder"), config.file.streams[name].encoder)
-        found[name] = stream_of(config.document, name, entry, config.file.window)
-    return found
+        with wrong:
+            entry = stream_entry(config, name, layouts.get(recorded), listed(sorted(layouts)))
+            at, given = ("streams", name, "encoder"), config.file.streams[name].encoder
+            config.document.decode(SETTINGS[entry.payload], at, given)
+            found[name] = stream_of(config.document, name, entry, config.file.window)
+    return wrong.settled(found)
 
 
 def stream_entry(config: Config, name: str, layout: Layout | None, known: str = "") -> StreamEntry:

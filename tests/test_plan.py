@@ -1,0 +1,89 @@
+"""What a rig says is checked before anything is started, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import BundleError, SensoriumError
+from pipeline.launch import check_rig_file
+from pipeline.plan import load_to_plan, make_plan
+from tests.rigs import make_rig
+
+MANY = """\
+nmae: many
+sources:
+  camera: {kind: synthetic, payload: frame, rate_hz: thirty, requird: true}
+  microphone: {kind: synthetik, payload: audio}
+  imu:
+    kind: synthetic
+    payload: imo
+    required: 'yes'
+    rate_khz: 0.1
+  lidar: {kind: synthetic, payload: sweep}
+  pi:
+    kind: remote
+    listen: tcp://127.0.0.1:5600
+    offset_ms: 5
+    sources:
+      far: {kind: synthetic, paylod: imu}
+      text: {kind: replay, path: x}
+bundle: {path: nowhere}
+align:
+  streams: {camra: {idle_ms: 5}}
+"""
+PLACES = [
+    ", line 1, nmae", ", line 3, sources.camera.rate_hz", ", line 3, sources.camera.requird",
+    ", line 4, sources.microphone.kind", ", line 7, sources.imu.payload", ", line 8, sources.imu.required",
+    ", line 9, sources.imu.rate_khz", ", line 14, sources.pi.offset_ms", ", line 16, sources.pi.sources.far.paylod",
+    ", line 17, sources.pi.sources.text.kind", ", line 18, bundle.path",
+]  # fmt: skip
+
+
+def refused(file: Path) -> list[str]:
+    """Every error of a rig, without the file's name."""
+    with pytest.raises(SensoriumError) as caught:
+        make_plan(load_to_plan(file))
+    assert caught.value.exit_code == 2
+    assert all(str(part).startswith(str(file)) for part in caught.value.parts)
+    return [str(part).removeprefix(str(file)) for part in caught.value.parts]
+
+
+def test_everything_that_is_wrong_with_a_rig_is_said_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "rig.yaml"
+    file.write_text(MANY)  # what `align` names may be one of `pi`'s, whose streams nobody can tell
+    assert [said.partition(": ")[0] for said in refused(file)] == PLACES
+    file.write_text(MANY[: MANY.index("  pi:")] + MANY[MANY.index("bundle:") :])
+    assert [said.partition(": ")[0] for said in refused(file)] == [
+        *PLACES[:7], ", line 11, bundle.path", ", line 13, align.streams.camra"
+    ]  # fmt: skip
+    file.write_text(MANY.replace("{path: nowhere}", "{path: nowhere, alow_code: true}"))
+    assert [said.partition(": ")[0] for said in refused(file)] == [*PLACES[:-1], ", line 18, bundle.alow_code"]
+
+
+def test_a_model_is_held_against_what_is_known_of_sources_that_are_wrong(tmp_path: Path) -> None:
+    make_rig(tmp_path)
+    file = tmp_path / "rig.yaml"
+    file.write_text(
+        "name: t\nsources:\n  camera: {kind: synthetic, payload: frames}\n  imu: {kind: synthetic, payload: imu}\n"
+        "bundle: {path: model, streams: {microphone: mic, lidr: null, imu: camera}}\n"
+    )
+    assert [said.partition("; ")[0] for said in refused(file)] == [
+        ", line 3, sources.camera.payload: found 'frames' (text), expected one of `frame`, `audio`, `imu`, `signal`, "
+        "`sweep`, `text`.",
+        ", line 5, bundle: the rig maps a stream `lidr` that the bundle `tiny` does not have",
+        ", line 5, bundle: the rig maps `camera`, `imu` of the bundle `tiny` to the same stream `camera`",
+        ", line 5, bundle: the bundle `tiny` needs a stream `microphone` (audio), but the rig has no `mic`",
+    ]
+
+
+def test_where_only_the_model_is_at_fault_it_is_so_of_several_faults_too(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path)
+    model = tmp_path / "model" / "model.yaml"
+    model.write_text(model.read_text().replace("labels", "lables").replace("hop_ms", "hop_s"))
+    with pytest.raises(BundleError) as caught:
+        check_rig_file(rig)
+    assert caught.value.exit_code == 1
+    assert len(caught.value.parts) > 1
+    assert all(str(part).startswith(f"{tmp_path / 'rig.yaml'}, line ") for part in caught.value.parts)
