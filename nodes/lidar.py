@@ -32,7 +32,7 @@ from pipeline.source import Found, Reading, Search, Source, SourceContext
 _MS = 1_000_000
 _PATIENCE_S = 0.05
 _LARGEST_PACKET = {"velodyne": 2048, "ouster": 65536}
-_GATHER_NS = 20 * _MS
+_GATHER_NS = 25 * _MS
 """Packets are taken this often at most: the kernel has stamped them, and waking for each costs more than decoding."""
 _SHARE, _OVERHEAD_BYTES = 4, 2048
 """Sooner, where they would else fill this part of what the kernel keeps, each counted with what it costs the kernel."""
@@ -183,7 +183,7 @@ class _Packets:
 
     def _lent(self, points: int) -> np.ndarray[Any, Any]:
         """Memory for a sweep, where its readers will see it."""
-        return self._context.loan(SweepLayout(points)).view(POINT_DTYPE)
+        return np.ndarray(points, POINT_DTYPE, self._context.loan(SweepLayout(points)))  # a view is checked for long
 
     def read(self) -> list[Sweep]:
         clock, listening = self._context.clock, self._socket
@@ -204,7 +204,8 @@ class _Packets:
                 raise SensorError(str(error)) from error
         self._counters.tell(kernel=listening.dropped, malformed=self.sweeps.malformed, partial=self.sweeps.partial,
                             foreign=listening.foreign)  # fmt: skip
-        self._check_silence()
+        if now - self._heard_ns > self._settings.silence_ms * _MS:
+            raise self._silence()
         return found
 
     def _pause_ns(self, taken: int, elapsed_ns: int) -> int:
@@ -219,14 +220,13 @@ class _Packets:
         self._last_ns = max(self._last_ns, self._socket.received_ns(index))
         return self._last_ns
 
-    def _check_silence(self) -> None:
-        if self._context.clock.now_ns() - self._heard_ns > self._settings.silence_ms * _MS:
-            who = self._settings.sensor_ip or "anybody"
-            raise SensorError(
-                f"no packet came from {who} on UDP port {self._port} for {self._settings.silence_ms} ms. Is the "
-                f"{self._settings.sensor} powered, is this host the destination that is set in it, and does the "
-                "firewall let it through?"
-            )
+    def _silence(self) -> SensorError:
+        who = self._settings.sensor_ip or "anybody"
+        return SensorError(
+            f"no packet came from {who} on UDP port {self._port} for {self._settings.silence_ms} ms. Is the "
+            f"{self._settings.sensor} powered, is this host the destination that is set in it, and does the "
+            "firewall let it through?"
+        )
 
     def close(self) -> None:
         self._socket.close()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError, WireError
-from pipeline.messages import POINT_DTYPE
 from pipeline.protocols.sweeps import Allocate, Array, Sweep, fresh
 from pipeline.timebase import Timebase
 
@@ -31,10 +30,8 @@ _JUMP_NS = 1_000_000_000
 _DUAL = 0x39
 # How long the lasers of a packet fire, in ns: blocks (half of them where each is sent twice) x the cycle of a block.
 _SPANS_NS = {0x21: 552_960, 0x22: 1_327_104, 0x24: 1_327_104, 0x28: 663_552, 0xA1: 159_900}
-# A point as the decoder leaves it and as it is published: x, y, z and intensity are moved as one piece of 16 bytes.
-_DECODED = np.dtype({"names": ["place", "seconds"], "formats": ["V16", "<f4"], "offsets": [0, 16], "itemsize": 32})
-_WRITTEN = np.dtype({"names": ["place", "offset_ns"], "formats": ["V16", "<i4"], "offsets": [0, 16],
-                     "itemsize": POINT_DTYPE.itemsize})  # fmt: skip
+_PLACE, _SECONDS = np.dtype("V16"), np.dtype("<f4")
+"""A point as the decoder leaves it begins so: x, y, z and intensity, which are moved as one piece, and the time."""
 
 
 class Velodyne:
@@ -136,14 +133,15 @@ class Velodyne:
         """The points as they are published; written once into the memory where they stay."""
         if not len(cloud):  # nothing but sky; without a point there is no end
             return None
-        points, decoded = self._allocate(len(cloud)), cloud.view(_DECODED)
-        written = points.view(_WRITTEN)
-        written["place"] = decoded["place"]
-        seconds = decoded["seconds"].astype(np.float64)
+        count, strides = len(cloud), cloud.strides
+        points = self._allocate(count)
+        places: Array = np.ndarray(count, _PLACE, points, 0, points.strides)
+        places[:] = np.ndarray(count, _PLACE, cloud, 0, strides)
+        seconds = np.ndarray(count, _SECONDS, cloud, _PLACE.itemsize, strides).astype(np.float64)
         end = float(seconds.max())
         seconds -= end
         seconds *= 1e9
-        written["offset_ns"] = np.rint(seconds, out=seconds)
+        points["offset_ns"] = np.rint(seconds, out=seconds)
         new_epoch, self._new_epoch = self._new_epoch, False
         ahead = round(end * 1e9)
         return Sweep(points, round(stamps.host * 1e9) + ahead, round(stamps.device * 1e9) + ahead, receipt_ns,
