@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
-import socket
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import msgspec
 import numpy as np
 
-from pipeline.clock import Clock, Origin
+from pipeline.datagrams import AT_ONCE, Datagrams
 from pipeline.devices import port_trouble, refusal, serial_ports
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE, Payload, SweepLayout
@@ -35,14 +31,11 @@ from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS = 1_000_000
 _PATIENCE_S = 0.05
-_SO_TIMESTAMPNS, _SO_RXQ_OVFL, _SO_RCVBUFFORCE = 35, 40, 33
-_QUEUE_BYTES = 8 << 20
 _LARGEST_PACKET = {"velodyne": 2048, "ouster": 65536}
-_GATHER_NS = 10 * _MS
+_GATHER_NS = 25 * _MS
 """Packets are taken this often at most: the kernel has stamped them, and waking for each costs more than decoding."""
-_AT_ONCE = 512
-"""So many packets are taken in one go; more than the largest sweep of a tenth of a second has at any moment."""
-_OLDEST_NS = 10_000_000_000
+_SHARE, _OVERHEAD_BYTES = 4, 2048
+"""Sooner, where they would else fill this part of what the kernel keeps, each counted with what it costs the kernel."""
 _LARGEST = {"velodyne": 1 << 18, "ouster": 1 << 18, "rplidar": 1 << 14}
 _UDP_PORT = {"velodyne": 2368, "ouster": 7502}
 
@@ -164,69 +157,6 @@ class _Counters:
 # -- UDP -------------------------------------------------------------------------------------------------------------
 
 
-class _Socket:
-    """A UDP socket that tells when the kernel received each packet, and how many it dropped."""
-
-    def __init__(self, address: str, port: int, clock: Clock, largest: int = 65536) -> None:
-        self._clock, self._largest = clock, largest
-        self.dropped = 0
-        self._dropped_u32 = 0
-        self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
-            except OSError:  # only for root; others get what net.core.rmem_max allows
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
-            self._socket.setblocking(False)
-            self._socket.bind((address, port))
-        except OSError as error:
-            self._socket.close()
-            raise SensorError(
-                f"UDP port {port} on {address} cannot be listened to: {error}. Another program may listen there "
-                f"already (`ss -ulnp`), or this host has no such address."
-            ) from error
-
-    def wait(self, seconds: float) -> None:
-        select.select([self._socket], [], [], seconds)
-
-    def receive(self) -> tuple[bytes, str, int] | None:
-        """The next packet, its sender, and when the kernel received it (session time); None if there is none."""
-        try:
-            data, notes, _, sender = self._socket.recvmsg(self._largest, 128)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise SensorError(f"the UDP socket failed: {error}. Is the network interface still up?") from error
-        received = now = self._clock.now_ns()
-        for level, kind, value in notes:
-            if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
-                seconds, nanoseconds = struct.unpack("=qq", value[:16])
-                # The kernel's stamp is on the wall clock. Only its age counts, so that a step of that clock between
-                # two packets changes nothing; an age that cannot be is a step within this one's wait.
-                age = Origin.now().unix_ns - (seconds * 1_000_000_000 + nanoseconds)
-                received = now - age if 0 <= age < _OLDEST_NS else now
-            elif level == socket.SOL_SOCKET and kind == _SO_RXQ_OVFL:
-                (total,) = struct.unpack("=I", value[:4])
-                self.dropped += (total - self._dropped_u32) & 0xFFFFFFFF
-                self._dropped_u32 = total
-        return data, sender[0], received
-
-    def receive_more(self) -> tuple[bytes, str, None] | None:
-        """As ``receive``, for a fraction of its price, without the time."""
-        try:
-            data, sender = self._socket.recvfrom(self._largest)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise SensorError(f"the UDP socket failed: {error}. Is the network interface still up?") from error
-        return data, sender[0], None
-
-    def close(self) -> None:
-        self._socket.close()
-
-
 class _Packets:
     """A sensor that sends packets."""
 
@@ -237,13 +167,10 @@ class _Packets:
         except ConfigError as error:
             raise SensorError(str(error)) from error
         self._port = settings.udp or _UDP_PORT[settings.sensor]
-        self._socket = _Socket(settings.bind, self._port, context.clock, _LARGEST_PACKET[settings.sensor])
-        # A Velodyne's clock is followed by one packet of each visit; an Ouster is told of every packet's receipt.
-        more: Callable[[], tuple[bytes, str, int | None] | None] = self._socket.receive_more
-        self._more = more if settings.sensor == "velodyne" else self._socket.receive
+        self._socket = Datagrams(settings.bind, self._port, context.clock, settings.sensor_ip,
+                                 _LARGEST_PACKET[settings.sensor])  # fmt: skip
         self._counters = _Counters(context)
-        self._foreign, self._stamped = 0, False
-        self._heard_ns = self._last_ns = self._next_ns = context.clock.now_ns()
+        self._last_ns = self._heard_ns = self._visited_ns = self._next_ns = context.clock.now_ns()
 
     def _protocol(self, settings: Lidar.Settings) -> Any:
         if settings.sensor == "velodyne":
@@ -256,56 +183,50 @@ class _Packets:
 
     def _lent(self, points: int) -> np.ndarray[Any, Any]:
         """Memory for a sweep, where its readers will see it."""
-        return self._context.loan(SweepLayout(points)).view(POINT_DTYPE)
+        return np.ndarray(points, POINT_DTYPE, self._context.loan(SweepLayout(points)))  # a view is checked for long
 
     def read(self) -> list[Sweep]:
-        found: list[Sweep] = []
-        clock = self._context.clock
+        clock, listening = self._context.clock, self._socket
         clock.wait_until(self._next_ns)
-        packet: tuple[bytes, str, int | None] | None = self._socket.receive()
-        if packet is None:
-            self._socket.wait(_PATIENCE_S)
-            packet = self._socket.receive()
+        taken = listening.receive()
+        if not taken:
+            listening.wait(_PATIENCE_S)
+            taken = listening.receive()
         now = clock.now_ns()
-        self._next_ns, self._stamped = now + _GATHER_NS, False
-        for _ in range(_AT_ONCE):
-            if packet is None:
-                break
-            sweep = self._feed(*packet, now)
-            if sweep is not None:
-                found.append(sweep)
-                break
-            packet = self._more()
-        self._counters.tell(kernel=self._socket.dropped, malformed=self.sweeps.malformed, partial=self.sweeps.partial,
-                            foreign=self._foreign)  # fmt: skip
-        self._check_silence()
+        self._next_ns, self._visited_ns = now + self._pause_ns(taken, now - self._visited_ns), now
+        packets = listening.packets
+        found: list[Sweep] = []
+        if packets:
+            self._heard_ns = now
+            try:
+                found = self.sweeps.take(packets, self._received_ns)
+            except WireError as error:
+                raise SensorError(str(error)) from error
+        self._counters.tell(kernel=listening.dropped, malformed=self.sweeps.malformed, partial=self.sweeps.partial,
+                            foreign=listening.foreign)  # fmt: skip
+        if now - self._heard_ns > self._settings.silence_ms * _MS:
+            raise self._silence()
         return found
 
-    def _feed(self, data: bytes, sender: str, received_ns: int | None, now: int) -> Sweep | None:
-        if self._settings.sensor_ip not in (None, sender):
-            self._foreign += 1
-            return None
-        if received_ns is None and not self._stamped:
-            received_ns = now  # the packets before it on this visit were none of this sensor's
-        self._heard_ns, damaged = now, self.sweeps.malformed
-        if received_ns is not None:
-            # The wall clock, on which the kernel stamps, may be slewed; receipts of one socket never go back.
-            received_ns = self._last_ns = max(self._last_ns, received_ns)
-        try:
-            sweep: Sweep | None = self.sweeps.feed(data, received_ns)
-            self._stamped |= self.sweeps.malformed == damaged
-        except WireError as error:
-            raise SensorError(str(error)) from error
-        return sweep
+    def _pause_ns(self, taken: int, elapsed_ns: int) -> int:
+        """How long to let packets gather that come as fast as ``taken`` of them did."""
+        if taken == AT_ONCE:
+            return 0  # more may wait already
+        kept = 2 * max(map(len, self._socket.packets), default=0) + _OVERHEAD_BYTES
+        return min(_GATHER_NS, elapsed_ns * self._socket.room // (_SHARE * kept * max(taken, 1)))
 
-    def _check_silence(self) -> None:
-        if self._context.clock.now_ns() - self._heard_ns > self._settings.silence_ms * _MS:
-            who = self._settings.sensor_ip or "anybody"
-            raise SensorError(
-                f"no packet came from {who} on UDP port {self._port} for {self._settings.silence_ms} ms. Is the "
-                f"{self._settings.sensor} powered, is this host the destination that is set in it, and does the "
-                "firewall let it through?"
-            )
+    def _received_ns(self, index: int) -> int:
+        """The wall clock, on which the kernel stamps, may be slewed; receipts of one socket never go back."""
+        self._last_ns = max(self._last_ns, self._socket.received_ns(index))
+        return self._last_ns
+
+    def _silence(self) -> SensorError:
+        who = self._settings.sensor_ip or "anybody"
+        return SensorError(
+            f"no packet came from {who} on UDP port {self._port} for {self._settings.silence_ms} ms. Is the "
+            f"{self._settings.sensor} powered, is this host the destination that is set in it, and does the "
+            "firewall let it through?"
+        )
 
     def close(self) -> None:
         self._socket.close()

@@ -108,8 +108,11 @@ class Publisher:
         ring = self._ring
         if ring is None or nbytes <= INLINE_MAX or nbytes > ring.segment.stride:
             return np.empty(nbytes, np.uint8)
-        self._serve()
-        return ring.loan(nbytes)
+        memory = ring.loan(nbytes)
+        if memory is None:
+            self._serve()  # perhaps a reader has left
+            memory = ring.loan(nbytes)
+        return memory
 
     def wait_for_readers(
         self, names: Collection[str], timeout_s: float, stop: threading.Event | None = None

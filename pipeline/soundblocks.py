@@ -52,10 +52,11 @@ class Block(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 class BlockClock:
     """Places blocks in time. ``rate_hz`` is the device's nominal rate. ``adc``: the driver gives ADC times; else only
-    receipts are known."""
+    receipts are known. ``settling``: so many of the first blocks are distrusted."""
 
-    def __init__(self, rate_hz: int, adc: bool) -> None:
+    def __init__(self, rate_hz: int, adc: bool, settling: int = SETTLING_BLOCKS) -> None:
         self.lost = 0
+        self._settling = settling
         self._rate, self._adc = rate_hz, adc
         self._clock = SampleClock(rate_hz, noise="jitter" if adc else "delay")
         self._first: list[tuple[int, int]] = []
@@ -69,24 +70,25 @@ class BlockClock:
     ) -> list[Block]:
         """Takes the next block: its ADC time on the session clock (None: only the receipt counts), the driver's own
         number of its first sample. Returns the blocks whose times are sure, in order."""
-        end = t_receipt_ns if t_adc_ns is None else t_adc_ns + self._ns(len(data))
-        if len(self._first) < SETTLING_BLOCKS:
-            self._settle(end, t_receipt_ns, count + len(data))
+        samples = len(data)
+        length = self._ns(samples)
+        end = t_receipt_ns if t_adc_ns is None else t_adc_ns + length
+        if len(self._first) < self._settling:
+            self._settle(end, t_receipt_ns, count + samples)
             return []
-        skipped, self._count = count - self._count, count + len(data)
-        begin, known = self._end + self._ns(skipped), self.lost
-        mapped = self._map(end - self._ahead, begin + self._ns(len(data)), count, len(data))
+        skipped, self._count = count - self._count, count + samples
+        begin = self._end + self._ns(skipped) if skipped else self._end
+        mapped, found = self._map(end - self._ahead, begin + length, count, samples), 0
         self.lost += max(skipped, 0)
         fresh, doubt = False, _SUSPECT_NS
         if mapped is None:
-            self._end = begin + self._ns(len(data))
+            self._end = begin + length
         else:
-            fresh, doubt = mapped.new_epoch, mapped.uncertainty_ns
-            found = mapped.lost
+            fresh, doubt, found = mapped.new_epoch, mapped.uncertainty_ns, mapped.lost
             self._found += found
             self.lost += found
-            begin, self._end = self._place(mapped, begin, len(data), fresh or found > 0)
-        moved = fresh or self.lost - max(skipped, 0) > known
+            begin, self._end = self._place(mapped, begin, length, fresh or found > 0)
+        moved = fresh or found > 0
         block = Block(data=data, t_capture_ns=begin, t_end_ns=self._end, t_receipt_ns=t_receipt_ns,
                       t_device_ns=t_device_ns, uncertainty_ns=doubt, new_epoch=fresh,
                       gap=fresh or skipped > 0)  # fmt: skip
@@ -101,7 +103,7 @@ class BlockClock:
     @property
     def settled(self) -> bool:
         """Whether the first blocks are past."""
-        return len(self._first) >= SETTLING_BLOCKS
+        return len(self._first) >= self._settling
 
     def _ns(self, samples: int) -> int:
         return samples * _NS // self._rate
@@ -125,14 +127,13 @@ class BlockClock:
         self._fed_samples = count + samples - self._fed + self._found
         return self._clock.update(self._fed_samples - first, end_ns, count=first)
 
-    def _place(self, mapped: MappedBlock, begin_ns: int, samples: int, moved: bool) -> tuple[int, int]:
+    def _place(self, mapped: MappedBlock, begin_ns: int, length_ns: int, moved: bool) -> tuple[int, int]:
         """A block's begin and end: where the last one ended, unless something is missing. A stamp that is odd would
         squeeze its block and stretch the next; such a block keeps its length."""
-        length = self._ns(samples)
         if moved:
-            return mapped.t_end_ns - length, mapped.t_end_ns
-        odd = abs(mapped.t_end_ns - begin_ns - length) > length // 20
-        return begin_ns, begin_ns + length if odd and self._adc else mapped.t_end_ns
+            return mapped.t_end_ns - length_ns, mapped.t_end_ns
+        odd = abs(mapped.t_end_ns - begin_ns - length_ns) > length_ns // 20
+        return begin_ns, begin_ns + length_ns if odd and self._adc else mapped.t_end_ns
 
     def _release(self) -> list[Block]:
         blocks = list(self._held)
@@ -182,9 +183,11 @@ class Regroup:
     def _cut(self) -> Block:
         last = self._parts[-1]
         excess = self._length - self._samples
+        if not excess:
+            return self._flush()[0]
         self._parts[-1], rest = split(last, len(last.data) - excess)
         group = _join(self._parts)
-        self._parts, self._length = ([rest], excess) if excess else ([], 0)
+        self._parts, self._length = [rest], excess
         return group
 
 

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import velodyne_decoder
 
-from nodes.lidar import Lidar, _Socket
+from nodes.lidar import Lidar
 from pipeline.checks import CheckContext, check_source
 from pipeline.clock import ManualClock, SystemClock
+from pipeline.datagrams import AT_ONCE, Datagrams, _OneByOne
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE
 from pipeline.protocols import rplidar
@@ -146,6 +148,28 @@ def test_what_is_no_packet_is_counted_and_an_unknown_sensor_is_refused() -> None
         turn()
 
 
+@pytest.mark.parametrize("factory", [0x21, 0x22, 0x24, 0x28])
+@pytest.mark.parametrize("mode", [0x37, 0x39])
+def test_every_point_is_the_decoders_own_to_the_bit(factory: int, mode: int) -> None:
+    decoder = velodyne_decoder.StreamDecoder(velodyne_decoder.Config())
+    lidar, expected, got, receipts = Velodyne(), [], [], []
+    for first in range(0, 1000, 7):
+        numbers = range(first, min(first + 7, 1000))
+        packets = [vlp16(i, i * PACKET_NS // 1000, factory) for i in numbers]
+        packets = [packet[:1204] + bytes([mode]) + packet[1205:] for packet in packets]
+        for i, packet in zip(numbers, packets, strict=True):
+            found = decoder.decode(i * PACKET_NS / NS, packet)
+            expected += [] if found is None else [found[1]]
+        receipts.append((first + 1) * PACKET_NS)
+        got += lidar.take(packets, lambda number: receipts[-1] if number == 0 else None)
+    assert len(got) == len(expected) - 1 > 8  # the first is partial
+    for sweep, cloud in zip(got, expected[1:], strict=True):
+        end = float(cloud[:, 4].max())
+        assert sweep.points[["x", "y", "z", "intensity"]].tolist() == list(map(tuple, cloud[:, :4].tolist()))
+        offsets = [round((seconds - end) * 1e9) for seconds in cloud[:, 4].tolist()]
+        assert sweep.points["offset_ns"].tolist() == offsets
+
+
 # -- over UDP --------------------------------------------------------------------------------------------------------
 
 PACKETS = 1508
@@ -209,7 +233,7 @@ def test_what_the_kernel_drops_is_counted_to_the_packet() -> None:
         sender.connect(("127.0.0.1", port))
         for i in range(12_000):
             sender.send(packets[i % 200])
-        while source.read() or select.select([source._device._socket._socket], [], [], 0)[0]:  # type: ignore[union-attr]
+        while source.read() or select.select([source._device._socket], [], [], 0)[0]:  # type: ignore[union-attr]
             pass
         sender.send(packets[0])  # the kernel tells with the next packet that it takes
         sent = 12_001
@@ -233,19 +257,103 @@ def test_a_velodyne_keeps_the_contract_of_a_source() -> None:
         sender.join()
 
 
-def test_a_packet_was_received_when_the_kernel_had_it_however_long_it_waited() -> None:
-    clock, port = SystemClock(), free_port()
-    listening = _Socket("127.0.0.1", port, clock)
+@pytest.fixture(params=["many at once", "one by one"])
+def listening(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Datagrams]:
+    """A socket at a free port, also as where the C library lacks ``recvmmsg``."""
+    if request.param == "one by one":
+        monkeypatch.setattr("pipeline.datagrams._many_at_once", lambda: None)
+    made = Datagrams("127.0.0.1", free_port(), SystemClock(), largest=2048)
+    assert isinstance(made._taking, _OneByOne) == (request.param == "one by one")
+    with contextlib.closing(made):
+        yield made
+
+
+def take(listening: Datagrams, count: int) -> list[tuple[bytes, int]]:
+    """What ``listening`` hears of the next ``count`` datagrams, and when each was received."""
+    found: list[tuple[bytes, int]] = []
+    while count > 0:
+        listening.wait(5)
+        taken = listening.receive()
+        assert 0 < taken <= AT_ONCE
+        count -= taken
+        found += [(packet, listening.received_ns(i)) for i, packet in enumerate(listening.packets)]
+    return found
+
+
+def test_a_packet_was_received_when_the_kernel_had_it_however_long_it_waited(listening: Datagrams) -> None:
+    clock, sent = listening._clock, []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        before = clock.now_ns()
-        sender.sendto(b"x", ("127.0.0.1", port))
-        after = clock.now_ns()
-    clock.wait_until(after + 30 * MS)
-    got = listening.receive()
-    listening.close()
-    assert got is not None
-    assert got[:2] == (b"x", "127.0.0.1")
-    assert before - 5 * MS <= got[2] <= after + MS
+        sender.connect(("127.0.0.1", listening.port))
+        for i in range(3):
+            before = clock.now_ns()
+            sender.send(bytes([i] * (i + 1)))
+            sent.append((before, clock.now_ns()))
+            clock.wait_until(clock.now_ns() + 10 * MS)
+    for i, (packet, received_ns) in enumerate(take(listening, 3)):
+        assert packet == bytes([i] * (i + 1))
+        assert sent[i][0] - 5 * MS <= received_ns <= sent[i][1] + MS
+    assert listening.receive() == 0
+    assert listening.packets == []
+
+
+def test_datagrams_come_whole_and_in_order_however_many_wait(listening: Datagrams) -> None:
+    random = np.random.default_rng(3)
+    sent = [random.bytes(int(size)) for size in random.integers(0, 2500, 3 * AT_ONCE + 5)]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", listening.port))
+        for data in sent:
+            sender.send(data)
+    assert [packet for packet, _ in take(listening, len(sent))] == [data[:2048] for data in sent]
+    assert (listening.dropped, listening.foreign) == (0, 0)
+
+
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize(("address", "other"), [("127.0.0.1", "127.0.0.2"), ("::1", None)])
+def test_only_one_sender_is_heard(many: bool, address: str, other: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not many:
+        monkeypatch.setattr("pipeline.datagrams._many_at_once", lambda: None)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        senders = []
+        for own in filter(None, (address, other)):
+            senders.append(stack.enter_context(socket.socket(family, socket.SOCK_DGRAM)))
+            try:
+                senders[-1].bind((own, 0))
+            except OSError as error:
+                pytest.skip(f"this host has no address {own}: {error}")
+        heard, deaf = (Datagrams(address, 0, SystemClock(), only) for only in (address, "no address"))
+        for listening in (heard, deaf):
+            stack.callback(listening.close)
+            for i in range(6):
+                senders[i % len(senders)].sendto(b"%d" % i, (address, listening.port))
+        before = heard._clock.now_ns()
+        assert take(deaf, 6) == []
+        packets, times = zip(*take(heard, 6), strict=True)
+        assert list(packets) == [b"%d" % i for i in range(0, 6, len(senders))]
+        assert (heard.foreign, deaf.foreign) == (6 - len(packets), 6)
+        assert list(times) == sorted(times)
+        assert before - 5 * MS <= times[0] <= times[-1] <= heard._clock.now_ns()
+
+
+def test_what_the_kernel_drops_is_counted_again_and_again(listening: Datagrams) -> None:
+    sent = came = 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", listening.port))
+        for _ in range(2):
+            known = listening.dropped
+            for _ in range(12_000):
+                sender.send(bytes(1206))
+            while taken := listening.receive():
+                came += taken
+            sender.send(b"")  # the kernel tells with the next packet that it takes
+            sent += 12_001
+            while came + listening.dropped < sent:
+                listening.wait(5)
+                taken = listening.receive()
+                assert taken
+                came += taken
+            assert came + listening.dropped == sent
+            assert listening.dropped > known
 
 
 def test_silence_a_taken_port_and_other_senders() -> None:
@@ -262,6 +370,26 @@ def test_silence_a_taken_port_and_other_senders() -> None:
     clock.advance(2001 * MS)
     with pytest.raises(SensorError, match=r"no packet came from 127\.0\.0\.9"):
         source.read()
+    source.close()
+
+
+@pytest.mark.parametrize("room", [425_984, 16 << 20])
+@pytest.mark.parametrize(("size", "rate"), [(1206, 754), (1206, 12_500), (24_832, 1280)])
+def test_packets_gather_no_longer_than_the_kernel_has_room_for_them(room: int, size: int, rate: int) -> None:
+    """Also where net.core.rmem_max is what it is by default, and by what a packet in pieces costs."""
+    source = Lidar(settings(sensor="velodyne", udp=free_port(), bind="127.0.0.1"), CheckContext(clock=ManualClock()))
+    source.open()
+    device: Any = source._device
+    pause, device._socket.room = 25 * MS, room
+    for _ in range(5):
+        taken = min(max(rate * pause // NS, 1), AT_ONCE - 1)
+        elapsed = taken * NS // rate
+        device._socket.packets = [bytes(size)] * taken
+        pause = device._pause_ns(taken, elapsed)
+        pieces = -(-size // 1472)
+        assert pause * rate / NS * pieces * 2304 < 0.4 * room
+        assert 0 < pause <= 25 * MS
+    assert device._pause_ns(AT_ONCE, 20 * MS) == 0  # more may wait
     source.close()
 
 
@@ -291,9 +419,7 @@ def udp_payloads(path: Path, port: int) -> list[bytes]:
 
 @pytest.mark.parametrize("name", ["OS-0-32-U1_v2.2.0_1024x10", "OS-1-32-G_v2.1.1_1024x10"])
 def test_every_field_of_an_ouster_has_the_vendors_digest(shared_data: Path, name: str) -> None:
-    core = pytest.importorskip(
-        "ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'"
-    )
+    core = pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'")
     folder = shared_data / "ouster"
     if not (folder / f"{name}.pcap").is_file():
         pytest.skip(f"the capture {name}.pcap is not among the real recordings")

@@ -19,7 +19,7 @@ import pytest
 
 from nodes.microphone import Microphone
 from pipeline.checks import CheckContext, check_source
-from pipeline.clock import Origin, SystemClock
+from pipeline.clock import ManualClock, Origin, SystemClock
 from pipeline.errors import ConfigError, SensorError
 from pipeline.hosttime import domain_of, host_zero
 from pipeline.life import Life, NodeSpec
@@ -56,27 +56,30 @@ def test_the_hosts_clocks_are_found_again_from_the_session_clock() -> None:
     assert abs(found.monotonic_ns - (origin.monotonic_ns - 5 * NS)) < MS
 
 
-def placed(count: int, jump_at: int | None, lost: int, *, ahead_ns: int = 0, told: bool = False) -> list[Block]:
-    """``count`` blocks of 160 samples at 16 kHz, whose ADC times say that ``lost`` samples are missing at a block."""
+def placed(
+    count: int, jump_at: int | None, lost: int, *, ahead_ns: int = 0, told: bool = False, size: int = 160
+) -> list[Block]:
+    """``count`` blocks of ``size`` samples at 16 kHz, whose ADC times say that ``lost`` samples are missing at one."""
     clock, rng, found, device = BlockClock(16_000, adc=True), np.random.default_rng(1), [], 0
     for i in range(count):
         missing = lost if jump_at is not None and i >= jump_at else 0
-        device = i * 160 + missing
+        device = i * size + missing
         adc = device * NS // 16_000 + round(rng.normal(0, 0.15 * MS)) + ahead_ns
-        number = device if told else i * 160
-        found += clock.update(np.full((160, 1), i % 1000, "<i2"), adc, adc, adc + 10 * MS - ahead_ns, number)
+        number, receipt = device if told else i * size, adc + size * NS // 16_000 - ahead_ns
+        found += clock.update(np.full((size, 1), i % 1000, "<i2"), adc, adc, receipt, number)
     assert clock.lost == (lost if jump_at is not None else 0)
     return found
 
 
+@pytest.mark.parametrize("size", [160, 320])
 @pytest.mark.parametrize("told", [False, True])
-def test_lost_samples_make_times_jump_at_the_block_after_them(told: bool) -> None:
-    got = placed(400, 300, 800, told=told)
+def test_lost_samples_make_times_jump_at_the_block_after_them(told: bool, size: int) -> None:
+    got = placed(400, 300, 800, told=told, size=size)
     first = next(i for i, b in enumerate(got) if int(b.data[0, 0]) == 300)
     assert [i for i, b in enumerate(got) if b.gap] == [0, first]
     for i, b in enumerate(got):
         number = int(b.data[0, 0])
-        true = (number * 160 + (800 if number >= 300 else 0)) * NS // 16_000
+        true = (number * size + (800 if number >= 300 else 0)) * NS // 16_000
         assert abs(b.t_capture_ns - true) < MS, number
         if i and i != first:
             assert b.t_capture_ns == got[i - 1].t_end_ns
@@ -148,7 +151,7 @@ def test_channels_are_mixed_or_left_out() -> None:
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"rate": 16000}, "rate_hz"), ({"rate_hz": "16 khz"}, "whole number"), ({"channels": 0}, "at least 1"),
-    ({"device": 1.5}, "text"), ({"block_ms": 5}, "at least 10"),
+    ({"device": 1.5}, "text"), ({"block_ms": 5}, "at least 10"), ({"gather_ms": 5}, "at least 10"),
 ])  # fmt: skip
 def test_wrong_settings_are_named_without_a_device(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -382,17 +385,57 @@ class Times:
     inputBufferAdcTime = 0.0
 
 
-@pytest.mark.parametrize("block_ms", [10, 20, 30, 50, 100])
-def test_the_first_block_that_is_placed_begins_a_hand_over(block_ms: int) -> None:
+@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
+@pytest.mark.parametrize("block_ms", [10, 15, 20, 30, 40, 50, 60, 100])
+def test_the_first_block_that_is_placed_begins_a_hand_over(block_ms: int, rate: int) -> None:
     """Else every message of the device's life would be cut from two."""
     given = Document("{}", "settings").decode(Microphone.Settings, value={"block_ms": block_ms})
     microphone = Microphone(given, CheckContext(clock=SystemClock()))
-    microphone._count = 0
+    microphone._count, settling = 0, microphone._settling
+    samples = round(rate * microphone._block_ms / 1000)
     callback = microphone._callback(microphone._blocks)
-    for _ in range(SETTLING_BLOCKS + 50):
-        callback(bytes(320), 160, Times, None)
+    for _ in range(settling + 50):
+        callback(bytes(2 * samples), samples, Times, None)
     taken = []
     while not microphone._blocks.empty():
         taken.append(microphone._blocks.get())
-    assert SETTLING_BLOCKS in itertools.accumulate(map(len, taken))
-    assert [raw.number for raws in taken for raw in raws] == list(range(0, 160 * sum(map(len, taken)), 160))
+    assert settling in itertools.accumulate(map(len, taken))
+    assert [raw.number for raws in taken for raw in raws] == list(range(0, samples * sum(map(len, taken)), samples))
+    assert {len(raws) for raws in taken[1:]} == {microphone._at_once}
+    assert microphone._at_once * microphone._block_ms <= max(50, block_ms)
+    whole = round(rate * block_ms / 1000) / samples
+    assert whole == round(block_ms / microphone._block_ms)  # messages are made of whole blocks
+
+
+@pytest.mark.parametrize(("api", "gather_ms", "own_s", "asked"), [
+    ("ALSA", 40, 0.035, 0.1), ("ALSA", 40, 0.2, 0.2), ("ALSA", 60, 0.035, 0.18), ("ALSA", 20, 0.035, "high"),
+    ("ALSA", 10, 0.035, "high"), ("Core Audio", 40, 0.035, "high"),
+])  # fmt: skip
+def test_only_alsa_is_asked_to_gather(api: str, gather_ms: int, own_s: float, asked: float | str) -> None:
+    given = Document("{}", "settings").decode(Microphone.Settings, value={"gather_ms": gather_ms})
+
+    class Driver:
+        @staticmethod
+        def query_hostapis(index: int) -> dict[str, Any]:
+            return {"name": api}
+
+    info = {"hostapi": 0, "default_high_input_latency": own_s}
+    assert Microphone(given, CheckContext())._latency(Driver, info) == asked
+
+
+def test_blocks_of_one_moment_are_handed_over_together() -> None:
+    """Nothing waits for a later moment than its own but the first blocks of a moment that has more than the last."""
+    given = Document("{}", "settings").decode(Microphone.Settings, value={})
+    clock = ManualClock()
+    microphone = Microphone(given, CheckContext(clock=clock))
+    microphone._count = 0
+    callback = microphone._callback(microphone._blocks)
+    handed = []
+    for count in (1, 2, 2, 2, 50, 2, 2, 1, 2):
+        clock.advance(40 * MS)
+        for _ in range(count):
+            callback(bytes(640), 320, Times, None)
+        handed.append([])
+        while not microphone._blocks.empty():
+            handed[-1].append(len(microphone._blocks.get()))
+    assert handed == [[1], [1, 1], [2], [2], [2] + 48 * [1], [2], [2], [], [2, 1]]

@@ -8,6 +8,7 @@ calibrated reflectivity.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ class Ouster:
         accel = [form.imu_la_x(raw), form.imu_la_y(raw), form.imu_la_z(raw)]
         gyro = [form.imu_av_x(raw), form.imu_av_y(raw), form.imu_av_z(raw)]
         return int(form.imu_gyro_ts(raw)), np.array(accel), np.array(gyro)
+
+    def take(self, packets: Sequence[bytes], received_ns: Callable[[int], int]) -> list[Sweep]:
+        """Takes packets that came together; ``received_ns`` tells when the one of that number was received."""
+        found = (self.feed(packet, received_ns(index)) for index, packet in enumerate(packets))
+        return [sweep for sweep in found if sweep is not None]
 
     def feed(self, packet: bytes, receipt_ns: int) -> Sweep | None:
         """Takes a packet and when it was received (session time). Returns the sweep that it completes, if any."""

@@ -8,6 +8,8 @@ tells the time of the others.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,15 @@ PACKET_BYTES = 1206
 MODELS = ("HDL64E_S1", "HDL64E_S2", "HDL64E_S3", "HDL32E", "VLP32A", "VLP32B", "VLP32C", "VLP16", "PuckHiRes", "VLS128")
 """The names that velodyne-decoder uses."""
 
+_BANKS = (0xEE, 0xDD)
+_STAMP = struct.Struct("<I")
 _HOUR_US = 3_600_000_000
 _JUMP_NS = 1_000_000_000
 _DUAL = 0x39
 # How long the lasers of a packet fire, in ns: blocks (half of them where each is sent twice) x the cycle of a block.
 _SPANS_NS = {0x21: 552_960, 0x22: 1_327_104, 0x24: 1_327_104, 0x28: 663_552, 0xA1: 159_900}
+_PLACE, _SECONDS = np.dtype("V16"), np.dtype("<f4")
+"""A point as the decoder leaves it begins so: x, y, z and intensity, which are moved as one piece, and the time."""
 
 
 class Velodyne:
@@ -55,7 +61,7 @@ class Velodyne:
         self.partial = self.malformed = self.packets = 0
         self._times = Timebase(resolution_ns=1000)
         self._hours, self._last_us = 0, 0
-        self._new_epoch = False
+        self._mapped = self._new_epoch = False
         self._allocate = allocate
         # Of the last packet whose receipt is known: how far the session's clock is ahead of the sensor's, the receipt
         # itself and the sensor's time of it; and the sensor's time of the last packet.
@@ -68,12 +74,26 @@ class Velodyne:
 
     def feed(self, packet: bytes, receipt_ns: int | None) -> Sweep | None:
         """Takes a packet and when it was received (session time; None if that is not known, which it must be of the
-        first). Returns the sweep that ended before it, if any. WireError if the decoder cannot tell what sensor
+        first). Returns the sweep that ended with it, if any. WireError if the decoder cannot tell what sensor
         sends."""
-        self.packets += 1
-        if len(packet) != PACKET_BYTES or packet[1] not in (0xEE, 0xDD):
-            self.malformed += 1
-            return None
+        return next(iter(self.take((packet,), lambda _: receipt_ns)), None)
+
+    def take(self, packets: Sequence[bytes], received_ns: Callable[[int], int | None]) -> list[Sweep]:
+        """The same for packets that came together. ``received_ns`` tells when the one of that number was received, and
+        is asked only of the first that is a packet."""
+        self.packets += len(packets)
+        found, asked = [], False
+        for index, packet in enumerate(packets):
+            if len(packet) != PACKET_BYTES or packet[1] not in _BANKS:
+                self.malformed += 1
+                continue
+            receipt_ns, asked = None if asked else received_ns(index), True
+            sweep = self._take(packet, receipt_ns)
+            if sweep is not None:
+                found.append(sweep)
+        return found
+
+    def _take(self, packet: bytes, receipt_ns: int | None) -> Sweep | None:
         device_ns = self._device_ns(packet)
         if receipt_ns is None:
             if abs(device_ns - self._device_last_ns) > _JUMP_NS:
@@ -83,7 +103,9 @@ class Velodyne:
             self._start()
         self._device_last_ns = device_ns
         try:
-            done = self._decoder.decode((device_ns + self._ahead_ns) / 1e9, packet)
+            # The decoder finds the hour by this time, and cannot tell one before 0. Into a list it would turn the bytes
+            # itself, more slowly; and its own records it would copy to columns.
+            done = self._decoder.decode(max(device_ns + self._ahead_ns, 1) / 1e9, list(packet), True)
         except (RuntimeError, ValueError) as error:
             raise WireError(
                 f"the Velodyne's packets cannot be decoded: {str(error).rstrip('.')}. Set `model`, one of "
@@ -102,18 +124,20 @@ class Velodyne:
         """Follows the sensor's clock by the end of a packet, which is what its receipt can tell about. Whether the
         clock has jumped."""
         mapped = self._times.update(device_end_ns, receipt_ns)
+        first, self._mapped = not self._mapped, True
         self._ahead_ns, self._uncertainty_ns = mapped.t_capture_ns - device_end_ns, mapped.uncertainty_ns
         self._receipt_ns, self._known_ns = receipt_ns, device_end_ns
-        return mapped.new_epoch and self.packets > self.malformed + 1
+        return mapped.new_epoch and not first
 
     def _sweep(self, stamps: Any, cloud: Array, receipt_ns: int) -> Sweep | None:
-        """The points as they are published; written once, column by column, into the memory where they stay."""
+        """The points as they are published; written once into the memory where they stay."""
         if not len(cloud):  # nothing but sky; without a point there is no end
             return None
-        points = self._allocate(len(cloud))
-        numbers = points.view(np.float32).reshape(len(cloud), -1)  # x, y, z, intensity; the fifth is the offset
-        numbers[:, :4] = cloud[:, :4]
-        seconds = cloud[:, 4].astype(np.float64)
+        count, strides = len(cloud), cloud.strides
+        points = self._allocate(count)
+        places: Array = np.ndarray(count, _PLACE, points, 0, points.strides)
+        places[:] = np.ndarray(count, _PLACE, cloud, 0, strides)
+        seconds = np.ndarray(count, _SECONDS, cloud, _PLACE.itemsize, strides).astype(np.float64)
         end = float(seconds.max())
         seconds -= end
         seconds *= 1e9
@@ -125,11 +149,11 @@ class Velodyne:
 
     def _device_ns(self, packet: bytes) -> int:
         """The packet's stamp, the hours counted."""
-        us = int.from_bytes(packet[1200:1204], "little")
+        (us,) = _STAMP.unpack_from(packet, 1200)
         if us < self._last_us - _HOUR_US // 2:
             self._hours += 1
         self._last_us = us
-        return (self._hours * _HOUR_US + us) * 1000
+        return int((self._hours * _HOUR_US + us) * 1000)
 
 
 def _span_ns(packet: bytes) -> int:
