@@ -22,19 +22,20 @@ same result.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
-from utd_mhad_data import ACTIONS, SPAN_NS, Clip, Corruption, corrupted, load_clips, session
+from utd_mhad_data import ACTIONS, SPAN_NS, Clip, Corruption, check_files, corrupted, load_clips, session
 
 from pipeline.clock import SystemClock
 from pipeline.learn import Config, Made, Trained, check_config, train, with_overrides
@@ -43,6 +44,7 @@ from pipeline.learn.model import say, subsets_of
 from pipeline.learn.train import prepare_all
 from pipeline.scoring import bootstrap
 from pipeline.strict import Document
+from pipeline.workers import workers
 
 Array = np.ndarray[Any, Any]
 FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "utd_mhad"
@@ -279,6 +281,15 @@ def _corruptions(options: argparse.Namespace, strategy: str, streams: tuple[str,
     )
 
 
+class Source(NamedTuple):
+    """Where clips come from, whose they are, and where they are kept once prepared."""
+
+    folder: Path
+    depth: bool
+    subjects: tuple[int, ...]
+    cache: Path
+
+
 class Task(NamedTuple):
     """One model to train and test."""
 
@@ -289,29 +300,27 @@ class Task(NamedTuple):
     device: str
 
 
-_CLIPS: list[Clips] = []
-"""Of this process."""
-
-
-def _ready(folder: Path, depth: bool, subjects: Sequence[int], cache: Path) -> None:
+@functools.cache
+def _clips(source: Source) -> Clips:
+    """Of this process."""
     torch.set_num_threads(1)
-    _CLIPS[:] = [Clips([clip for clip in load_clips(folder, depth) if clip.subject in subjects], cache)]
+    known = load_clips(source.folder, source.depth)
+    return Clips([clip for clip in known if clip.subject in source.subjects], source.cache)
 
 
-def _work(task: Task) -> tuple[Task, Outcome]:
-    return task, evaluate(_CLIPS[0], task.run, task.seed, task.epochs, task.corruptions, task.device)
+def _work(source: Source, task: Task) -> Outcome:
+    return evaluate(_clips(source), task.run, task.seed, task.epochs, task.corruptions, task.device)
 
 
-def outcomes(options: argparse.Namespace, tasks: Sequence[Task], cache: Path) -> Iterator[tuple[Task, Outcome]]:
+def outcomes(source: Source, tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outcome]]:
     """What the tasks find, as they are done."""
-    ready = (options.folder, options.depth, ODD if options.loso else (*ODD, *EVEN), cache)
-    jobs = min(options.jobs or len(os.sched_getaffinity(0)), len(tasks))
-    if jobs == 1:
-        _ready(*ready)
-        yield from map(_work, tasks)
+    check_files(source.folder, source.depth)
+    if jobs == 1 or len(tasks) == 1:
+        yield from ((task, _work(source, task)) for task in tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, _ready, ready) as pool:
-        yield from pool.imap_unordered(_work, tasks)
+    with workers(min(jobs, len(tasks))) as pool:
+        found = {pool.submit(_work, source, task): task for task in tasks}
+        yield from ((found[done], done.result()) for done in as_completed(found))
 
 
 def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
@@ -324,7 +333,8 @@ def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
         for run, corruptions in plan(options)
     ]
     found: dict[Task, Outcome] = {}
-    for task, outcome in outcomes(options, tasks, cache):
+    source = Source(options.folder, options.depth, ODD if options.loso else (*ODD, *EVEN), cache)
+    for task, outcome in outcomes(source, tasks, options.jobs):
         found[task] = outcome
         said = ", ".join(f"{k[0]} {100 * v.mean():.2f}" for k, v in outcome.right.items() if k[1] is None)
         spent_s = (clock.now_ns() - begun_ns) / 1e9
@@ -363,11 +373,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three epochs")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, help="models trained at a time; as many as there are cores if left out")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="models trained at a time; as many as there are cores if left out",
+    )
     parser.add_argument("--cache", type=Path, help="keeps prepared clips between runs")
-    parser.add_argument("--write", type=Path, help="a file for the rows so far, after every seed")
+    parser.add_argument("--write", type=Path, help="a file for the rows so far, after every model")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.jobs < 1 or options.seeds < 1:
+        parser.error("--jobs and --seeds are 1 or more")
     with tempfile.TemporaryDirectory(prefix="utd-mhad-") as scratch:
         rows = measure(options, options.cache or Path(scratch))
     print(json.dumps(rows, indent=1) if options.json else table(rows))

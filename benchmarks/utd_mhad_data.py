@@ -52,7 +52,7 @@ FOCAL = 71.0
 WHERE = """\
 UTD-MHAD is not part of this project and may not be redistributed. Get it from its authors
 (https://personal.utdallas.edu/~kehtar/UTD-MHAD.html) and store it as two NumPy archives in one folder, which is the
-argument of this script (default: {folder}):
+argument of this script (it looked in {folder}):
   utd_mhad_inertial_skeleton.npz   ids [n, 3] (action, subject, trial), frames [n], samples [n],
                                    skeleton f4 [sum of frames, 20, 3] in metres,
                                    inertial f4 [sum of samples, 6] (acceleration in g, angular rate in deg/s)
@@ -73,14 +73,20 @@ class Clip(NamedTuple):
         return f"a{self.action}_s{self.subject}_t{self.trial}"
 
 
-def load_clips(folder: Path, depth: bool) -> list[Clip]:
-    """All clips: ``skeleton`` [n, 60] in metres, ``inertial`` [n, 6] in m/s^2 and rad/s, and ``depth`` if asked.
-    SystemExit says where to get the data if they are not there."""
+def check_files(folder: Path, depth: bool) -> list[Path]:
+    """The archives. SystemExit says where to get them if they are not there."""
     files = [folder / "utd_mhad_inertial_skeleton.npz"]
     files += [folder / "utd_mhad_depth_60x80_u16.npz"] if depth else []
     for file in files:
         if not file.is_file():
             raise SystemExit(f"{file} is not there.\n{WHERE.format(folder=folder)}")
+    return files
+
+
+def load_clips(folder: Path, depth: bool) -> list[Clip]:
+    """All clips: ``skeleton`` [n, 60] in metres, ``inertial`` [n, 6] in m/s^2 and rad/s, and ``depth`` if asked.
+    SystemExit as ``check_files``."""
+    files = check_files(folder, depth)
     with np.load(files[0]) as data:
         ids, frames, samples = (data[key].astype(np.int64) for key in ("ids", "frames", "samples"))
         inertial = data["inertial"] * np.array([GRAVITY] * 3 + [np.pi / 180] * 3, np.float32)
