@@ -154,7 +154,10 @@ class Microphone(Source):
 
     @classmethod
     def pace(cls, settings: Any) -> Pace:
-        return Pace.of(settings.rate_hz, settings.block_ms, "block_ms")
+        pace = Pace.of(settings.rate_hz, settings.block_ms, "block_ms")
+        if settings.gather_ms <= settings.block_ms:
+            return pace
+        return msgspec.structs.replace(pace, gather_ns=settings.gather_ms * 1e6, sooner="lower `gather_ms`")
 
     @classmethod
     def discover(cls) -> list[Search]:
