@@ -325,22 +325,23 @@ class Microphone(Source):
 
     def _callback(self, blocks: _Waiting) -> Callable[[Any, int, Any, Any], None]:
         """Keeps blocks until a message is full and no more will come at the same moment, and only then wakes the node:
-        each wake-up costs more than the work it is for. As many are expected at a moment as came at the one before it,
-        but no more than have been recorded since."""
+        each wake-up costs more than the work it is for. As many are expected at a moment as came at one of the two
+        before it, but no more than have been recorded since."""
         clock, gathered, message, block_ns = self.context.clock, self._gathered, self._message, self._block_ms * _MS
         most = _MOST_KEPT_MS // self._block_ms
-        expected, came, last_ns = 1, 0, clock.now_ns()
+        expected, came, before, last_ns = 1, 0, 0, clock.now_ns()
         kept: list[_Raw] = []
         full = False
 
         def take(data: Any, frames: int, times: Any, status: Any) -> None:
-            nonlocal kept, full, expected, came, last_ns
+            nonlocal kept, full, expected, came, before, last_ns
             now = clock.now_ns()
             if blocks is not self._blocks:
                 return
             apart = now - last_ns
             if apart > block_ns // 2:
-                expected, came = min(came, gathered, (apart + block_ns // 2) // block_ns), 0
+                expected = min(max(came, before), gathered, (apart + block_ns // 2) // block_ns)
+                came, before = 0, came
             last_ns, came = now, came + 1
             number, self._count = self._count, self._count + frames
             kept.append(_Raw(bytes(data), number, times.inputBufferAdcTime, now))
