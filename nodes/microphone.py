@@ -21,6 +21,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from itertools import pairwise
+from math import ceil
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -40,10 +42,11 @@ _SILENT_NS = 1_000 * _MS
 """A stream that delivers nothing for this long hangs; sound comes every 20 ms at least."""
 _DRIVER_S = 3.0
 _QUEUE_S = 2.0
-"""What of sound may wait; a node that was stopped for longer loses the rest, which is counted."""
-_MOST_AT_ONCE_MS = 50
-"""So much sound is handed over together at most, where a message is that long."""
-_SETTLING_MS = 250
+"""What of sound may wait at least; a node that was stopped for longer loses the rest, which is counted."""
+_MOST_KEPT_MS = 50
+"""Of a longer message parts of this length are handed over already, or what comes at one moment, if that is more."""
+_MOST_PIECES = 5
+"""Of blocks handed over together, in doubt: the clock is sure of a loss after six, and no moment decides alone."""
 _STEP_NS = 2 * _MS
 _MOST_CHANNELS = 8
 _PCM = np.dtype("<i2")
@@ -56,6 +59,30 @@ class _Raw(msgspec.Struct, frozen=True, gc=False):
     number: int
     adc_s: float
     t_receipt_ns: int
+
+
+class _Waiting:
+    """Blocks on their way from PortAudio's thread to the node. Each of the two numbers is written by one thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lists: queue.SimpleQueue[list[_Raw]] = queue.SimpleQueue()
+        self._put = self._got = 0
+
+    def put(self, raws: list[_Raw]) -> None:
+        """Adds blocks; where ``most`` wait already these are lost: the clock sees the gap."""
+        if self._put - self._got < self._most:
+            self._put += len(raws)
+            self._lists.put(raws)
+
+    def get(self, timeout: float | None = None) -> list[_Raw]:
+        """Raises queue.Empty."""
+        raws = self._lists.get(timeout=timeout)
+        self._got += len(raws)
+        return raws
+
+    def empty(self) -> bool:
+        return self._lists.empty()
 
 
 def _driver() -> Any:
@@ -81,6 +108,12 @@ def _driver_ms(block_ms: int) -> int:
     """The length of the driver's blocks for messages of ``block_ms``: 20 ms where that comes out even. Shorter ones
     only come in pairs at the same moment: PortAudio looks at a device every 20 ms or so."""
     return block_ms if block_ms <= 20 else 20 if block_ms % 20 == 0 else 10
+
+
+def _joined(raws: list[_Raw]) -> _Raw:
+    if len(raws) == 1:
+        return raws[0]
+    return _Raw(b"".join([raw.data for raw in raws]), raws[0].number, raws[0].adc_s, raws[-1].t_receipt_ns)
 
 
 def _wall_ns(clock: Clock) -> int:
@@ -127,9 +160,10 @@ class Microphone(Source):
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """``block_ms`` is the length of a message. ``gather_ms``: so much sound may gather in the device until it is
-        taken, all at once; 20 brings every second message 20 ms sooner and costs half as much again. ``delay_ms``: a
-        constant delay between the air and the ADC time that you have measured (nobody else can know it); it is taken
-        off all times."""
+        taken, all at once (on ALSA; elsewhere the system decides); 20 brings every second message 20 ms sooner and
+        costs half as much again. Lost samples are known within 120 ms, or two such times if that is more.
+        ``delay_ms``: a constant delay between the air and the ADC time that you have measured (nobody else can know
+        it); it is taken off all times."""
 
         device: int | str | None = None
         rate_hz: Annotated[int, msgspec.Meta(ge=4000, le=192_000)] = 16_000
@@ -140,11 +174,9 @@ class Microphone(Source):
 
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
-        self._blocks: queue.SimpleQueue[list[_Raw]] = queue.SimpleQueue()
         self._block_ms = _driver_ms(settings.block_ms)
-        self._at_once = min(settings.block_ms, _MOST_AT_ONCE_MS) // self._block_ms
         self._gathered = max(settings.gather_ms // self._block_ms, 1)
-        self._settling = -(-_SETTLING_MS // self._block_ms)
+        self._blocks = self._queue()
         self._delay_ns = round(settings.delay_ms * _MS)
         self._layout = AudioLayout(settings.rate_hz, settings.channels, 0)
         self._finished = threading.Event()
@@ -154,7 +186,10 @@ class Microphone(Source):
 
     @classmethod
     def pace(cls, settings: Any) -> Pace:
-        return Pace.of(settings.rate_hz, settings.block_ms, "block_ms")
+        pace = Pace.of(settings.rate_hz, settings.block_ms, "block_ms")
+        if settings.gather_ms <= settings.block_ms:
+            return pace
+        return msgspec.structs.replace(pace, gather_ns=settings.gather_ms * 1e6, sooner="lower `gather_ms`")
 
     @classmethod
     def discover(cls) -> list[Search]:
@@ -183,8 +218,8 @@ class Microphone(Source):
         if self._opening is None:
             self.close()
             # Each stream has a queue of its own, so that a late callback of the last one is not heard in this one.
-            self._blocks, self._finished = queue.SimpleQueue(), threading.Event()
-            self._count = self._counted = 0
+            self._blocks, self._finished = self._queue(), threading.Event()
+            self._count = self._counted = self._begins = 0
             self._zero = host_zero(self.context.clock)
             self._domain: Domain | None = None
             self._clock: BlockClock | None = None
@@ -195,7 +230,7 @@ class Microphone(Source):
             raise SensorError("the sound input does not answer: it is being opened, and that takes long.")
         self._stream = self._opened(self._opening)
         while not self._blocks.empty():  # of a device that was open before anybody wanted it
-            self._blocks.get_nowait()
+            self._blocks.get()
         self._last_ns = self.context.clock.now_ns()
 
     def read(self) -> list[Reading] | None:
@@ -206,8 +241,9 @@ class Microphone(Source):
             return None
         self._last_ns = raw[-1].t_receipt_ns
         readings: list[Reading] = []
-        for item in self._even(raw):
-            self._take(item, readings)
+        items = self._even(raw)
+        for item in items:
+            self._take(item, item is not items[-1], readings)
         self._count_losses()
         return readings
 
@@ -217,6 +253,9 @@ class Microphone(Source):
         if stream is not None:
             self._closing = LongCall(lambda: _give_up(stream))
             self._closing.over(_DRIVER_S)
+
+    def _queue(self) -> _Waiting:
+        return _Waiting(ceil(_QUEUE_S * 1000 / self._block_ms))
 
     # -- PortAudio ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +268,7 @@ class Microphone(Source):
         info = driver.query_devices(index)
         rate, channels = self._format(driver, index, info)
         self._rate, self._channels, self._block = rate, channels, round(rate * self._block_ms / 1000)
+        self._message = round(rate * self.settings.block_ms / 1000)
         stream = driver.RawInputStream(
             samplerate=rate, channels=channels, dtype="int16", device=index, blocksize=self._block,
             latency=self._latency(driver, info), callback=self._callback(blocks), finished_callback=finished.set,
@@ -283,31 +323,32 @@ class Microphone(Source):
             f"{trouble}. Another program may use it, or its sound server is down."
         )
 
-    def _callback(self, blocks: queue.SimpleQueue[list[_Raw]]) -> Callable[[Any, int, Any, Any], None]:
-        """Keeps blocks until they fill a message and no more will come at the same moment, and only then wakes the
-        node: each wake-up costs more than the work it is for. The first time fewer are handed over, so that the first
-        block that is placed begins a message."""
-        clock, at_once, gathered = self.context.clock, self._at_once, self._gathered
-        most = round(_QUEUE_S * 1000 / self._block_ms / max(at_once, gathered))
-        apart_ns = self._block_ms * _MS // 2
-        wanted = self._settling % at_once or at_once
-        together, came, last_ns = 1, 0, clock.now_ns()  # how many came at one moment, the last time and now
+    def _callback(self, blocks: _Waiting) -> Callable[[Any, int, Any, Any], None]:
+        """Keeps blocks until a message is full and no more will come at the same moment, and only then wakes the node:
+        each wake-up costs more than the work it is for. As many are expected at a moment as came at one of the two
+        before it, but no more than have been recorded since."""
+        clock, gathered, message, block_ns = self.context.clock, self._gathered, self._message, self._block_ms * _MS
+        most = _MOST_KEPT_MS // self._block_ms
+        expected, came, before, last_ns = 1, 0, 0, clock.now_ns()
         kept: list[_Raw] = []
+        full = False
 
         def take(data: Any, frames: int, times: Any, status: Any) -> None:
-            nonlocal kept, wanted, together, came, last_ns
+            nonlocal kept, full, expected, came, before, last_ns
             now = clock.now_ns()
             if blocks is not self._blocks:
                 return
-            if now - last_ns > apart_ns:
-                together, came = min(came, gathered), 0
+            apart = now - last_ns
+            if apart > block_ns // 2:
+                expected = min(max(came, before), gathered, (apart + block_ns // 2) // block_ns)
+                came, before = 0, came
             last_ns, came = now, came + 1
-            kept.append(_Raw(bytes(data), self._count, times.inputBufferAdcTime, now))
-            self._count += frames
-            if came >= together and len(kept) >= wanted:
-                if blocks.qsize() < most:  # else they are lost: the clock sees the gap
-                    blocks.put(kept)
-                kept, wanted = [], at_once
+            number, self._count = self._count, self._count + frames
+            kept.append(_Raw(bytes(data), number, times.inputBufferAdcTime, now))
+            full = full or (number - self._begins) % message + frames >= message
+            if came >= expected and (full or len(kept) >= most):
+                blocks.put(kept)
+                kept, full = [], False
 
         return take
 
@@ -321,19 +362,27 @@ class Microphone(Source):
     # -- from blocks to readings ---------------------------------------------------------------------------------------
 
     def _even(self, raws: list[_Raw]) -> list[_Raw]:
-        """Blocks as one, where the clock knows its way and their stamps show that nothing is missing between them."""
+        """Blocks as one, where the clock expects the first of them and their stamps show that nothing is missing
+        between them. In doubt they stay apart, since the clock needs several to be sure; only of more than
+        ``_MOST_PIECES`` some are joined."""
         first = raws[0]
         if len(raws) == 1 or self._clock is None or not self._clock.settled:
             return raws
-        number, adc_s = first.number, first.adc_s
-        for raw in raws:
-            if raw.number != number or abs(raw.adc_s - adc_s) > _STEP_NS / _NS:
-                return raws
-            number, adc_s = number + self._block, adc_s + self._block_ms / 1000
-        return [_Raw(b"".join([raw.data for raw in raws]), first.number, first.adc_s, raws[-1].t_receipt_ns)]
+        length_s, most = self._block_ms / 1000, len(raws)
+        gaps = [b.number != a.number + self._block or abs(b.adc_s - a.adc_s - length_s) > _STEP_NS / _NS
+                for a, b in pairwise(raws)]  # fmt: skip
+        if any(gaps) or not self._clock.expects(self._adc_ns(round(first.adc_s * _NS)), first.number):
+            most = -(-len(raws) // _MOST_PIECES)
+        pieces = [[first]]
+        for gap, raw in zip(gaps, raws[1:], strict=True):
+            if gap or len(pieces[-1]) == most:
+                pieces.append([])
+            pieces[-1].append(raw)
+        return [_joined(piece) for piece in pieces]
 
-    def _take(self, raw: _Raw, readings: list[Reading]) -> None:
-        """Adds the readings that are complete with this block."""
+    def _take(self, raw: _Raw, more: bool, readings: list[Reading]) -> None:
+        """Adds the readings that are complete with this block. ``more``: others were handed over with
+        it and follow."""
         frame = 2 * self._channels
         data: np.ndarray[Any, Any] = np.ndarray((len(raw.data) // frame, self._channels), _PCM, raw.data)
         if self._clock is None:
@@ -341,18 +390,22 @@ class Microphone(Source):
         assert self._clock is not None
         stamp = round(raw.adc_s * _NS)
         device = None if self._domain is None else stamp
-        for block in self._clock.update(data, self._adc_ns(stamp), device, raw.t_receipt_ns, raw.number):
+        settled = self._clock.settled
+        blocks = self._clock.update(data, self._adc_ns(stamp), device, raw.t_receipt_ns, raw.number, more)
+        for block in blocks:
             for group in self._regroup.update(block):
                 converted = self._convert(group)
                 if converted is not None:
                     readings.append(self._reading(converted))
+        if blocks or not settled:  # what comes back ends with this block
+            self._begins = raw.number + len(data) - self._regroup.waiting
 
     def _begin(self, raw: _Raw) -> None:
         """What the first block shows: the clock of ADC times."""
         self._domain = domain_of(round(raw.adc_s * _NS), raw.t_receipt_ns, self._zero)
         self._wall_ns = _wall_ns(self.context.clock)
-        self._clock = BlockClock(self._rate, self._domain is not None, self._settling)
-        self._regroup = Regroup(round(self._rate * self.settings.block_ms / 1000))
+        self._clock = BlockClock(self._rate, self._domain is not None)
+        self._regroup = Regroup(self._message)
         same = self._rate == self.settings.rate_hz
         self._converter = None if same else Converter(self._rate, self.settings.rate_hz, self.settings.channels)
 

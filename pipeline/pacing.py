@@ -99,12 +99,15 @@ def _grid(rule: Resample, pace: Pace, spec: AlignSpec) -> Iterator[str]:
                f"is faster than {0.5e9 / sample:g} Hz it will not see; raise `rate_hz` to {rule.rate_hz}")  # fmt: skip
     if every is None:
         return
+    what = "a message holds"
+    if pace.gather_ns is not None and pace.gather_ns > every:
+        what, every = "what gathers in the device until it is taken holds", pace.gather_ns
     if spec.max_delay_ns is not None and every > spec.max_delay_ns:
-        yield (f"a message holds {_ms(every)} and comes when they are over, but windows wait for only "
+        yield (f"{what} {_ms(every)} and comes when they are over, but windows wait for only "
                f"{_ms(spec.max_delay_ns)} (`max_delay_ms` of `align`): most will be `late` or `partial`; "
                f"{pace.sooner}")  # fmt: skip
     elif every > spec.hop_ns:
-        yield (f"a message holds {_ms(every)}, more than the model's hop of {_ms(spec.hop_ns)}: predictions come in "
+        yield (f"{what} {_ms(every)}, more than the model's hop of {_ms(spec.hop_ns)}: predictions come in "
                f"bursts, and up to {_ms(every)} later than they could; {pace.sooner}")  # fmt: skip
 
 

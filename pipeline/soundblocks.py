@@ -27,8 +27,9 @@ from pipeline.timebase import MappedBlock, SampleClock
 
 Array = np.ndarray[Any, Any]
 
-SETTLING_BLOCKS = 25
-_SUSPECT_NS = 3_000_000
+SETTLING_MS = 250
+"""So much of the first sound is distrusted."""
+_EXPECTED_NS, _SUSPECT_NS = 2_000_000, 3_000_000
 _WITHHELD = 100
 """So many early stamps in a row are no fault of stamps: the clock itself was set back."""
 _HELD = 8
@@ -52,11 +53,12 @@ class Block(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 class BlockClock:
     """Places blocks in time. ``rate_hz`` is the device's nominal rate. ``adc``: the driver gives ADC times; else only
-    receipts are known. ``settling``: so many of the first blocks are distrusted."""
+    receipts are known. ``settled``: the first blocks are past."""
 
-    def __init__(self, rate_hz: int, adc: bool, settling: int = SETTLING_BLOCKS) -> None:
+    def __init__(self, rate_hz: int, adc: bool) -> None:
         self.lost = 0
-        self._settling = settling
+        self.settled = False
+        self._settling = rate_hz * SETTLING_MS // 1000  # samples
         self._rate, self._adc = rate_hz, adc
         self._clock = SampleClock(rate_hz, noise="jitter" if adc else "delay")
         self._first: list[tuple[int, int]] = []
@@ -66,15 +68,19 @@ class BlockClock:
         self._held: deque[Block] = deque()
 
     def update(
-        self, data: Array, t_adc_ns: int | None, t_device_ns: int | None, t_receipt_ns: int, count: int
-    ) -> list[Block]:
+        self, data: Array, t_adc_ns: int | None, t_device_ns: int | None, t_receipt_ns: int, count: int,
+        more: bool = False,
+    ) -> list[Block]:  # fmt: skip
         """Takes the next block: its ADC time on the session clock (None: only the receipt counts), the driver's own
-        number of its first sample. Returns the blocks whose times are sure, in order."""
+        number of its first sample. ``more``: others of the same moment follow; they are all distrusted, or none.
+        Returns the blocks whose times are sure, in order; if there are any, the last is this one."""
         samples = len(data)
         length = self._ns(samples)
         end = t_receipt_ns if t_adc_ns is None else t_adc_ns + length
-        if len(self._first) < self._settling:
+        if not self.settled:
             self._settle(end, t_receipt_ns, count + samples)
+            self._settling -= samples
+            self.settled = self._settling <= 0 and not more
             return []
         skipped, self._count = count - self._count, count + samples
         begin = self._end + self._ns(skipped) if skipped else self._end
@@ -100,10 +106,11 @@ class BlockClock:
             return self._moved()
         return [] if suspect and len(self._held) < _HELD else self._release()
 
-    @property
-    def settled(self) -> bool:
-        """Whether the first blocks are past."""
-        return len(self._first) >= self._settling
+    def expects(self, t_adc_ns: int | None, count: int) -> bool:
+        """Whether a block with this ADC time and number of its first sample comes as it should, and no other is in
+        doubt: such blocks may be joined before they are taken."""
+        off = 0 if t_adc_ns is None else t_adc_ns - self._ahead - self._end
+        return self.settled and not self._held and count == self._count and abs(off) < _EXPECTED_NS
 
     def _ns(self, samples: int) -> int:
         return samples * _NS // self._rate
@@ -163,6 +170,11 @@ class Regroup:
         self._samples = samples
         self._parts: list[Block] = []
         self._length = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many samples wait for the rest of their group."""
+        return self._length
 
     def update(self, block: Block) -> list[Block]:
         """Takes the next block; returns the groups that are full."""

@@ -92,10 +92,12 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How often a source is set to speak: the time between two messages and between two samples of them, None where
-    only the device knows. ``fewer`` and ``sooner`` say which settings make its messages fewer, and shorter."""
+    only the device knows. ``gather_ns``: messages gather for so long and come together, None if each comes when it is
+    full. ``fewer`` and ``sooner`` say which settings make its messages fewer, and come sooner."""
 
     message_ns: float | None = None
     sample_ns: float | None = None
+    gather_ns: float | None = None
     fewer: str = "lower `rate_hz`"
     sooner: str = "raise `rate_hz`"
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from pipeline.hosttime import domain_of, host_zero
 from pipeline.life import Life, NodeSpec
 from pipeline.messages import Header, Message, view
 from pipeline.node import SourceShell
-from pipeline.soundblocks import SETTLING_BLOCKS, Block, BlockClock, Converter, Regroup, mix
+from pipeline.soundblocks import SETTLING_MS, Block, BlockClock, Converter, Regroup, mix
+from pipeline.source import Reading
 from pipeline.strict import Document
 
 MS, NS = 1_000_000, 1_000_000_000
@@ -56,25 +58,34 @@ def test_the_hosts_clocks_are_found_again_from_the_session_clock() -> None:
     assert abs(found.monotonic_ns - (origin.monotonic_ns - 5 * NS)) < MS
 
 
+def settling(size: int) -> int:
+    """How many blocks of ``size`` samples at 16 kHz are distrusted."""
+    return -(-16 * SETTLING_MS // size)
+
+
 def placed(
     count: int, jump_at: int | None, lost: int, *, ahead_ns: int = 0, told: bool = False, size: int = 160
-) -> list[Block]:
-    """``count`` blocks of ``size`` samples at 16 kHz, whose ADC times say that ``lost`` samples are missing at one."""
+) -> tuple[list[Block], int]:
+    """``count`` blocks of ``size`` samples at 16 kHz, whose ADC times say that ``lost`` samples are missing at one; and
+    how many samples were held back at most."""
     clock, rng, found, device = BlockClock(16_000, adc=True), np.random.default_rng(1), [], 0
+    most_held = 0
     for i in range(count):
         missing = lost if jump_at is not None and i >= jump_at else 0
         device = i * size + missing
         adc = device * NS // 16_000 + round(rng.normal(0, 0.15 * MS)) + ahead_ns
         number, receipt = device if told else i * size, adc + size * NS // 16_000 - ahead_ns
         found += clock.update(np.full((size, 1), i % 1000, "<i2"), adc, adc, receipt, number)
+        most_held = max(most_held, (i + 1 - settling(size) - len(found)) * size)
     assert clock.lost == (lost if jump_at is not None else 0)
-    return found
+    return found, most_held
 
 
-@pytest.mark.parametrize("size", [160, 320])
+@pytest.mark.parametrize("size", [160, 320, 640])
 @pytest.mark.parametrize("told", [False, True])
 def test_lost_samples_make_times_jump_at_the_block_after_them(told: bool, size: int) -> None:
-    got = placed(400, 300, 800, told=told, size=size)
+    got, most_held = placed(400, 300, 800, told=told, size=size)
+    assert most_held == (0 if told else 5 * size)
     first = next(i for i, b in enumerate(got) if int(b.data[0, 0]) == 300)
     assert [i for i, b in enumerate(got) if b.gap] == [0, first]
     for i, b in enumerate(got):
@@ -83,7 +94,7 @@ def test_lost_samples_make_times_jump_at_the_block_after_them(told: bool, size: 
         assert abs(b.t_capture_ns - true) < MS, number
         if i and i != first:
             assert b.t_capture_ns == got[i - 1].t_end_ns
-    assert [int(b.data[0, 0]) for b in got] == list(range(SETTLING_BLOCKS, 400))
+    assert [int(b.data[0, 0]) for b in got] == list(range(settling(size), 400))
 
 
 @pytest.mark.parametrize("wrong_ms", [40, -10])
@@ -93,9 +104,9 @@ def test_one_bad_stamp_moves_nothing(wrong_ms: int) -> None:
     for i in range(300):
         adc = i * 10 * MS + (wrong_ms * MS if i == 200 else 0)
         got += clock.update(np.zeros((160, 1), "<i2"), adc, adc, adc + 10 * MS, i * 160)
-    assert len(got) == 300 - SETTLING_BLOCKS
+    assert len(got) == 300 - settling(160)
     assert clock.lost == 0
-    assert max(abs(b.t_capture_ns - (i + SETTLING_BLOCKS) * 10 * MS) for i, b in enumerate(got)) < MS
+    assert max(abs(b.t_capture_ns - (i + settling(160)) * 10 * MS) for i, b in enumerate(got)) < MS
 
 
 def test_a_run_of_early_stamps_moves_nothing() -> None:
@@ -105,11 +116,11 @@ def test_a_run_of_early_stamps_moves_nothing() -> None:
         adc = i * 10 * MS - (20 * MS if 200 <= i < 212 or i in (27, 28, 30) else 0)
         got += clock.update(np.zeros((160, 1), "<i2"), adc, adc, i * 10 * MS + 10 * MS, i * 160)
     assert [b.gap for b in got] == [True] + [False] * (len(got) - 1)
-    assert max(abs(b.t_capture_ns - (i + SETTLING_BLOCKS) * 10 * MS) for i, b in enumerate(got)) < MS
+    assert max(abs(b.t_capture_ns - (i + settling(160)) * 10 * MS) for i, b in enumerate(got)) < MS
 
 
 def test_no_block_ends_after_it_arrived() -> None:
-    got = placed(200, None, 0, ahead_ns=10 * MS)
+    got, _ = placed(200, None, 0, ahead_ns=10 * MS)
     assert max(b.t_end_ns - b.t_receipt_ns for b in got) < MS
 
 
@@ -381,30 +392,202 @@ def test_without_a_server_the_device_is_waited_for(server: Server) -> None:
     source.close()
 
 
-class Times:
-    inputBufferAdcTime = 0.0
+# -- the node on a device that is driven by hand -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [16_000, 44_100, 48_000])
-@pytest.mark.parametrize("block_ms", [10, 15, 20, 30, 40, 50, 60, 100])
-def test_the_first_block_that_is_placed_begins_a_hand_over(block_ms: int, rate: int) -> None:
-    """Else every message of the device's life would be cut from two."""
-    given = Document("{}", "settings").decode(Microphone.Settings, value={"block_ms": block_ms})
-    microphone = Microphone(given, CheckContext(clock=SystemClock()))
-    microphone._count, settling = 0, microphone._settling
-    samples = round(rate * microphone._block_ms / 1000)
-    callback = microphone._callback(microphone._blocks)
-    for _ in range(settling + 50):
-        callback(bytes(2 * samples), samples, Times, None)
-    taken = []
-    while not microphone._blocks.empty():
-        taken.append(microphone._blocks.get())
-    assert settling in itertools.accumulate(map(len, taken))
-    assert [raw.number for raws in taken for raw in raws] == list(range(0, samples * sum(map(len, taken)), samples))
-    assert {len(raws) for raws in taken[1:]} == {microphone._at_once}
-    assert microphone._at_once * microphone._block_ms <= max(50, block_ms)
-    whole = round(rate * block_ms / 1000) / samples
-    assert whole == round(block_ms / microphone._block_ms)  # messages are made of whole blocks
+class Device:
+    """A driver with one sound input, and that input: sound is recorded, and taken from it, when ``take`` is called."""
+
+    PortAudioError = OSError
+    default = SimpleNamespace(device=(0, 0))
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rate: int = 16_000, **settings: Any) -> None:
+        self.rate, self.clock, self.rng = rate, ManualClock(), np.random.default_rng(1)
+        given = Document("{}", "settings").decode(Microphone.Settings, value={"rate_hz": rate, **settings})
+        self.context = CheckContext(clock=self.clock)
+        self.microphone = Microphone(given, self.context)
+        self.samples = self.lost = 0
+        monkeypatch.setattr("nodes.microphone._driver", lambda: self)
+        self.microphone.open()
+        self.block_ms, self.zero_ns = self.microphone._block_ms, self.microphone._zero.monotonic_ns
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """All that a driver does beside this says nothing."""
+        return lambda *arguments, **more: None
+
+    def query_devices(self, index: int | None = None) -> Any:
+        one = {"name": "x", "max_input_channels": 1, "default_samplerate": 16_000.0, "hostapi": 0,
+               "default_high_input_latency": 0.035}  # fmt: skip
+        return [one] if index is None else one
+
+    def query_hostapis(self, index: int) -> dict[str, Any]:
+        return {"name": "ALSA"}
+
+    def RawInputStream(self, *, callback: Any, blocksize: int, **_: Any) -> Device:
+        self.callback, self.size = callback, blocksize
+        return self
+
+    def take(self, count: int, at_ms: float | None = None, late_ms: float = 0.0) -> None:
+        """``count`` blocks are taken from it, all at one moment: 2 ms after the last of them ended, or at ``at_ms``.
+        Their ADC times are all wrong by ``late_ms``, and by noise."""
+        end_ns = (self.samples + self.lost + count * self.size) * NS // self.rate + 2 * MS
+        self.clock.advance((end_ns if at_ms is None else round(at_ms * MS)) - self.clock.now_ns())
+        late_s = (late_ms + self.rng.normal(0, 0.15)) / 1000
+        for _ in range(count):
+            begin_s = (self.samples + self.lost) / self.rate
+            times = SimpleNamespace(inputBufferAdcTime=self.zero_ns / NS + begin_s + late_s)
+            self.callback(bytes(2 * self.size), self.size, times, None)
+            self.samples += self.size
+
+    def handed(self) -> list[int]:
+        """How many blocks there are in each list that was handed over and that nobody reads any more."""
+        found = []
+        while not self.microphone._blocks.empty():
+            found.append(len(self.microphone._blocks.get()))
+        return found
+
+    def read(self) -> list[Reading]:
+        """What the node makes of what was handed over."""
+        found: list[Reading] = []
+        while not self.microphone._blocks.empty():
+            found += self.microphone.read() or []
+        return found
+
+    def settle(self, per_moment: int = 1) -> None:
+        """Goes on until the next block will be placed."""
+        while self.samples < self.rate:
+            self.take(per_moment)
+            assert self.read() == []
+            if self.microphone._clock is not None and self.microphone._clock.settled:
+                return
+        raise AssertionError("a second of sound is distrusted")
+
+
+@pytest.mark.parametrize(("per_moment", "settings"), [
+    (1, {}), (2, {}), (1, {"gather_ms": 200}), (10, {"gather_ms": 200}), (1, {"block_ms": 10}), (4, {"block_ms": 10}),
+    (1, {"block_ms": 100}), (2, {"block_ms": 100}), (4, {"block_ms": 50}), (20, {"block_ms": 10, "gather_ms": 200}),
+])  # fmt: skip
+def test_two_seconds_of_sound_may_wait_however_it_comes(
+    monkeypatch: pytest.MonkeyPatch, per_moment: int, settings: dict[str, Any]
+) -> None:
+    device = Device(monkeypatch, **settings)
+    for _ in range(2):  # what was read makes room
+        for _ in range(4000 // (device.block_ms * per_moment)):
+            device.take(per_moment)
+        kept_ms = sum(device.handed()) * device.block_ms
+        assert 2000 <= kept_ms <= 2000 + max(50, per_moment * device.block_ms)
+
+
+@pytest.mark.parametrize("lost", [800, 3200])
+@pytest.mark.parametrize(("per_moment", "settings", "usual_ms", "known_ms", "held_ms"), [
+    (2, {}, 40, 120, 120), (1, {"gather_ms": 20}, 20, 120, 120), (1, {}, 20, 120, 120),
+    (3, {"gather_ms": 60}, 60, 120, 120), (4, {"gather_ms": 80}, 80, 160, 160), (10, {"gather_ms": 200}, 200, 400, 400),
+    (4, {"block_ms": 10}, 40, 80, 80), (4, {"block_ms": 50}, 80, 80, 110), (2, {"block_ms": 100}, 120, 120, 140),
+])  # fmt: skip
+def test_a_loss_is_known_as_soon_where_sound_is_taken_seldom(
+    monkeypatch: pytest.MonkeyPatch, per_moment: int, settings: dict[str, Any], usual_ms: int, known_ms: int,
+    held_ms: int, lost: int,
+) -> None:  # fmt: skip
+    """``known_ms``: after so much more sound. The others: so much sound is not yet published at most, usually and after
+    a loss."""
+    device = Device(monkeypatch, **settings)
+    device.settle(per_moment)
+    clock = device.microphone._clock
+    assert clock is not None
+    distrusted, published, held = device.samples, [], {0: 0, lost: 0}
+    samples_known, samples_lost = 0, 16 * 8000
+    while device.samples < 16 * 16_000:
+        if not device.lost and device.samples >= samples_lost:
+            device.lost, samples_lost = lost, device.samples
+        device.take(per_moment)
+        out = sum(len(reading.data) for reading in published)
+        held[device.lost] = max(held[device.lost], device.samples - distrusted - out)
+        published += device.read()
+        samples_known = samples_known or (device.samples if clock.lost else 0)
+    assert {samples: most // 16 for samples, most in held.items()} == {0: usual_ms, lost: held_ms}
+    assert (samples_known - samples_lost) // 16 == known_ms
+    assert abs(clock.lost - lost) <= 8
+    gaps = [b.t_capture_ns - a.t_end_ns for a, b in itertools.pairwise(published)]
+    assert [round(gap / MS) for gap in gaps if gap > MS] == [lost // 16]
+
+
+@pytest.mark.parametrize(("per_moment", "gather_ms"), [(2, 40), (10, 200), (5, 100)])
+def test_one_moment_alone_proves_no_loss(monkeypatch: pytest.MonkeyPatch, per_moment: int, gather_ms: int) -> None:
+    """All stamps of a moment are wrong together, since they rest on one look at the device."""
+    device = Device(monkeypatch, gather_ms=gather_ms)
+    device.settle(per_moment)
+    published: list[Reading] = []
+    while device.samples < 16 * 20_000:
+        device.take(per_moment, late_ms=30 if 16 * 10_000 <= device.samples < 16 * (10_000 + gather_ms) else 0)
+        published += device.read()
+    assert device.microphone._clock is not None
+    assert device.microphone._clock.lost == 0
+    assert max(abs(b.t_capture_ns - a.t_end_ns) for a, b in itertools.pairwise(published)) < MS
+
+
+def test_blocks_of_one_moment_are_placed_together_unless_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each placing costs a look at the clock's fit; in doubt more of them tell sooner."""
+    device = Device(monkeypatch)
+    device.settle(2)
+    clock = device.microphone._clock
+    assert clock is not None
+    placings: list[int] = []
+    update = clock.update
+    monkeypatch.setattr(clock, "update", lambda data, *more: placings.append(len(data)) or update(data, *more))
+    for _ in range(200):
+        device.take(2)
+        device.read()
+    assert placings == [640] * 200
+    placings.clear()
+    device.lost = 800
+    for _ in range(20):
+        device.take(2)
+        device.read()
+    assert placings == [320] * 6 + [640] * 17
+
+
+@pytest.mark.parametrize("rate", [11_025, 16_000, 44_100, 48_000])
+@pytest.mark.parametrize("per_moment", [1, 2, 3, 4, 10])
+@pytest.mark.parametrize("block_ms", [10, 15, 20, 23, 25, 30, 40, 50, 60, 100, 1000])
+def test_a_message_is_handed_over_at_the_end_of_the_moment_in_which_it_is_full(
+    monkeypatch: pytest.MonkeyPatch, block_ms: int, per_moment: int, rate: int
+) -> None:
+    device = Device(monkeypatch, rate, block_ms=block_ms, gather_ms=200)
+    device.settle(per_moment)
+    message, samples = round(rate * block_ms / 1000), device.samples
+    begun = samples
+    assert device.microphone._begins == begun  # the first block that is placed begins a moment and a message
+    for _ in range(2):
+        while device.samples < samples + 3 * message:
+            before = (device.samples - begun) // message
+            device.take(per_moment)
+            assert device.microphone._blocks._lists.qsize() <= 1  # a wake-up a moment at most
+            assert len(device.read()) == (device.samples - begun) // message - before
+        device.lost += 7  # the driver tells of it: messages begin anew behind it
+        device.microphone._count += 7
+        while device.samples < samples + 5 * message:
+            device.take(per_moment)
+            device.read()
+        device.samples, device.lost = device.microphone._count, 0
+        samples, begun = device.samples, device.microphone._begins
+
+
+@pytest.mark.parametrize(("per_moment", "block_ms", "handed"), [
+    (1, 20, [1, 1, 1, 1, 1, 1]), (2, 20, [2, 2, 2]), (4, 50, [8, 4, 4, 4, 8]), (1, 50, [5, 5, 5]),
+    (1, 100, [2, 2, 1, 2, 2, 1]), (2, 100, [2, 2, 2, 2, 2]), (1, 25, [3, 2, 3, 2]), (1, 1000, [2, 2, 2, 2]),
+])  # fmt: skip
+def test_it_is_woken_for_full_messages_and_for_parts_of_long_ones(
+    monkeypatch: pytest.MonkeyPatch, per_moment: int, block_ms: int, handed: list[int]
+) -> None:
+    device = Device(monkeypatch, block_ms=block_ms)
+    device.settle(per_moment)
+    device.handed()
+    while (device.samples - device.microphone._begins) % device.microphone._message:
+        device.take(per_moment)  # up to where a message begins with a moment
+        device.read()
+    for _ in range(sum(handed) // per_moment):
+        device.take(per_moment)
+    assert device.handed() == handed
 
 
 @pytest.mark.parametrize(("api", "gather_ms", "own_s", "asked"), [
@@ -423,19 +606,22 @@ def test_only_alsa_is_asked_to_gather(api: str, gather_ms: int, own_s: float, as
     assert Microphone(given, CheckContext())._latency(Driver, info) == asked
 
 
-def test_blocks_of_one_moment_are_handed_over_together() -> None:
-    """Nothing waits for a later moment than its own but the first blocks of a moment that has more than the last."""
-    given = Document("{}", "settings").decode(Microphone.Settings, value={})
-    clock = ManualClock()
-    microphone = Microphone(given, CheckContext(clock=clock))
-    microphone._count = 0
-    callback = microphone._callback(microphone._blocks)
+def test_blocks_of_one_moment_are_handed_over_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block waits for a later moment only where its own brought fewer than one of the two before it, and fewer than
+    were recorded since."""
+    device = Device(monkeypatch)
     handed = []
-    for count in (1, 2, 2, 2, 50, 2, 2, 1, 2):
-        clock.advance(40 * MS)
-        for _ in range(count):
-            callback(bytes(640), 320, Times, None)
-        handed.append([])
-        while not microphone._blocks.empty():
-            handed[-1].append(len(microphone._blocks.get()))
-    assert handed == [[1], [1, 1], [2], [2], [2] + 48 * [1], [2], [2], [], [2, 1]]
+    for count, at_ms in [(1, 40), (2, 80), (2, 120), (2, 160), (50, 200), (2, 240), (2, 280), (1, 320), (2, 360),
+                         (2, 400), (2, 452), (2, 480), (2, 520), (1, 540), (2, 560)]:  # fmt: skip
+        device.take(count, at_ms)
+        handed.append(device.handed())
+    assert handed == [[1], [1, 1], [2], [2], [2] + 48 * [1], [2], [2], [], [3], [2], [2], [1, 1], [2], [1],
+                      [1, 1]]  # fmt: skip
+
+
+def test_a_late_callback_makes_no_later_block_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where blocks come one by one, two come close together after a delay."""
+    device = Device(monkeypatch)
+    for at_ms in (20, 40, 60, 80, 112, 120, 140, 160, 192, 193, 200, 220, 240):
+        device.take(1, at_ms)
+        assert device.handed() == [1]

@@ -50,6 +50,24 @@ def test_what_is_usual_is_not_odd(tmp_path: Path) -> None:
     assert check_rig_file(load_rig("configs/edge.yaml")) == []
 
 
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"gather_ms": 200}, "what gathers in the device until it is taken holds 200 ms, more than the model's hop of "
+     "100 ms: predictions come in bursts, and up to 200 ms later than they could; lower `gather_ms`"),
+    ({"gather_ms": 200, "block_ms": 300}, "a message holds 300 ms and comes when they are over, but windows wait for "
+     "only 250 ms (`max_delay_ms` of `align`): most will be `late` or `partial`; lower `block_ms`"),
+    ({"gather_ms": 200, "block_ms": 200}, "a message holds 200 ms, more than the model's hop of 100 ms"),
+    ({"gather_ms": 100}, ""), ({}, ""),
+])  # fmt: skip
+def test_what_comes_late_is_what_gathers_or_a_message_whichever_is_longer(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    microphone = {"kind": "microphone", **settings}
+    rig = make_rig(tmp_path, sources=SOURCES | {"microphone": microphone})
+    found = check_rig_file(load_rig(rig.document.path))
+    assert [note for note in found if ", more than" in note or "windows wait" in note] == found[: bool(said)]
+    assert said in "".join(found)
+
+
 def test_a_short_hop_is_odd(tmp_path: Path) -> None:
     write_bundle(tmp_path / "fast", {"lidar": STREAMS["lidar"]}, steps=3)
     model = tmp_path / "fast" / "model.yaml"
