@@ -9,6 +9,7 @@ and a recording is finished. No node outlives its launcher.
 from __future__ import annotations
 
 import ctypes
+import io
 import mmap
 import os
 import queue
@@ -242,6 +243,8 @@ def begin(spec: NodeSpec) -> Life:
     voice = os.dup(1)
     os.set_blocking(voice, False)
     os.dup2(2, 1)  # what a driver prints belongs in the log, not between the reports
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # and at once: who writes a source looks for it there
     life = Life(spec, voice=voice)
     signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
     _die_with_parent()

@@ -105,6 +105,21 @@ def indices(predictions: list[Prediction]) -> list[int]:
     return [prediction.window.index for prediction in predictions]
 
 
+def test_what_a_source_prints_stands_in_its_log_at_once(tmp_path: Path) -> None:
+    (tmp_path / "talker.py").write_text(
+        "from tests.truth_source import Truth\n"
+        "class Talker(Truth):\n"
+        "    def open(self):\n"
+        "        super().open()\n"
+        "        print('opened by', self.context.name)\n"
+    )
+    rig = tmp_path / "rig.yaml"
+    rig.write_text(yaml.safe_dump({"name": "talk", "sources": {"mine": {"kind": "talker:Talker"}}}))
+    with short_folder() as root, Session(load_rig(rig), root=root) as session:
+        log = session.dir / "mine.log"
+        until(lambda: log.exists() and "opened by mine" in log.read_text(), "the source's words are in its log")
+
+
 def test_four_streams_are_predicted_from_and_stopped(tmp_path: Path) -> None:
     with running(tmp_path) as watched:
         watched.predict_until(all_ok, "all four streams are ok")
