@@ -105,7 +105,8 @@ def indices(predictions: list[Prediction]) -> list[int]:
     return [prediction.window.index for prediction in predictions]
 
 
-def test_what_a_source_prints_stands_in_its_log_at_once(tmp_path: Path) -> None:
+def test_what_a_source_prints_stands_in_its_log_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     (tmp_path / "talker.py").write_text(
         "from tests.truth_source import Truth\n"
         "class Talker(Truth):\n"
