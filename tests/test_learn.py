@@ -193,13 +193,27 @@ def test_what_the_command_line_replaced_is_said_in_the_bundles_training_file(ses
     assert yaml.safe_load(text) == yaml.safe_load(config.document.text)
 
 
+class Noting(Silent):
+    """Keeps what a user should know."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_windows_that_no_session_fills_are_said(sessions: Path) -> None:
+    steps = round(SECONDS * 10)  # of 100 ms
+    for given, said in ((steps - 3, False), (steps + 3, True)):
+        watch = Noting()
+        config = configured(sessions, train={"epochs": 1}, window={"hop_ms": 100, "steps": given})
+        learn.train(config, recorded(config), device="cpu", watch=watch)
+        assert any("none is ever full" in note for note in watch.notes) is said, watch.notes
+
+
 def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_path: Path) -> None:
-    notes: list[str] = []
-
-    class Noting(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    watch = Noting()
     for i in range(3):
         shutil.copy(sessions / f"s{i}.mcap", tmp_path / f"s{i}.mcap")
     (tmp_path / "s0.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n")
@@ -207,9 +221,9 @@ def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_
     (tmp_path / "s2.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n")
     parts = {"held_out": ["s1.mcap"], "test": ["s2.mcap"]}
     config = configured(tmp_path, split=parts, train={"epochs": 1})
-    found = learn.train(config, recorded(config), device="cpu", watch=Noting())
+    found = learn.train(config, recorded(config), device="cpu", watch=watch)
     assert found.split.lacking(found.labels) == {"held out": ["shake"]}
-    assert [note for note in notes if "no session held out has the label `shake`" in note]
+    assert [note for note in watch.notes if "no session held out has the label `shake`" in note]
     text = card(found, Calibration(set_coverage=0.9), [], None, {}, "")
     assert "No session held out has `shake`. For these nothing is fitted" in text
     assert "No session tested on has" not in text

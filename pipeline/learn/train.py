@@ -158,6 +158,8 @@ def train(
                 f"no session {part} has the label {listed(missing)}: nothing is known of it there, and the figures are "
                 "of the others alone. Record more sessions, or name others under `split`"
             )
+        if longer := _longer_than_all(config, ready.sessions):
+            watch.note(longer)
         hold_if_small([*ready.sessions, *ready.unlabelled])
         if not ready.sessions[0].held and cache is None:
             raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
@@ -167,6 +169,18 @@ def train(
             checkpoints.clear()
         run.run(checkpoints, resume)
         return run.trained(sessions)
+
+
+def _longer_than_all(config: Config, sessions: Sequence[Labelled]) -> str:
+    """That windows reach beyond any session, in a sentence; "" if they do not."""
+    window, most = config.file.window, max(len(session) for session in sessions)
+    if window.steps <= most:
+        return ""
+    asked, there = (f"{steps} steps ({steps * window.hop_ms / 1000:,.10g} s)" for steps in (window.steps, most))
+    return (
+        f"a window is {asked}, and the longest session {there}: none is ever full, and the rest costs time. Set `steps` "
+        f"of `window` to {most} or less, or record longer sessions"
+    )
 
 
 def _check_parts(parts: Split, labels: tuple[str, ...]) -> None:
