@@ -178,8 +178,8 @@ def _longer_than_all(config: Config, sessions: Sequence[Labelled]) -> str:
         return ""
     asked, there = (f"{steps} steps ({steps * window.hop_ms / 1000:,.10g} s)" for steps in (window.steps, most))
     return (
-        f"a window is {asked}, and the longest session {there}: none is ever full, and the rest costs time. Set `steps` "
-        f"of `window` to {most} or less, or record longer sessions"
+        f"a window is {asked}, and the longest session {there}: none is ever full, and the rest costs time. Set "
+        f"`steps` of `window` to {most} or less, or record longer sessions"
     )
 
 
