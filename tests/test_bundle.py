@@ -114,6 +114,8 @@ def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
     [
         ({"windows": {"hop_ms": 100}}, ["model.yaml", "`windows` is no key", "Did you mean `window`?"]),
         ({"window__hop": 100}, ["window.hop", "`hop` is no key", "`hop_ms`"]),
+        ({"window__hop_ms": float("inf")}, ["line 3, window.hop_ms: found inf", "Write a finite number"]),
+        ({"streams__imu__rule__max_gap_ms": float("nan")}, ["streams.imu.rule.max_gap_ms: found nan", "finite"]),
         ({"window__steps": 0}, ["window.steps", "at least 1"]),
         ({"window": None}, ["`window` is missing"]),
         ({"streams__imu__rule__kind": "resampled"}, ["resampled", "`resample`"]),
