@@ -107,7 +107,8 @@ class Synthetic(Source):
     def pace(cls, settings: Any) -> Pace:
         rate_hz = settings.rate_hz or _RATE_HZ[settings.payload]
         if settings.payload not in _BLOCK:
-            return Pace.of(rate_hz)
+            compressed = settings.payload == "frame" and settings.format == "jpeg"
+            return msgspec.structs.replace(Pace.of(rate_hz), bytes_per_s=0.0 if compressed else None)
         return Pace.of(rate_hz, 1000 * (settings.block or _BLOCK[settings.payload]) / rate_hz, "block")
 
     @classmethod

@@ -216,7 +216,9 @@ def read_rig(document: Document) -> tuple[RigFile | None, Together]:
     """The rig in ``document`` as far as it can be read, and what is wrong."""
     rig, wrong = document.read(Rig)
     if rig is None and isinstance(document.value, dict):  # any name will do to see what else is wrong
-        rig, _ = document.read(Rig, value={"sources": {}} | document.value | {"name": "rig"})
+        named = document.value.get("sources")
+        sources = named if isinstance(named, dict) else {}
+        rig, _ = document.read(Rig, value=document.value | {"name": "rig", "sources": sources})
     if rig is None:
         return None, wrong
     named = document.value.get("sources")
@@ -228,9 +230,14 @@ def read_rig(document: Document) -> tuple[RigFile | None, Together]:
     return RigFile(rig, document), wrong
 
 
+def names_a_source(name: str) -> bool:
+    """Whether a source can be called so."""
+    return re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) is not None and name not in CORE
+
+
 def check_source_name(document: Document, name: str, at: Where) -> None:
     """Raises ConfigError unless the key ``name`` of the mapping ``at`` can name a source."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name) or name in CORE:
+    if not names_a_source(name):
         raise document.error(
             (*at, name),
             f"`{name}` cannot name a source: use up to 32 lower-case letters, digits and _, starting with a "

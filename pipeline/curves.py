@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.bars import Bar
@@ -43,10 +43,6 @@ class Bars:
 
     def note(self, text: str) -> None:
         self._screen.print(text)
-
-    def bars(self) -> RenderableType:
-        """What a terminal shows below the lines."""
-        return self._progress.get_renderable()
 
     def _finish(self) -> None:
         for task in self._progress.tasks:

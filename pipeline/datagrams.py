@@ -2,15 +2,19 @@
 
 Where the C library has ``recvmmsg`` (Linux), one system call takes all that wait, into memory that is there already;
 elsewhere they are taken one by one. What the kernel notes beside a datagram is read only of those that are asked for.
+Elsewhere than on Linux it notes nothing: a datagram was then received when it was taken, and nothing is known of those
+that were dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -50,12 +54,10 @@ class Datagrams:
         self._sender = None if sender is None else _packed(family, sender)
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
-            try:
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
-            except OSError:  # only for root; others get what net.core.rmem_max allows
-                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
+            if sys.platform == "linux":  # elsewhere these numbers mean something else, or nothing
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
+            self._make_room()
             self.room = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
             self._socket.setblocking(False)
             self._socket.bind((address, port))
@@ -73,9 +75,21 @@ class Datagrams:
         self._numbers: Sequence[int] = ()
         self._taken_ns = self._taken_unix_ns = 0
 
+    def _make_room(self) -> None:
+        """Has the kernel keep as much as it lets."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # only for root; others get what net.core.rmem_max allows
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
+                return
+        with contextlib.suppress(OSError):  # where more than is allowed is refused, what there is stays
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
+
     def wait(self, seconds: float) -> None:
         """Waits until something can be taken, for so long at most."""
-        select.select([self._socket], [], [], seconds)
+        try:
+            select.select([self._socket], [], [], seconds)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            raise _failed(error) from error
 
     def receive(self) -> int:
         """Takes what has come, ``AT_ONCE`` at most, and returns how many datagrams that was, foreign ones included.
@@ -85,7 +99,7 @@ class Datagrams:
         except (BlockingIOError, InterruptedError):
             taken = []
         except OSError as error:
-            raise SensorError(f"the UDP socket failed: {error}. Is the network interface still up?") from error
+            raise _failed(error) from error
         self.packets, self._numbers = taken, range(len(taken))
         if not taken:
             return 0
@@ -124,6 +138,10 @@ class Datagrams:
         self._socket.close()
 
 
+def _failed(error: Exception) -> SensorError:
+    return SensorError(f"the UDP socket failed: {error}. Is the network interface still up?")
+
+
 def _packed(family: int, address: str) -> bytes:
     """An address as the kernel writes it; b"", which is nobody's, for what is no address of this family."""
     try:
@@ -133,7 +151,9 @@ def _packed(family: int, address: str) -> bytes:
 
 
 def _many_at_once() -> Any:
-    """The C library's ``recvmmsg``; None where it has none."""
+    """Linux's ``recvmmsg``; None elsewhere, where its structures are others, if there are any."""
+    if sys.platform != "linux":
+        return None
     return getattr(ctypes.CDLL(None, use_errno=True), "recvmmsg", None)
 
 
@@ -208,7 +228,7 @@ class _ManyAtOnce:
         )  # fmt: skip
         self._fresh = bytes(self._headers)
         flags = int(socket.MSG_DONTWAIT)
-        self._arguments = (self._socket.fileno(), ctypes.byref(self._headers), AT_ONCE, flags, None)
+        self._arguments = (ctypes.byref(self._headers), AT_ONCE, flags, None)
         self._written = memoryview(self._headers).cast("B")
         words = self._written.cast("I")
         stride = ctypes.sizeof(_Header) // words.itemsize
@@ -219,7 +239,7 @@ class _ManyAtOnce:
         used = self._taken * ctypes.sizeof(_Header)
         self._written[:used] = self._fresh[:used]  # the kernel writes what it used over what it may use
         self._taken = 0
-        count = self._call(*self._arguments)
+        count = self._call(self._socket.fileno(), *self._arguments)  # its own number may be another's by now
         if count < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))

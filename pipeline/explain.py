@@ -393,7 +393,9 @@ def _track(session: Session, stream: str, manifests: list[Manifest]) -> Track | 
     for spec in session.spec.streams if session.spec is not None and manifests else ():
         if spec.name == stream and session.spec is not None:
             track = make_track(spec, session.spec.hop_ns, None, manifests[-1].step + 1)
-            track.unproven = [(m.step, m.step) for m in manifests if not m.streams[stream].proven]
+            for manifest in manifests:
+                if not manifest.streams[stream].proven:
+                    track.note_unproven(manifest.step)
             return track
     return None
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
@@ -207,16 +207,39 @@ def read_model(file: Path) -> tuple[ModelFile, dict[str, BundleStream], str]:
     """What ``file`` says, its streams in the pipeline's terms, and its text. Raises BundleError."""
     try:
         document = Document.load(file)
-        model, wrong = document.decode(ModelFile), Together()
+        model, wrong = document.read(ModelFile)
+        known, unsure = (model, frozenset[str]()) if model is not None and not wrong.found else _readable(document)
         streams = {}
-        for name, entry in model.streams.items():
+        for name, entry in known.streams.items():
             with wrong:
-                streams[name] = stream_of(document, name, entry, model.window)
-        with wrong:
-            _check_model(document, model)
-        return model, wrong.settled(streams), document.text
+                streams[name] = stream_of(document, name, entry, known.window)
+        _check_model(document, known, unsure, wrong)
+        return wrong.settled(model), streams, document.text
     except ConfigError as error:
         raise joined([BundleError(str(part)) for part in error.parts]) from None
+
+
+def _readable(document: Document) -> tuple[ModelFile, frozenset[str]]:
+    """What can be read of a model.yaml in spite of what is wrong, with something that is never wrong where it is, and
+    the keys of which nothing can be said, because they, or something in them, may be meant otherwise."""
+    given = document.value if isinstance(document.value, dict) else {}
+    found: dict[str, Any] = {"name": "model", "window": WindowEntry(hop_ms=1000.0, steps=1), "streams": {},
+                             "labels": ("a", "b"), "lineage": Lineage(files={})}  # fmt: skip
+    types, unsure = get_type_hints(ModelFile, include_extras=True), {key for key in found if key not in given}
+    for key in types.keys() & given.keys():
+        value, wrong = document.read(types[key], (key,))
+        if wrong.found:
+            unsure.add(key)
+        if value is not None and (key == "calibration" or not wrong.found):
+            found[key] = value
+    streams = given.get("streams")
+    for name in streams if isinstance(streams, dict) else ():
+        entry, wrong = document.read(StreamEntry, ("streams", name))
+        if entry is not None and not wrong.found:
+            found["streams"] = found["streams"] | {name: entry}
+    if not given or given.keys() - types.keys():  # one of which may be meant to be either
+        unsure |= {"fusion", "model"}
+    return ModelFile(**found), frozenset(unsure)
 
 
 def to_ns(ms: float) -> int:
@@ -280,97 +303,116 @@ def _channels(document: Document, name: str, entry: StreamEntry) -> int:
     return stated or 1
 
 
-def _check_kind(document: Document, model: ModelFile) -> None:
+def _check_kind(document: Document, model: ModelFile, wrong: Together) -> None:
     """Either encoders and a fusion, or one model of whole windows."""
     if (model.fusion is None) is (model.model is None):
-        raise document.error((), "a bundle has either `fusion` and an encoder a stream, or a `model` of whole windows.")
+        said = "a bundle has either `fusion` and an encoder a stream, or a `model` of whole windows."
+        wrong.add(document.error((), said))
+        return
     for name, entry in model.streams.items():
         for key in ("encoder", "token"):
             if (getattr(entry, key) is None) is (model.model is None):
                 what = f"the key `{key}` is missing" if model.model is None else f"`{key}` has no place beside `model`"
-                raise document.error(("streams", name), f"{what}: tokens are for a bundle with `fusion`.")
+                wrong.add(document.error(("streams", name), f"{what}: tokens are for a bundle with `fusion`."))
         if model.model is not None and entry.context_ms:
-            raise document.error(("streams", name, "context_ms"), "a `model` sees the whole window; remove the key.")
-    if model.model is not None:
-        _check_inputs(document, model, model.model)
+            said = "a `model` sees the whole window; remove the key."
+            wrong.add(document.error(("streams", name, "context_ms"), said))
 
 
-def _check_inputs(document: Document, model: ModelFile, whole: WholeEntry) -> None:
-    fed = sorted(given.stream for given in whole.inputs.values())
-    if fed != sorted(model.streams):
+def _check_inputs(document: Document, model: ModelFile, whole: WholeEntry, names: Collection[str]) -> None:
+    """The inputs of a model of whole windows against the streams ``names``, of which those are ``model.streams`` that
+    nothing is wrong with."""
+    fed, wrong = sorted(given.stream for given in whole.inputs.values()), Together()
+    if fed != sorted(names):
         raise document.error(
             ("model", "inputs"),
-            f"the inputs take the streams {listed(fed) or 'none'}, but `streams` has {listed(sorted(model.streams))}; "
+            f"the inputs take the streams {listed(fed) or 'none'}, but `streams` has {listed(sorted(names))}; "
             "each needs one input.",
         )
     for name, given in whole.inputs.items():
-        entry = model.streams[given.stream]
+        entry = model.streams.get(given.stream)
+        if entry is None:
+            continue
         kind = "btc" if isinstance(entry.rule, ResampleEntry) else "bhwc" if entry.payload == "frame" else ""
         if sorted(given.layout) != sorted(kind):
             allowed = {"btc": "`btc` or `bct`", "bhwc": "`bhwc` or `bchw`", "": "an encoder and a `fusion`"}[kind]
-            raise document.error(
+            wrong.add(document.error(
                 ("model", "inputs", name, "layout"),
                 f"found `{given.layout}`, but `{given.stream}` is {entry.payload}, with the rule "
                 f"`{entry.rule.__struct_config__.tag}`; that needs {allowed}.",
-            )
+            ))  # fmt: skip
+    wrong.settled(whole)
 
 
-def _check_model(document: Document, model: ModelFile) -> None:
-    """What the types alone do not say."""
-    if not model.streams:
-        raise document.error(("streams",), "a bundle needs at least one stream.")
-    _check_kind(document, model)
-    for name in model.streams:
+def _check_model(document: Document, model: ModelFile, unsure: Collection[str], wrong: Together) -> None:
+    """Notes what the types alone do not say; nothing of the keys that are ``unsure``, nor of streams that could not be
+    read."""
+    written = document.value.get("streams") if isinstance(document.value, dict) else None
+    names: Collection[str] | None = written if isinstance(written, dict) else None
+    if names is not None and not names:
+        wrong.add(document.error(("streams",), "a bundle needs at least one stream."))
+    if not {"fusion", "model"} & set(unsure):
+        _check_kind(document, model, wrong)
+        if model.model is not None and model.fusion is None and names is not None:
+            with wrong:
+                _check_inputs(document, model, model.model, names)
+    for name in names or ():
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", name):
-            raise document.error(
+            wrong.add(document.error(
                 ("streams", name), f"`{name}` cannot name a stream: use up to 32 lower-case letters, digits and _."
-            )
+            ))  # fmt: skip
     if len(model.labels) < 2 or len(set(model.labels)) < len(model.labels):
-        raise document.error(("labels",), f"found {listed(model.labels)}; a model needs two or more different labels.")
-    calibration = model.calibration
-    if calibration.set_coverage is not None and calibration.set_threshold == 1.0 and calibration.set_mass == 0.0:
-        raise document.error(
+        said = f"found {listed(model.labels)}; a model needs two or more different labels."
+        wrong.add(document.error(("labels",), said))
+    calibration, doubtful = model.calibration, "calibration" in unsure
+    if (calibration.set_coverage is not None and calibration.set_threshold == 1.0 and calibration.set_mass == 0.0
+            and not doubtful):  # fmt: skip
+        wrong.add(document.error(
             ("calibration", "set_coverage"),
             "a coverage needs the `set_threshold` or the `set_mass` that it was measured with.",
-        )
-    _check_calibration(document, model)
+        ))  # fmt: skip
+    _check_calibration(document, calibration, names, None if "labels" in unsure else model.labels, wrong)
 
 
-def _check_calibration(document: Document, model: ModelFile) -> None:
-    """Every subset is one of the bundle's streams, written as it is looked up; every label is one of the bundle's."""
+def _check_calibration(
+    document: Document, calibration: Calibration, streams: Collection[str] | None, labels: Collection[str] | None,
+    wrong: Together,
+) -> None:  # fmt: skip
+    """Every subset is one of the bundle's streams, written as it is looked up; every label is one of the bundle's. None
+    where these are not known."""
     at: tuple[str, ...] = ("calibration",)
-    _check_fitted(document, model, at, model.calibration)
-    for key, own in model.calibration.subsets.items():
+    _check_fitted(document, labels, at, calibration, wrong)
+    for key, own in calibration.subsets.items():
         where = (*at, "subsets", key)
         names = key.split("+")
-        unknown = next((name for name in names if name not in model.streams), None)
-        if unknown is not None:
-            raise document.error(
+        unknown = next((name for name in names if streams is not None and name not in streams), None)
+        if unknown is not None and streams is not None:
+            wrong.add(document.error(
                 where,
-                f"`{unknown}` is no stream of this bundle, which has {listed(model.streams)}; a subset is written as "
-                f"the names of its streams, sorted and joined by +.{nearest(unknown, model.streams)}",
-            )
-        if key != subset_key(set(names)):
-            raise document.error(where, f"write this subset as `{subset_key(set(names))}`: sorted, each name once.")
-        _check_fitted(document, model, where, own)
+                f"`{unknown}` is no stream of this bundle, which has {listed(streams)}; a subset is written as "
+                f"the names of its streams, sorted and joined by +.{nearest(unknown, streams)}",
+            ))  # fmt: skip
+        elif key != subset_key(set(names)):
+            said = f"write this subset as `{subset_key(set(names))}`: sorted, each name once."
+            wrong.add(document.error(where, said))
+        _check_fitted(document, labels, where, own, wrong)
 
 
 def _check_fitted(
-    document: Document, model: ModelFile, at: tuple[str, ...], stated: Calibration | SubsetCalibration
-) -> None:
+    document: Document, labels: Collection[str] | None, at: tuple[str, ...], stated: Calibration | SubsetCalibration,
+    wrong: Together,
+) -> None:  # fmt: skip
     points = ((0.0, 0.0), *(stated.confidence or ()), (1.0, 1.0))
     if not all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(points)):
-        raise document.error(
-            (*at, "confidence"), "both numbers of each point have to be more than those before, and between 0 and 1."
-        )
+        said = "both numbers of each point have to be more than those before, and between 0 and 1."
+        wrong.add(document.error((*at, "confidence"), said))
     mix = stated.mix or {}
     named = [(key, label) for key, by in (("bias", stated.bias), ("answer_above", stated.answer_above), ("mix", mix))
              for label in by or {}]  # fmt: skip
     for where in [*named, *(("mix", one, other) for one, row in mix.items() for other in row)]:
         label = where[-1]
-        if label not in model.labels:
-            raise document.error(
+        if labels is not None and label not in labels:
+            wrong.add(document.error(
                 (*at, *where),
-                f"`{label}` is no label of this bundle, which has {listed(model.labels)}."
-                f"{nearest(label, model.labels)}",
-            )
+                f"`{label}` is no label of this bundle, which has {listed(labels)}.{nearest(label, labels)}",
+            ))  # fmt: skip

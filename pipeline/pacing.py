@@ -5,9 +5,10 @@ Nothing of it is impossible (that a source's settings refuse); each sentence say
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
-from pipeline.align import AlignSpec, Latest, Nearest, Resample, Rule, StreamSpec
+from pipeline.align import AlignSpec, All, Nearest, Resample, StreamSpec
 from pipeline.source import Pace
 
 MESSAGES_PER_S = 500
@@ -48,13 +49,14 @@ def _costs(pace: Pace, nbytes: int) -> Iterator[str]:
     if pace.message_ns is None:
         return
     per_s = 1e9 / pace.message_ns
+    bytes_per_s = min(per_s * nbytes, math.inf if pace.bytes_per_s is None else pace.bytes_per_s)
     if per_s > MESSAGES_PER_S:
         yield (f"{per_s:.0f} messages a second take about {per_s * SEND_NS / 1e9:.0%} of a core to send, and "
                f"{per_s * HEAR_NS / 1e9:.0%} in each node that hears them; what a core has no time for is lost. "
                f"{MESSAGES_PER_S} or fewer will do: {pace.fewer}")  # fmt: skip
-    elif per_s * nbytes > BYTES_PER_S:
-        yield (f"up to {per_s * nbytes / 1e6:.0f} MB a second come of it: each copy takes about "
-               f"{per_s * nbytes / COPIED_PER_S:.0%} of a core, and a recording fills the disk as fast; choose a "
+    elif bytes_per_s > BYTES_PER_S:
+        yield (f"up to {bytes_per_s / 1e6:.0f} MB a second come of it: each copy takes about "
+               f"{bytes_per_s / COPIED_PER_S:.0%} of a core, and a recording fills the disk as fast; choose a "
                "smaller `width` and `height`, a lower `rate_hz`, or an encoding that compresses")  # fmt: skip
 
 
@@ -63,37 +65,27 @@ def _misfits(stream: StreamSpec, pace: Pace, spec: AlignSpec, window_ns: int) ->
     every, rule = pace.message_ns, stream.rule
     if isinstance(rule, Resample):
         yield from _grid(rule, pace, spec)
-    elif every is not None:
-        reach = _reach_ns(rule, window_ns)
+    elif every is not None and not isinstance(rule, All):  # of which a step with nothing is complete
+        reach = 2 * rule.tolerance_ns if isinstance(rule, Nearest) else rule.max_age_ns
         share = 1 - reach / every
         if share > 0.05:
             none = ", and the whole window is shorter than that" if every > window_ns else ""
+            faster = f"raise `rate_hz` to {1e9 / reach:.3g} or more, or " if reach else ""
             yield (f"a message comes each {_ms(every)}{none}: {share:.0%} of the model's steps will have none that is "
-                   f"near enough, and be `missing`; raise `rate_hz` to {1e9 / reach:.3g} or more, or use "
-                   "a model that looks further")  # fmt: skip
+                   f"near enough, and be `missing`; {faster}use a model that looks further")  # fmt: skip
     if every is not None and stream.idle_ns is not None and every > stream.idle_ns and stream.payload != "text":
         yield (f"a message comes each {_ms(every)}, but after {_ms(stream.idle_ns)} of silence it is no longer waited "
                f"for: what it says will miss its windows; set `idle_ms` of `align` to {1.5 * every / 1e6:.0f} or "
                "more, or let it speak more often")  # fmt: skip
 
 
-def _reach_ns(rule: Rule, window_ns: int) -> int:
-    """How long the span of time is in which a message serves a step."""
-    match rule:
-        case Nearest():
-            return 2 * rule.tolerance_ns
-        case Latest():
-            return rule.max_age_ns
-    return window_ns
-
-
 def _grid(rule: Resample, pace: Pace, spec: AlignSpec) -> Iterator[str]:
     """The same for samples that are put on a grid."""
     sample, every = pace.sample_ns, pace.message_ns
     if sample is not None and sample > rule.max_gap_ns:
+        least = f"raise `rate_hz` to {1e9 / rule.max_gap_ns:.3g} or more" if rule.max_gap_ns else "use another model"
         yield (f"a sample comes each {_ms(sample)}, but the model takes what is farther apart than "
-               f"{_ms(rule.max_gap_ns)} for a hole: no step will hold anything of it; raise `rate_hz` to "
-               f"{1e9 / rule.max_gap_ns:.3g} or more")  # fmt: skip
+               f"{_ms(rule.max_gap_ns)} for a hole: no step will hold anything of it; {least}")  # fmt: skip
     elif sample is not None and sample > 1.05e9 / rule.rate_hz:
         yield (f"{1e9 / sample:g} samples a second are fewer than the {rule.rate_hz} that the model was made for: what "
                f"is faster than {0.5e9 / sample:g} Hz it will not see; raise `rate_hz` to {rule.rate_hz}")  # fmt: skip

@@ -6,18 +6,27 @@ matched, a replay's file opened. What passes here fails later only for what the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
 from pipeline.align import AlignSpec, Resample
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.clock import Origin
-from pipeline.config import AlignEntry, BundleEntry, RecordEntry, RigFile, SourceEntry, check_source_name, read_rig
+from pipeline.config import (
+    AlignEntry,
+    BundleEntry,
+    RecordEntry,
+    RigFile,
+    SourceEntry,
+    check_source_name,
+    names_a_source,
+    read_rig,
+)
 from pipeline.encoding import PythonEncoder
 from pipeline.errors import ConfigError, SensoriumError, Together, closest, joined
 from pipeline.life import NodeSpec
@@ -107,10 +116,12 @@ def _plan(rig_file: RigFile, allow_code: bool, record: RecordEntry | None, wrong
 def _maybe(
     rig_file: RigFile, sources: Collection[SourcePlan], streams: Mapping[str, Payload]
 ) -> Mapping[str, Payload | None] | None:
-    """What is published where something is wrong with a source: its stream's name is then known, but not its payload;
-    and nothing is known (None) if it may publish other streams, too."""
+    """What is published where something is wrong with a source: its stream's name is then known, but not its payload.
+    Nothing is known (None) if it may publish other streams, too, if its name cannot stay, or if there is none."""
     named, known = rig_file.document.value.get("sources"), dict[str, Payload | None](streams)
-    for name in set(named if isinstance(named, dict) else {}) - {source.name for source in sources}:
+    if not isinstance(named, dict) or not named or not all(map(names_a_source, named)):
+        return None
+    for name in set(named) - {source.name for source in sources}:
         kind = str(named[name].get("kind") if isinstance(named[name], dict) else None)
         try:
             kind_class = load_kind(kind if ":" in kind else closest(kind, KINDS) or "", import_paths(rig_file))
@@ -136,7 +147,7 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
     if not is_source and (entry.offset_ms or entry.offset_uncertainty_ms):
         wrong.add(document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "
                                  "elsewhere, and changes none of them; leave the offset out."))  # fmt: skip
-    inner: dict[str, SourceEntry] = getattr(settings, "sources", {})
+    inner = _inner(document, node_class, entry, settings, at)
     paces: dict[str, Pace] = {}
     for stream, source in inner.items():  # of another host: checked as if they were this one's
         with wrong:
@@ -161,6 +172,16 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
         offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
         paces=paces,
     )  # fmt: skip
+
+
+def _inner(document: Document, node_class: Any, entry: SourceEntry, settings: Any, at: Where) -> dict[str, SourceEntry]:
+    """The sources of another host, if the kind has such; read by themselves where no ``settings`` could be made."""
+    if settings is not None:
+        return dict(getattr(settings, "sources", {}))
+    given = entry.settings.get("sources")
+    if not isinstance(given, dict) or get_type_hints(node_class.Settings).get("sources") != dict[str, SourceEntry]:
+        return {}
+    return document.read(dict[str, SourceEntry], (*at, "sources"), given)[0] or {}
 
 
 @contextmanager
@@ -214,12 +235,21 @@ def _known(
     wrong: Together,
 ) -> None:  # fmt: skip
     """Notes each of ``names``, which stand at ``at``, that is none of ``streams``; none where nobody knows these."""
-    for index, name in enumerate(names):
+    keys: Iterable[str | int] = names if isinstance(names, Mapping) else _indices(rig_file, at, names)
+    for key, name in zip(keys, names, strict=True):
         if streams is not None and name not in streams:
-            where = (*at, name if isinstance(names, Mapping) else index)
             wrong.add(rig_file.document.error(
-                where, f"the rig has no stream `{name}`; it has {listed(streams)}.{nearest(name, streams)}"
+                (*at, key), f"the rig has no stream `{name}`; it has {listed(streams)}.{nearest(name, streams)}"
             ))  # fmt: skip
+
+
+def _indices(rig_file: RigFile, at: Where, names: tuple[str, ...]) -> Sequence[int]:
+    """Where ``names`` stand in the list at ``at``, of which they are what could be read."""
+    written = rig_file.document.value
+    for key in at:
+        written = written.get(key) if isinstance(written, dict) else None
+    texts = [(i, item) for i, item in enumerate(written if isinstance(written, list) else ()) if isinstance(item, str)]
+    return [i for i, _ in texts] if tuple(item for _, item in texts) == names else range(len(names))
 
 
 def _model(

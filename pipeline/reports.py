@@ -137,8 +137,8 @@ def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
 
 
 _PLACES = (
-    "late: its window, which is late or partial, was made without it; no window: no window needed it, like a picture "
-    "between two steps; superseded: a better one was used"
+    "late: its window was made before it came; no window: no window needed it, like a picture between two steps; "
+    "superseded: a better one was used"
 )
 
 

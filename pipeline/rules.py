@@ -21,7 +21,8 @@ rule           a step k holds                               proven when
 from __future__ import annotations
 
 import heapq
-from bisect import insort
+from bisect import bisect_right, insort
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -98,7 +99,7 @@ class Counters(msgspec.Struct, kw_only=True):
     received: int = 0
     used: int = 0
     late: int = 0
-    """No step to come can hold them, and one that might have held them was made without, not yet being proven."""
+    """No step to come can hold them, and one that might have was made before they came, not yet being proven."""
     no_window: int = 0
     """No step to come can hold them, and none was made too early for them: pictures between two steps, say."""
     superseded: int = 0
@@ -124,6 +125,7 @@ class Content(NamedTuple):
 
 Range = tuple[int, int, int]
 """(epoch, first seq, last seq)"""
+
 
 class Stated(Protocol):
     """What a manifest says of a track's state, as far as its content and verdict depend on it."""
@@ -454,7 +456,6 @@ class Track:
         self.proven = False
         self._turn()
 
-
     def _turn(self) -> None:
         self.limit()
         self.least_ns = self.interesting_ns  # below it no message can prove anything
@@ -523,9 +524,13 @@ class Track:
         while self.unproven and end_ns + (self.unproven[0][1] - self.step) * self.hop_ns <= self.bound_ns:
             del self.unproven[0]
         if not self.proven:
-            joins = bool(self.unproven) and self.unproven[-1][1] == self.step - 1
-            first = self.unproven.pop()[0] if joins else self.step
-            self.unproven.append((first, self.step))
+            self.note_unproven(self.step)
+
+    def note_unproven(self, step: int) -> None:
+        """Notes that ``step``, which is later than all that are noted, was final before it was proven."""
+        joins = bool(self.unproven) and self.unproven[-1][1] == step - 1
+        first = self.unproven.pop()[0] if joins else step
+        self.unproven.append((first, step))
 
     def missed(self, capture_ns: int, end_ns: int) -> bool:
         """Whether a message from ``capture_ns`` to ``end_ns`` lies in what the rule looked at for a step that was final
@@ -536,7 +541,8 @@ class Track:
         last_ns = end_ns if self.looks_inside else capture_ns
         low = self.step + (capture_ns - until_ns) // self.hop_ns + 1
         high = self.step + (last_ns - first_ns) // self.hop_ns
-        return low <= high and any(first <= high and low <= last for first, last in self.unproven)
+        before = bisect_right(self.unproven, high, key=itemgetter(0))  # ranges that begin at ``high`` or sooner
+        return low <= high and before > 0 and low <= self.unproven[before - 1][1]
 
     def restore(self, stated: Stated, messages: list[Message]) -> None:
         """Puts the track where it was when a step was made: see ``Aligner.obey``."""

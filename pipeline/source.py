@@ -93,11 +93,14 @@ class Search(msgspec.Struct, frozen=True, kw_only=True):
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How often a source is set to speak: the time between two messages and between two samples of them, None where
     only the device knows. ``gather_ns``: messages gather for so long and come together, None if each comes when it is
-    full. ``fewer`` and ``sooner`` say which settings make its messages fewer, and come sooner."""
+    full. ``bytes_per_s`` is at most how much comes of it, None where every message may be as large as its
+    ``largest_payload``; where that is far more than usual, as of pictures that are compressed, and nobody knows what is
+    usual, it is 0. ``fewer`` and ``sooner`` say which settings make its messages fewer, and come sooner."""
 
     message_ns: float | None = None
     sample_ns: float | None = None
     gather_ns: float | None = None
+    bytes_per_s: float | None = None
     fewer: str = "lower `rate_hz`"
     sooner: str = "raise `rate_hz`"
 

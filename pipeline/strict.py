@@ -9,6 +9,7 @@ attribute ``REST`` (a source's own settings, which only the source's class can c
 
 from __future__ import annotations
 
+import math
 import re
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 import yaml
 
-from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest
+from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest, joined
 from pipeline.errors import listed as listed
 from pipeline.errors import nearest as nearest
 
@@ -133,13 +134,7 @@ class Document:
 
     def numbers(self) -> Iterator[tuple[Where, int | float]]:
         """Every number under a key, and its path."""
-        rest: list[tuple[Where, Any]] = [((), self.value)]
-        while rest:
-            at, value = rest.pop(0)
-            if isinstance(value, dict):
-                rest += [((*at, key), item) for key, item in value.items()]
-            elif isinstance(value, int | float) and not isinstance(value, bool) and at:
-                yield at, value
+        return ((at, number) for at, number in _numbers(self.value, ()) if at and isinstance(at[-1], str))
 
     # -- reading YAML ------------------------------------------------------------------------------------------------
 
@@ -293,8 +288,10 @@ class Document:
             raise self.error(at, str(error)) from None
 
     def _leaf(self, value: Any, type_: Any, at: Where) -> Any:
-        if isinstance(value, float) and value != value:
-            raise self._wrong(value, describe(type_), at)
+        endless = {where: number for where, number in _numbers(value, at) if not math.isfinite(number)}
+        if endless:  # also somewhere in what may be anything
+            expected = describe(type_) if at in endless and type_ is not Any else "a finite number"
+            raise joined([self._wrong(number, expected, where) for where, number in endless.items()])
         try:
             return msgspec.convert(value, type_, dec_hook=self._path)
         except msgspec.ValidationError:
@@ -321,7 +318,9 @@ class Document:
             hint = f" The unit stands in the key's name; write the number alone: {number[1]}."
         elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
             hint = f" Write it without quotes: {value}."
-        elif isinstance(value, float) and value > 0 and str((at or ("",))[-1]).endswith("_ms"):
+        elif isinstance(value, float) and not math.isfinite(value):
+            hint = " Write a finite number." if "number" in expected and "finite" not in expected else ""
+        elif isinstance(value, float) and 0 < value < 1e9 and str((at or ("",))[-1]).endswith("_ms"):
             hint = f" The unit is milliseconds: {value:g} s is {round(value * 1000) or 1}."
         return self.error(at, f"found {found(value)}, expected {expected}.{hint}")
 
@@ -366,6 +365,19 @@ def describe(type_: Any) -> str:
 def dotted(at: Where) -> str:
     """A path as a user reads it: ``sources.camera.rate_hz``."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in at).lstrip(".")
+
+
+def _numbers(value: Any, at: Where) -> Iterator[tuple[Where, int | float]]:
+    """Every number in ``value``, which stands at ``at``, and where it stands."""
+    rest: list[tuple[Where, Any]] = [(at, value)]
+    while rest:
+        at, value = rest.pop(0)
+        if isinstance(value, dict):
+            rest += [((*at, key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            rest += [((*at, index), item) for index, item in enumerate(value)]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield at, value
 
 
 def _limits(meta: msgspec.Meta) -> str:

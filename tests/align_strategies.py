@@ -395,5 +395,6 @@ def event_time_orders(draw: st.DrawFn, most_events: int = 20) -> tuple[AlignSpec
 
 def with_ticks(case: Case, at: list[int]) -> Case:
     """The same case with more ticks; those at the time of another call come before it."""
-    ticks: list[Call] = [("tick", t) for t in at if t <= case.calls[-1][-1]]
+    last = case.calls[-1][-1] if case.calls else -1  # nothing is left of some that are all ticks
+    ticks: list[Call] = [("tick", t) for t in at if t <= last]
     return replace(case, calls=tuple(sorted([*ticks, *case.calls], key=lambda c: c[-1])))

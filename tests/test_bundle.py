@@ -114,6 +114,8 @@ def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
     [
         ({"windows": {"hop_ms": 100}}, ["model.yaml", "`windows` is no key", "Did you mean `window`?"]),
         ({"window__hop": 100}, ["window.hop", "`hop` is no key", "`hop_ms`"]),
+        ({"window__hop_ms": float("inf")}, ["line 3, window.hop_ms: found inf", "Write a finite number"]),
+        ({"streams__imu__rule__max_gap_ms": float("nan")}, ["streams.imu.rule.max_gap_ms: found nan", "finite"]),
         ({"window__steps": 0}, ["window.steps", "at least 1"]),
         ({"window": None}, ["`window` is missing"]),
         ({"streams__imu__rule__kind": "resampled"}, ["resampled", "`resample`"]),
@@ -135,6 +137,57 @@ def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
 def test_what_model_yaml_may_not_say(folder: Path, changes: Mapping[str, Any], words: list[str]) -> None:
     edit(folder, **changes)
     refused(folder, "model.yaml", *words)
+
+
+def places(folder: Path) -> list[str]:
+    """Where in model.yaml something is wrong, without the line."""
+    with pytest.raises(BundleError) as caught:
+        load_bundle(folder)
+    assert all(str(part).startswith(f"{folder / 'model.yaml'}, ") for part in caught.value.parts)
+    return [str(part).partition(": ")[0].rpartition(", ")[2] for part in caught.value.parts]
+
+
+def test_everything_that_is_wrong_with_a_model_yaml_is_said_at_once(folder: Path) -> None:
+    edit(folder, window__step=3, streams__imu__channels=3, streams__lidar__context_ms=100, labels=["yes"],
+         calibration={"set_coverage": 0.9, "bias": {"yse": 1}, "answer_above": {"on": 0.5}, "subsets": {
+             "lidar+imu": {"confidence": [[0.5, 0.4], [0.6, 0.4]]}, "sonar": {}, "imu": {"tempature": 1}}})  # fmt: skip
+    assert places(folder) == [
+        "window.step", "streams.imu.channels", "streams.lidar.context_ms", "labels", "calibration.bias.yse",
+        "calibration.answer_above.on", "calibration.subsets.lidar+imu", "calibration.subsets.lidar+imu.confidence",
+        "calibration.subsets.sonar", "calibration.subsets.imu.tempature",
+    ]  # fmt: skip
+    edit(folder, window={"hop_ms": 100, "steps": 3}, streams__imu__encodr="x", streams__imu__encoder=None,
+         calibration={"set_coverage": 0.9, "bias": {"yse": 1}}, labels=["yes", "no"])  # fmt: skip
+    assert places(folder) == [
+        "streams.imu.encodr", "streams.lidar.context_ms", "calibration.set_coverage", "calibration.bias.yse"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "written"), [
+    ("fusion", "fuson"), ("labels", "lables"), ("streams", "steams"), ("window", "windows"), ("calibration", "calib"),
+    ("lineage", "linage"), ("name", "nmae"),
+])  # fmt: skip
+def test_of_a_key_that_is_misspelt_nothing_else_follows(folder: Path, key: str, written: str) -> None:
+    edit(folder, streams__imu__rule__rate_hz=33, streams__imu__rule__rat_hz=33, calibration={
+        "set_coverage": 0.9, "set_mass": 0.9, "bias": {"yes": 1}, "subsets": {"imu+lidar": {"bias": {"no": 1}}}
+    })  # fmt: skip
+    edit(folder, **{written: yaml.safe_load((folder / "model.yaml").read_text())[key], key: None})
+    assert set(places(folder)) == {written} | ({"streams.imu.rule.rat_hz"} if key != "streams" else set())
+
+
+def test_a_whole_model_is_held_against_the_streams_that_are_written(folder: Path) -> None:
+    edit(folder, fusion=None, streams__imu__token=None, streams__imu__encoder=None, streams__lidar={"payload": "swep"},
+         model={"file": "m.onnx", "inputs": {"a": {"stream": "imu", "layout": "bhwc"},
+                                             "b": {"stream": "lidar", "layout": "btc"}}})  # fmt: skip
+    assert "model.inputs" not in places(folder)
+    assert "model.inputs.a.layout" in places(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "5"])
+def test_a_model_yaml_that_is_no_mapping_is_said_to_be_none(folder: Path, text: str) -> None:
+    (folder / "model.yaml").write_text(text)
+    with pytest.raises(BundleError, match=r"expected a mapping with the keys `name`[^\n]*$"):
+        load_bundle(folder)
 
 
 # -- graphs against streams --------------------------------------------------------------------------------------------

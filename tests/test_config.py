@@ -157,6 +157,30 @@ def test_so_many_milliseconds_that_seconds_may_be_meant_are_noted() -> None:
     ]
 
 
+@pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1e400"])
+def test_every_number_is_finite(number: str) -> None:
+    said = refusal(
+        f"name: t\nsources:\n  a: {{kind: b, offset_ms: {number}}}\nalign:\n  idle_ms: {number}\n"
+        f"  max_delay_ms: {number}\nrestart: {{window_s: {number}}}\nrecord: {{path: {number}}}\n"
+    ).splitlines()
+    assert [one.partition(": ")[0] for one in said] == [
+        "rig.yaml, line 3, sources.a.offset_ms", "rig.yaml, line 5, align.idle_ms", "rig.yaml, line 6, "
+        "align.max_delay_ms", "rig.yaml, line 7, restart.window_s", "rig.yaml, line 8, record.path",
+    ]  # fmt: skip
+    assert all("(a number), expected " in one for one in said)
+    assert [one.endswith(" Write a finite number.") for one in said] == [True] * 4 + [False]
+
+
+def test_also_numbers_in_what_may_be_anything_are_finite() -> None:
+    document = Document("settings:\n  a: [1, {b: .inf}]\n  c: .nan\n", "f")
+    with pytest.raises(ConfigError) as caught:
+        document.decode(dict[str, Any], ("settings",))
+    assert str(caught.value).splitlines() == [
+        "f, line 2, settings.a[1].b: found inf (a number), expected a finite number.",
+        "f, line 3, settings.c: found nan (a number), expected a finite number.",
+    ]
+
+
 def test_yaml_is_not_read_in_surprising_ways() -> None:
     text = RIG.replace("rate_hz: 30", "a: 010, b: 1:30, c: 1e3, d: 2020-01-01, e: -5, f: 0x10, g: .5, h: 1_000")
     settings = rig(text).rig.sources["camera"].settings

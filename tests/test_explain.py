@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.align import Aligner, AlignSpec, Step
+from pipeline.align import Aligner, AlignSpec, Step, make_track
 from pipeline.errors import ConfigError
-from pipeline.explain import Explanation, Session, explain, waited_for
+from pipeline.explain import Explanation, Session, _track, explain, waited_for
 from pipeline.explain_window import WindowExplanation, explain_window
 from pipeline.faults import Fault, Item, Restart, faulty, unordered
 from pipeline.messages import Message
@@ -116,6 +117,45 @@ def test_windows_wait_for_the_slowest(tmp_path: Path) -> None:
     assert found.streams["camera"].waited >= found.windows - 1
     assert found.streams["camera"].wait_ms is not None
     assert found.streams["camera"].wait_ms.p50 == pytest.approx(129, abs=2)
+
+
+def test_steps_in_a_row_that_were_not_proven_are_one_range(tmp_path: Path) -> None:
+    """Else each message of a stream that is late throughout would be held against every window that there was."""
+    late = sorted(((m, at + (400 * MS if m.header.stream == "camera" else 0)) for m, at in ITEMS), key=lambda i: i[1])
+    record_live(tmp_path / "a.mcap", late, LIVE)
+    session = Session(tmp_path / "a.mcap", LIVE)
+    assert explain(session).streams["camera"].messages["late"] > 90
+    track = _track(session, "camera", session.manifests)
+    assert track is not None
+    assert len(session.manifests) > 90
+    assert len(track.unproven) <= 2
+
+
+class Looked(list[tuple[int, int]]):
+    """Ranges that count how many of them are looked at."""
+
+    looks = 0
+
+    def __getitem__(self, at: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(at)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for index in range(len(self)):
+            yield self[index]
+
+
+def test_few_ranges_are_looked_at_for_a_message_that_is_late() -> None:
+    camera = next(spec for spec in LIVE.streams if spec.name == "camera")
+    track = make_track(camera, LIVE.hop_ns, None, 4001)
+    every = [(step, step) for step in range(1, 4001) if step % 4]
+    track.unproven = looked = Looked(every)
+    for ns in range(0, 400_500 * MS, 1573 * MS):
+        looked.looks = 0
+        first_ns, until_ns = track.span()
+        might = [k for k in range(1, 4001) if first_ns <= ns - (k - track.step) * LIVE.hop_ns < until_ns]
+        assert track.missed(ns, ns) == any(step % 4 for step in might)
+        assert looked.looks < 20
 
 
 def words(session: Session, stream: str, verdict: str, reason: str | None = None) -> list[str]:

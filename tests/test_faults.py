@@ -201,6 +201,7 @@ def test_a_file_is_read_strictly(tmp_path: Path) -> None:
         ("a: {kind: delay, delay_s: 0.1}", r"write `delay_ms: 100`"),
         ("a: {kind: loss, share: 1.5}", r"faults\.a\.share.*at most 1"),
         ("a: {kind: loss, share: 0.1, streams: [camra]}", r"no stream `camra`.*Did you mean `camera`"),
+        ("a: {kind: freeze, end_s: .inf}", r"line 2, faults\.a\.end_s: found inf .* Write a finite number"),
         ("a: {kind: freeze, start_s: 5}", r"needs an `end_s`"),
         ("a: {kind: loss, share: 0.9, run: 2}", r"cannot be lost in runs of less than 9"),
         ("a: {share: 0.5}", r"no `kind`, allowed are"),

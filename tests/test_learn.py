@@ -817,6 +817,7 @@ def test_label_sessions_by_the_end_of_the_window() -> None:
         ({"strategy": "middle"}, "strategy"),
         ({"train": {"epoch": 3}}, "epochs"),
         ({"train": {"learning_rate": 0}}, "learning_rate"),
+        ({"train": {"weight_decay": math.inf}}, r"train.weight_decay: found inf .* Write a finite number"),
         ({"robust": {"noise": 2}}, "noise"),
         ({"fusion": {"depth": 2}}, "depth"),
         ({"window": {"hop_s": 0.1, "steps": 5}}, "hop_ms: 100"),

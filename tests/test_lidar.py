@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import importlib.metadata
 import json
 import os
 import select
@@ -13,6 +15,7 @@ import threading
 import tty
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +171,48 @@ def test_every_point_is_the_decoders_own_to_the_bit(factory: int, mode: int) -> 
         assert sweep.points[["x", "y", "z", "intensity"]].tolist() == list(map(tuple, cloud[:, :4].tolist()))
         offsets = [round((seconds - end) * 1e9) for seconds in cloud[:, 4].tolist()]
         assert sweep.points["offset_ns"].tolist() == offsets
+
+
+class Decoding:
+    """A decoder that has a sweep after each packet but the last, which it refuses; a point is a ``record``."""
+
+    def __init__(self, record: np.dtype[Any], packets: int) -> None:
+        self._record, self._left = record, packets
+
+    def decode(self, time: float, packet: list[int], structured: bool) -> tuple[Any, np.ndarray[Any, Any]]:
+        self._left -= 1
+        if self._left <= 0:
+            raise RuntimeError("no such model")
+        return SimpleNamespace(host=time, device=time), np.zeros(3, self._record)
+
+
+RECORD = np.dtype([(name, "<f4") for name in ("x", "y", "z", "intensity", "time")] + [("ring", "<u2")])
+
+
+def decoding(record: np.dtype[Any], packets: int) -> Velodyne:
+    lidar = Velodyne()
+    lidar._library = SimpleNamespace(StreamDecoder=lambda _: Decoding(record, packets))
+    lidar._start()
+    return lidar
+
+
+def test_sweeps_that_were_whole_before_a_packet_that_cannot_be_decoded_are_handed_over() -> None:
+    lidar = decoding(RECORD, 5)
+    assert len(lidar.take([vlp16(i, i * 1327) for i in range(8)], lambda _: NS)) == 3  # one of four is partial
+    with pytest.raises(WireError, match="no such model"):
+        lidar.take([vlp16(9, 9 * 1327)], lambda _: NS)
+    with pytest.raises(WireError, match="no such model"):  # and what has nothing before it at once
+        lidar.take([vlp16(9, 9 * 1327)], lambda _: NS)
+
+
+@pytest.mark.parametrize("record", [
+    np.dtype([("y", "<f4"), ("x", "<f4"), *RECORD.descr[2:]]), np.dtype([*RECORD.descr[:4], ("time", "<f8")]),
+    np.dtype([("pad", "<f4"), *RECORD.descr]), np.dtype([*RECORD.descr[:4], ("ring", "<u2")]), np.dtype("<f4"),
+])  # fmt: skip
+def test_a_decoder_that_lays_points_out_otherwise_is_refused(record: np.dtype[Any]) -> None:
+    installed = importlib.metadata.version("velodyne-decoder")
+    with pytest.raises(SensorError, match=rf"velodyne-decoder {installed}, .* pip install velodyne-decoder==\d"):
+        decoding(record, 5).feed(vlp16(0, 0), NS)
 
 
 # -- over UDP --------------------------------------------------------------------------------------------------------
@@ -333,6 +378,42 @@ def test_only_one_sender_is_heard(many: bool, address: str, other: str | None, m
         assert (heard.foreign, deaf.foreign) == (6 - len(packets), 6)
         assert list(times) == sorted(times)
         assert before - 5 * MS <= times[0] <= times[-1] <= heard._clock.now_ns()
+
+
+def test_a_closed_socket_hears_nothing_of_another_that_has_its_number(listening: Datagrams) -> None:
+    number = listening.fileno()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        listening.close()
+        other.bind(("127.0.0.1", 0))
+        other.sendto(b"not for you", other.getsockname())
+        os.dup2(other.fileno(), number)
+        try:
+            with pytest.raises(SensorError, match="the UDP socket failed"):
+                listening.receive()
+            with pytest.raises(SensorError, match="the UDP socket failed"):
+                listening.wait(0)
+        finally:
+            os.close(number)
+
+
+def test_where_there_is_no_linux_datagrams_come_without_its_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(socket.socket):
+        def setsockopt(self, level: int, option: int, value: Any) -> None:  # type: ignore[override]
+            if option != socket.SO_RCVBUF:
+                raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    monkeypatch.setattr("pipeline.datagrams.socket.socket", Elsewhere)
+    monkeypatch.setattr("sys.platform", "darwin")
+    clock = ManualClock()
+    with contextlib.closing(Datagrams("127.0.0.1", 0, clock, "127.0.0.1")) as listening:
+        assert listening.room > 0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"a", ("127.0.0.1", listening.port))
+        clock.advance(MS)
+        listening.wait(5)
+        assert listening.receive() == 1
+        assert (listening.packets, listening.received_ns(0), listening.dropped) == ([b"a"], clock.now_ns(), 0)
 
 
 def test_what_the_kernel_drops_is_counted_again_and_again(listening: Datagrams) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.align import AlignSpec, All, Latest, Nearest, Resample, StreamSpec
 from pipeline.config import load_rig
 from pipeline.errors import ConfigError
 from pipeline.launch import check_rig_file
+from pipeline.pacing import odd_paces
+from pipeline.source import Pace
 from tests.rigs import SOURCES, STREAMS, make_rig
 from tests.tiny_bundle import write_bundle
 
@@ -66,6 +69,38 @@ def test_what_comes_late_is_what_gathers_or_a_message_whichever_is_longer(
     found = check_rig_file(load_rig(rig.document.path))
     assert [note for note in found if ", more than" in note or "windows wait" in note] == found[: bool(said)]
     assert said in "".join(found)
+
+
+def test_a_step_with_no_line_of_text_is_complete_and_not_odd(tmp_path: Path) -> None:
+    stream = StreamSpec(name="x", payload="text", rule=All())
+    spec = AlignSpec(hop_ns=100_000_000, streams=(stream,), max_delay_ns=250_000_000)
+    assert list(odd_paces({"x": Pace.of(0.2)}, {}, spec, 10)) == []
+
+
+@pytest.mark.parametrize("rule", [Nearest(0), Latest(0), Resample(100, 0)])
+def test_a_model_that_looks_no_further_than_a_moment_is_odd(rule: Any) -> None:
+    stream = StreamSpec(name="x", payload="imu", rule=rule, channels=6)
+    spec = AlignSpec(hop_ns=100_000_000, streams=(stream,), max_delay_ns=250_000_000)
+    [(_, said)] = odd_paces({"x": Pace.of(30, 100, "batch_ms")}, {}, spec, 10)
+    assert said.endswith("a model that looks further" if not isinstance(rule, Resample) else "use another model")
+
+
+@pytest.mark.parametrize(("more", "warned"), [
+    ("encoding: jpeg", 0), ("encoding: native", 0), ("encoding: jpeg, limit_mb_per_min: 90000", 1), ("", 1),
+])  # fmt: skip
+def test_a_camera_that_compresses_keeps_its_own_limit(tmp_path: Path, more: str, warned: int) -> None:
+    rig = tmp_path / "rig.yaml"
+    rig.write_text(
+        "name: t\nsources:\n  x: {kind: camera, width: 3840, height: 2160, rate_hz: 200, "
+        f"{more}}}\nrecord: {{path: x}}\n"
+    )
+    assert sum("MB a second" in note for note in check_rig_file(load_rig(rig))) == warned
+
+
+def test_a_synthetic_picture_that_is_compressed_is_small(tmp_path: Path) -> None:
+    settings = {"rate_hz": 60, "width": 3840, "height": 2160}
+    assert len(notes(tmp_path, camera=settings)) == 1
+    assert notes(tmp_path, camera=settings | {"format": "jpeg"}) == []
 
 
 def test_a_short_hop_is_odd(tmp_path: Path) -> None:

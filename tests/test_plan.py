@@ -78,6 +78,44 @@ def test_a_model_is_held_against_what_is_known_of_sources_that_are_wrong(tmp_pat
     ]
 
 
+def test_where_nobody_knows_the_streams_nothing_follows_from_them(tmp_path: Path) -> None:
+    make_rig(tmp_path)
+    file = tmp_path / "rig.yaml"
+    more = (
+        "bundle: {path: model}\nalign: {streams: {imu: {idle_ms: 5}}, idle_s: 1}\nrecord: {path: x, streams: [imu]}\n"
+    )
+    for sources, said in {
+        "sorces:\n  imu: {kind: synthetic, payload: imu}": "2, sorces",
+        "sources: [imu]": "2, sources",
+        "sources:": "2, sources",
+        "sources: {}": "2, sources",
+        "sources:\n  im u: {kind: synthetic, payload: imu}": "3, sources.im u",
+    }.items():
+        file.write_text(f"name: t\n{sources}\n{more}")
+        line = 4 + sources.count("\n")
+        assert [one.partition(": ")[0] for one in refused(file)] == [f", line {said}", f", line {line}, align.idle_s"]
+
+
+def test_a_stream_in_a_list_is_named_by_where_it_stands(tmp_path: Path) -> None:
+    file = tmp_path / "rig.yaml"
+    file.write_text("name: t\nsources: {camera: {kind: camera}}\nrecord: {path: x, streams: [5, camera, camra, cam]}\n")
+    assert [said.partition(": ")[0] for said in refused(file)] == [
+        f", line 3, record.streams[{index}]" for index in (0, 2, 3)
+    ]
+
+
+def test_sources_of_another_host_are_checked_whatever_is_wrong_beside_them(tmp_path: Path) -> None:
+    file = tmp_path / "rig.yaml"
+    file.write_text(
+        "name: t\nsources:\n  pi:\n    kind: remote\n    listn: tcp://127.0.0.1:5600\n    sources:\n"
+        "      imu: {kind: imu, prt: /dev/x}\n      lidar: {knd: lidar}\n      cam: {kind: cammera}\n"
+    )
+    assert [said.partition(": ")[0] for said in refused(file)] == [
+        ", line 5, sources.pi.listn", ", line 7, sources.pi.sources.imu.prt", ", line 8, sources.pi.sources.lidar",
+        ", line 9, sources.pi.sources.cam.kind",
+    ]  # fmt: skip
+
+
 def test_where_only_the_model_is_at_fault_it_is_so_of_several_faults_too(tmp_path: Path) -> None:
     rig = make_rig(tmp_path)
     model = tmp_path / "model" / "model.yaml"

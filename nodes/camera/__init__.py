@@ -102,7 +102,8 @@ class Camera(Source):
 
     @classmethod
     def pace(cls, settings: Any) -> Pace:
-        return Pace.of(settings.rate_hz)
+        known = {"jpeg": settings.limit_mb_per_min * 1e6 / 60, "native": 0.0}
+        return msgspec.structs.replace(Pace.of(settings.rate_hz), bytes_per_s=known.get(settings.encoding))
 
     @classmethod
     def largest_payload(cls, settings: Any) -> int:

@@ -9,13 +9,14 @@ tells the time of the others.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, WireError
+from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.protocols.sweeps import Allocate, Array, Sweep, fresh
 from pipeline.timebase import Timebase
 
@@ -32,6 +33,8 @@ _DUAL = 0x39
 _SPANS_NS = {0x21: 552_960, 0x22: 1_327_104, 0x24: 1_327_104, 0x28: 663_552, 0xA1: 159_900}
 _PLACE, _SECONDS = np.dtype("V16"), np.dtype("<f4")
 """A point as the decoder leaves it begins so: x, y, z and intensity, which are moved as one piece, and the time."""
+_LAYOUT = [(name, np.dtype("<f4"), 4 * i) for i, name in enumerate(("x", "y", "z", "intensity", "time"))]
+_DECODER, _TESTED = "velodyne-decoder", "3.1.0"
 
 
 class Velodyne:
@@ -62,6 +65,7 @@ class Velodyne:
         self._times = Timebase(resolution_ns=1000)
         self._hours, self._last_us = 0, 0
         self._mapped = self._new_epoch = False
+        self._refused: WireError | None = None
         self._allocate = allocate
         # Of the last packet whose receipt is known: how far the session's clock is ahead of the sensor's, the receipt
         # itself and the sensor's time of it; and the sensor's time of the last packet.
@@ -80,15 +84,25 @@ class Velodyne:
 
     def take(self, packets: Sequence[bytes], received_ns: Callable[[int], int | None]) -> list[Sweep]:
         """The same for packets that came together. ``received_ns`` tells when the one of that number was received, and
-        is asked only of the first that is a packet."""
+        is asked only of the first that is a packet. Where one cannot be decoded, the sweeps that were whole before it
+        are returned, and the error is raised by the next call."""
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            raise refused
         self.packets += len(packets)
-        found, asked = [], False
+        found, asked = list[Sweep](), False
         for index, packet in enumerate(packets):
             if len(packet) != PACKET_BYTES or packet[1] not in _BANKS:
                 self.malformed += 1
                 continue
             receipt_ns, asked = None if asked else received_ns(index), True
-            sweep = self._take(packet, receipt_ns)
+            try:
+                sweep = self._take(packet, receipt_ns)
+            except WireError as error:
+                if not found:
+                    raise
+                self._refused = error
+                break
             if sweep is not None:
                 found.append(sweep)
         return found
@@ -113,10 +127,11 @@ class Velodyne:
             ) from error
         if done is None:
             return None
+        stamps, cloud = done
         if not self._whole:
+            _check_layout(cloud.dtype)
             self._whole, self.partial = True, self.partial + 1
             return None
-        stamps, cloud = done
         receipt = self._receipt_ns + max(device_ns + _span_ns(packet) - self._known_ns, 0)
         return self._sweep(stamps, cloud, receipt)
 
@@ -154,6 +169,16 @@ class Velodyne:
             self._hours += 1
         self._last_us = us
         return int((self._hours * _HOUR_US + us) * 1000)
+
+
+def _check_layout(record: np.dtype[Any]) -> None:
+    """SensorError unless the decoder leaves points as ``_PLACE`` and ``_SECONDS`` have it."""
+    fields: Mapping[str, Any] = record.fields or {}
+    if [(name, *fields[name][:2]) for name, _, _ in _LAYOUT if name in fields] != _LAYOUT:
+        raise SensorError(
+            f"{_DECODER} {version(_DECODER)}, which is installed, lays points out in a way that is not known here: "
+            f"{record}. Install the one that is: pip install {_DECODER}=={_TESTED}"
+        )
 
 
 def _span_ns(packet: bytes) -> int:
