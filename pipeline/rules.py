@@ -379,7 +379,7 @@ class Track:
         for first_ns, count in self.gaps:
             self._remember_loss(first_ns, header.t_capture_ns, count)
         self.gaps.clear()
-        self.ordinary = self.sequence is None and self.closed is None
+        self.ordinary = self.sequence is None and self.closed is None and self.acquainted()
 
     def _sort_in(self, message: Message) -> None:
         header = message.header
@@ -442,7 +442,9 @@ class Track:
     def _reopen(self) -> None:
         if self.closed == "dead":
             self.closed = None
-            self.ordinary = self.sequence is None and not self.gaps and self.first_ns < FOREVER
+            self.ordinary = (
+                self.sequence is None and not self.gaps and self.first_ns < FOREVER and self.acquainted()
+            )
 
     # --- the step that is next -------------------------------------------------------------------------------------
 
@@ -604,6 +606,10 @@ class Track:
 
     def well_formed(self, message: Message) -> bool:
         """Whether the payload is what the rule can work with."""
+        return True
+
+    def acquainted(self) -> bool:
+        """Whether the rule has learnt from the messages that it kept what it must know of the current epoch."""
         return True
 
     def reordered(self) -> None:
