@@ -125,6 +125,7 @@ class Content(NamedTuple):
 Range = tuple[int, int, int]
 """(epoch, first seq, last seq)"""
 
+
 class Stated(Protocol):
     """What a manifest says of a track's state, as far as its content and verdict depend on it."""
 
@@ -442,9 +443,7 @@ class Track:
     def _reopen(self) -> None:
         if self.closed == "dead":
             self.closed = None
-            self.ordinary = (
-                self.sequence is None and not self.gaps and self.first_ns < FOREVER and self.acquainted()
-            )
+            self.ordinary = self.sequence is None and not self.gaps and self.first_ns < FOREVER and self.acquainted()
 
     # --- the step that is next -------------------------------------------------------------------------------------
 
@@ -455,7 +454,6 @@ class Track:
         self.end_ns = step * self.hop_ns
         self.proven = False
         self._turn()
-
 
     def _turn(self) -> None:
         self.limit()
@@ -474,6 +472,11 @@ class Track:
     def expiry_ns(self) -> int:
         """When it will be idle if nothing comes."""
         return FOREVER if self.spec.idle_ns is None else self.advanced_ns + self.spec.idle_ns
+
+    @property
+    def looks_from_ns(self) -> int:
+        """What ends before this, no step from this one on looks at."""
+        return self.late_below_ns
 
     def lost_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages may have been lost in [first, end)."""
