@@ -235,7 +235,7 @@ def verification_text(found: Verification) -> RenderableType:
         more = found.unverifiable_count - len(found.unverifiable)
         lines += [Text(f"  and {more} more")] if more else []
     if found.elsewhere_count:
-        lines.append(Text(f"{found.elsewhere_count} cannot be told without other segments of the ring; no doubt about this one:"))
+        lines.append(Text(f"{found.elsewhere_count} cannot be told without other segments, no doubt about this one:"))
         lines += [Text(f"  {text}") for text in found.elsewhere]
         more = found.elsewhere_count - len(found.elsewhere)
         lines += [Text(f"  and {more} more")] if more else []

@@ -225,7 +225,7 @@ def test_what_lies_in_other_segments_leaves_one_verified() -> None:
     found = Verification(session="s", windows=5, predictions=4, fingerprint="equal")
     found.refer("windows 1 to 40 were before this segment")
     shown = text(verification_text(found))
-    assert "1 cannot be told without other segments of the ring; no doubt about this one:\n  windows 1 to 40 were" in shown
+    assert "1 cannot be told without other segments, no doubt about this one:\n  windows 1 to 40 were" in shown
     assert shown.rstrip().endswith("\nverified")
 
 
