@@ -169,9 +169,13 @@ def check_windows(reader: RecordingReader) -> None:
         else f"All that can be verified are its bytes, which are as they were written; of itself it says: "
         f"{reader.info.note}"
     )
+    advice = (
+        "To record a session that can be verified, name a model in the rig (`bundle`): sensorium record RIG -o FILE"
+        if reader.info.bundle is None
+        else "Its session ended before the first window, or its aligner died; record a longer one"
+    )
     raise RecordingError(
-        f"{reader.path} holds no windows of a live session, so there is nothing to verify{why}. {whole}. To "
-        f"record a session that can be verified, name a model in the rig (`bundle`): sensorium record RIG -o FILE"
+        f"{reader.path} holds no windows of a live session, so there is nothing to verify{why}. {whole}. {advice}"
     )
 
 
