@@ -268,6 +268,11 @@ class Aligner:
         self._time_ns = self._emitted_ns = manifest.emitted_ns
         return self._emit(manifest.cause, {name: stated.idle for name, stated in manifest.streams.items()})
 
+    def looks_from(self, stream: str) -> int:
+        """The least capture time that the next step, or any later one, looks at in this stream; of messages of many
+        samples, of their ends."""
+        return self._tracks[stream].looks_from_ns
+
     # --- the order of events ---------------------------------------------------------------------------------------
 
     def _hold(self, track: Track, message: Message, arrival_ns: int) -> None:

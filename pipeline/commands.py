@@ -164,6 +164,7 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     existing(recording)
     try:
         with RecordingReader(recording) as reader, screen.status("making it again") as status:
+            verifying.check_windows(reader)
             model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
             found = verifying.verify(
                 reader,

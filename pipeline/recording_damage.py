@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _MAGIC = b"\x89MCAP0\r\n"
+_HEAD = struct.Struct("<BQ")
 _FOOTER = struct.Struct("<BQQQI")
 _DATA_END = struct.Struct("<BQI")
 _BLOCK = 1 << 20
@@ -23,6 +24,9 @@ def damage(path: str | Path) -> str | None:
     file without its end."""
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
+        if (ended := _end(file, size)) is not None and ended < size:
+            more = f"{size - ended} bytes follow" if size - ended > 1 else "1 byte follows"
+            return f"{more} its end, from byte {ended} on; its recorder did not write that"
         at = size - len(_MAGIC) - _FOOTER.size
         if at < 0:
             return None
@@ -40,6 +44,19 @@ def damage(path: str | Path) -> str | None:
         _, _, stated = _DATA_END.unpack(file.read(_DATA_END.size))
         if stated and _sum(file, 0, end) != stated:
             return f"what was recorded, bytes 0 to {index}, does not match its sum"
+    return None
+
+
+def _end(file: BinaryIO, size: int) -> int | None:
+    """Where the recording ends by its records: behind its footer. None if it has none."""
+    at = len(_MAGIC)
+    while at + _HEAD.size <= size:
+        file.seek(at)
+        opcode, length = _HEAD.unpack(file.read(_HEAD.size))
+        at += _HEAD.size + length
+        if opcode == 2:
+            file.seek(at)
+            return at + len(_MAGIC) if at < size and file.read(len(_MAGIC)) == _MAGIC else None
     return None
 
 

@@ -234,6 +234,11 @@ def verification_text(found: Verification) -> RenderableType:
         lines += [Text(f"  {text}") for text in found.unverifiable]
         more = found.unverifiable_count - len(found.unverifiable)
         lines += [Text(f"  and {more} more")] if more else []
+    if found.elsewhere_count:
+        lines.append(Text(f"{found.elsewhere_count} cannot be told without other segments, no doubt about this one:"))
+        lines += [Text(f"  {text}") for text in found.elsewhere]
+        more = found.elsewhere_count - len(found.elsewhere)
+        lines += [Text(f"  and {more} more")] if more else []
     return Group(*lines, Text("verified" if found.holds else "not verified", style="green" if found.holds else "red"))
 
 

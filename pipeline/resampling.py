@@ -107,7 +107,7 @@ class ResampleTrack(Track):
         return self.rate[0] != header.epoch or self.rate[1] == layout.rate_hz
 
     def is_late(self, message: Message) -> bool:
-        reach_ns = max(self.max_gap_ns, self.reach_ns)
+        reach_ns = max(self.max_gap_ns, self._reach_with(message.header))
         return last_sample_ns(message, self.channels) + reach_ns < self.first_point_ns
 
     def _place(self, message: Message) -> None:
@@ -130,9 +130,18 @@ class ResampleTrack(Track):
         header = message.header
         if type(header.layout) is AudioLayout:
             self.rate = (header.epoch, header.layout.rate_hz)
-            if self.rule.method == "band_limited":  # the source's rate sets how far the filter reaches
-                self.reach_ns = max(self.reach_ns, resample.reach_ns(header.layout.rate_hz, self.rule.rate_hz))
+            self.reach_ns = self._reach_with(header)
         super()._keep(message)
+
+    def _reach_with(self, header: Header) -> int:
+        """How far the filter reaches once this message is kept: the source's rate sets that."""
+        if type(header.layout) is not AudioLayout or self.rule.method != "band_limited":
+            return self.reach_ns
+        return max(self.reach_ns, resample.reach_ns(header.layout.rate_hz, self.rule.rate_hz))
+
+    def acquainted(self) -> bool:
+        """Whether a block of this epoch was kept: rate and reach are learnt from it, whatever came too late before."""
+        return self.spec.payload != "audio" or self.rate[0] == self.epoch
 
     def reordered(self) -> None:
         self.parsed = 0

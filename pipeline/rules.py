@@ -381,7 +381,7 @@ class Track:
         for first_ns, count in self.gaps:
             self._remember_loss(first_ns, header.t_capture_ns, count)
         self.gaps.clear()
-        self.ordinary = self.sequence is None and self.closed is None
+        self.ordinary = self.sequence is None and self.closed is None and self.acquainted()
 
     def _sort_in(self, message: Message) -> None:
         header = message.header
@@ -444,7 +444,7 @@ class Track:
     def _reopen(self) -> None:
         if self.closed == "dead":
             self.closed = None
-            self.ordinary = self.sequence is None and not self.gaps and self.first_ns < FOREVER
+            self.ordinary = self.sequence is None and not self.gaps and self.first_ns < FOREVER and self.acquainted()
 
     # --- the step that is next -------------------------------------------------------------------------------------
 
@@ -473,6 +473,11 @@ class Track:
     def expiry_ns(self) -> int:
         """When it will be idle if nothing comes."""
         return FOREVER if self.spec.idle_ns is None else self.advanced_ns + self.spec.idle_ns
+
+    @property
+    def looks_from_ns(self) -> int:
+        """What ends before this, no step from this one on looks at."""
+        return self.late_below_ns
 
     def lost_within(self, first_ns: int, end_ns: int) -> int:
         """How many messages may have been lost in [first, end)."""
@@ -610,6 +615,10 @@ class Track:
 
     def well_formed(self, message: Message) -> bool:
         """Whether the payload is what the rule can work with."""
+        return True
+
+    def acquainted(self) -> bool:
+        """Whether the rule has learnt from the messages that it kept what it must know of the current epoch."""
         return True
 
     def reordered(self) -> None:

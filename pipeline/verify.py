@@ -8,25 +8,31 @@ Every window of the session is made again from the recorded messages as its mani
 * Predictions byte for byte (``timing`` and ``truth`` aside) where the runtime's fingerprint is the recorded one; on
   another, equal labels and scores within 1e-4 are *equivalent*.
 
-What cannot be known is not passed over: a window that is missing in the file, or that needs a message which the
-recorder lost, is listed as unverifiable. Everything must hold for ``Verification.holds``.
+What cannot be known is not passed over: a window that is missing in the file is listed as unverifiable, and so is one
+that does not come out the same where it may hold a message which the recorder lost. Which windows may, a bound tells:
+what a manifest lists as received ends below the stream's bound in it, so a window whose rule looks at nothing below
+that bound cannot hold it (``_Unknown``). Everything must hold for ``Verification.holds``.
+
+A segment of a ring is verified as far as it goes: what lies in the segments before and behind it is named
+(``elsewhere``), and no doubt about this one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from pipeline.align import Aligner, AlignSpec, Manifest, Step
 from pipeline.bundle import Bundle
-from pipeline.errors import BundleError, RecordingError, WireError
+from pipeline.errors import BundleError, ConfigError, RecordingError, WireError
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
-from pipeline.prediction import Prediction
-from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading
+from pipeline.prediction import BundleRef, Prediction
+from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading
 from pipeline.recording_damage import damage
 from pipeline.replay import event_time, plan_replay
 
@@ -35,6 +41,9 @@ SCORE_TOLERANCE = 1e-4
 
 MARGIN_NS = 5_000_000_000
 """A message that a window was made from reached the recorder no later than this after the window did."""
+
+BEHIND_NS = 1_000_000_000
+"""So long before the end of a ring's segment a window may be final, and its prediction be in the next segment."""
 
 LISTED = 20
 """How many unverifiable windows are named one by one."""
@@ -69,6 +78,9 @@ class Verification(msgspec.Struct, kw_only=True):
     """``equal``, ``other`` (predictions are then compared as equivalent) or ``none`` (no prediction recorded)."""
     unverifiable: list[str] = []
     unverifiable_count: int = 0
+    elsewhere: list[str] = []
+    """What this file, a segment of a ring, cannot show since it lies in another one."""
+    elsewhere_count: int = 0
     differences: int = 0
     first_difference: Difference | None = None
 
@@ -82,6 +94,12 @@ class Verification(msgspec.Struct, kw_only=True):
         self.unverifiable_count += 1
         if len(self.unverifiable) < LISTED:
             self.unverifiable.append(text)
+
+    def refer(self, text: str) -> None:
+        """Notes what lies in another segment of the ring."""
+        self.elsewhere_count += 1
+        if len(self.elsewhere) < LISTED:
+            self.elsewhere.append(text)
 
     def differ(self, difference: Difference) -> None:
         """Notes what is not the same."""
@@ -106,14 +124,11 @@ def verify(
     BundleError, ConfigError if the bundle does not fit it. A damaged file is a difference, not an error."""
     with reading(recording) as reader:
         result = Verification(session=reader.info.session)
-        if MANIFEST_TOPIC not in reader.topics:
-            raise RecordingError(
-                f"{reader.path} holds no windows of a live session, so there is nothing to verify; "
-                f"record one: sensorium record RIG -o FILE"
-            )
+        check_windows(reader)
         try:
+            _check_model(reader, bundle)
             plan = plan_replay(reader, bundle, streams)
-        except BundleError as error:  # a single bit makes another payload's name
+        except (BundleError, ConfigError) as error:  # a single bit makes another payload's name
             if (text := damage(reader.path)) is None:
                 raise
             raise RecordingError(f"{reader.path} does not fit the bundle as it is now: {error}; {text}") from None
@@ -130,9 +145,59 @@ def verify(
             result.damaged(str(error), last)
         if (text := damage(reader.path)) is not None:
             result.damaged(text)
+        if result.elsewhere_count and not result.windows:
+            result.doubt("no window of this segment could be made again: each of them needs what is in others")
         if not reader.info.complete:
             result.doubt(f"the recording is incomplete: {reader.info.note or 'its writer did not close it'}")
         return result
+
+
+def check_windows(reader: RecordingReader) -> None:
+    """Raises RecordingError, which says what can be verified, if the recording holds no windows of a live session."""
+    if MANIFEST_TOPIC in reader.topics:
+        return
+    if (text := damage(reader.path)) is not None:
+        raise RecordingError(f"{reader.path} is damaged, and holds no windows to verify: {text}")
+    for _ in reader.headers(beats=True):  # every chunk is checked on the way
+        pass
+    why = "; it was recorded without a model, and without a model there are none" if reader.info.bundle is None else ""
+    whole = (
+        "All that can be verified are its bytes, and every one of them is as it was written"
+        if reader.info.complete
+        else "All that can be verified are its bytes, which can be read as far as they go; its end is missing"
+        if not reader.info.note
+        else f"All that can be verified are its bytes, which are as they were written; of itself it says: "
+        f"{reader.info.note}"
+    )
+    advice = (
+        "To record a session that can be verified, name a model in the rig (`bundle`): sensorium record RIG -o FILE"
+        if reader.info.bundle is None
+        else "Its session ended before the first window, or its aligner died; record a longer one"
+    )
+    raise RecordingError(
+        f"{reader.path} holds no windows of a live session, so there is nothing to verify{why}. {whole}. {advice}"
+    )
+
+
+def _check_model(reader: RecordingReader, bundle: Bundle) -> None:
+    ran = reader.info.bundle
+    if ran is None or ran == bundle.sha256:
+        return
+    names = {said.name for said in _models(reader) if said.sha256 == ran}
+    named = f"{min(names)} ({ran[:12]}…)" if names else f"{ran[:12]}…"
+    raise ConfigError(
+        f"{reader.path} was recorded with the model {named}, and {bundle.name} ({bundle.sha256[:12]}…) is another: "
+        f"nothing can be proven by it. Leave --bundle away if the recorded model is a shipped one, or name the folder "
+        f"of the recorded model. To see what {bundle.name} says of this session, replay it without --verify"
+    )
+
+
+def _models(reader: RecordingReader) -> Iterator[BundleRef]:
+    """What the first prediction says of its model, if there is one."""
+    with suppress(RecordingError, msgspec.MsgspecError):
+        for data, _, _ in reader.json(PREDICTION_TOPIC):
+            yield msgspec.json.decode(data, type=Prediction).bundle
+            return
 
 
 # --- windows ---------------------------------------------------------------------------------------------------------
@@ -149,32 +214,101 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
     """Every recorded manifest with the step made again; None where that cannot be."""
     held = _Held(reader, {stream.name for stream in spec.streams})
     declared = {stream.name: stream for stream in spec.streams}
+    unknown = _Unknown({stream.name for stream in spec.streams if stream.ordered})
     aligner: Aligner | None = None
-    settled = reader.info.since is None
-    """Whether nothing before the file's beginning can be in a window any more: one has been made again without."""
+    begun = reader.info.since is None
     expected = 1
     for data, log_ns, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
         if manifest.step != expected:
-            result.doubt(f"windows {expected} to {manifest.step - 1} are not in the recording")
-            aligner = None  # whoever made the next one began anew, or what it had heard meanwhile is not known
+            if begun:
+                result.doubt(f"windows {expected} to {manifest.step - 1} are not in the recording")
+                aligner = None  # whoever made the next one began anew, or what it had heard meanwhile is not known
+                unknown.all(manifest, f"what windows {expected} to {manifest.step - 1} had received", False)
+            elif reader.info.ring is not None:
+                _before(reader, manifest.step - 1, result)
+            else:
+                result.doubt(f"windows 1 to {manifest.step - 1} were before this file")
+        if not begun:
+            unknown.all(manifest, "what was before the file's beginning", reader.info.ring is not None)
+            begun = True
         expected = manifest.step + 1
         if aligner is None:
             known = tuple(declared[name] for name in manifest.streams if name in declared)
             aligner = Aligner(event_time(msgspec.structs.replace(spec, streams=known)), manifest.step)
         received, lost = held.received(manifest, log_ns)
+        unknown.add(manifest, lost)
+        touched = {name: why for name in manifest.streams if (why := unknown.within(name, aligner.looks_from(name)))}
         step = aligner.obey(manifest, received)
         if step.manifest.digest == manifest.digest:
             result.windows += 1
-            settled = True
             yield manifest, step
-        elif lost or not settled:
-            lost = lost or "what was before the file's beginning"
-            result.doubt(f"window {manifest.step}: {lost} is not in the recording")
+        elif (why := _excuse(manifest, step, touched)) is not None:
+            if why.elsewhere:
+                result.refer(f"window {manifest.step}: {why.text} is not in this segment")
+            else:
+                result.doubt(f"window {manifest.step}: {why.text} is not in the recording")
             yield manifest, None
         else:
-            result.differ(_window_difference(manifest, step.manifest))
+            result.differ(_window_difference(manifest, step.manifest, touched))
             yield manifest, step
+
+
+def _before(reader: RecordingReader, last: int, result: Verification) -> None:
+    """Notes that the windows up to ``last`` were before this segment, but for those that it says itself never came."""
+    gaps = [gap for gap in _gaps(reader) if gap.stream is None and gap.of == "window" and gap.last == last]
+    if gaps:
+        result.doubt(f"windows {gaps[0].first} to {last} are not in the recording")
+        last = gaps[0].first - 1
+    if last:
+        result.refer(f"windows 1 to {last} were before this segment")
+
+
+class _Lack(NamedTuple):
+    """Messages of a stream that are not in the file: which, and whether they are in another segment of its ring. None
+    was captured, nor a sample of it, after ``until_ns``."""
+
+    text: str
+    elsewhere: bool
+    until_ns: int
+
+
+class _Unknown:
+    """What was received and is not in the file, by stream."""
+
+    def __init__(self, ordered: set[str]) -> None:
+        self._ordered = ordered
+        self._lacks: dict[str, list[_Lack]] = {}
+
+    def all(self, manifest: Manifest, text: str, elsewhere: bool) -> None:
+        """Notes that nobody knows what had been received of any stream before this manifest."""
+        self.add(manifest, dict.fromkeys(manifest.streams, (text, elsewhere)))
+
+    def add(self, manifest: Manifest, lost: Mapping[str, tuple[str, bool]]) -> None:
+        """Notes what had been received by this manifest and is not there. Whatever a stream has said lies below its
+        bound; where numbers come in any order, all that is certain is that nothing was captured after it came."""
+        for name, (text, elsewhere) in lost.items():
+            until_ns = manifest.streams[name].bound_ns
+            if until_ns is None or name not in self._ordered:
+                until_ns = max(until_ns or 0, manifest.emitted_ns)
+            self._lacks.setdefault(name, []).append(_Lack(text, elsewhere, until_ns))
+
+    def within(self, stream: str, from_ns: int) -> _Lack | None:
+        """What may lie at or after ``from_ns``; what is lost goes before what is only elsewhere. What lies before it is
+        forgotten: later windows look at later times."""
+        left = [lack for lack in self._lacks.get(stream, ()) if lack.until_ns >= from_ns]
+        self._lacks[stream] = left
+        return min(left, key=lambda lack: lack.elsewhere, default=None)
+
+
+def _excuse(recorded: Manifest, made: Step, touched: Mapping[str, _Lack]) -> _Lack | None:
+    """Why a window need not have come out the same: each stream that did not lacks something. None if one does not."""
+    differing = [name for name in recorded.streams if _stream_difference(recorded, made.manifest, name)]
+    if not differing:  # then samples do, and of which stream cannot be told
+        differing = [name for name in made.grids if name in touched]
+    if not differing or any(name not in touched for name in differing):
+        return None
+    return min((touched[name] for name in differing), key=lambda lack: lack.elsewhere)
 
 
 class _Held:
@@ -182,17 +316,19 @@ class _Held:
     until a window lists later ones of their stream."""
 
     def __init__(self, reader: RecordingReader, streams: set[str]) -> None:
+        self._info = reader.info
+        self._ended = False
         self._there = streams & reader.streams.keys()
         self._coming = reader.messages(streams)
         self._read_ns = -(1 << 62)  # how far the file is read
         self._messages: dict[str, dict[tuple[int, int], Message]] = {stream: {} for stream in streams}
         self._newest = dict.fromkeys(streams, (-(1 << 62), -1))
 
-    def received(self, manifest: Manifest, log_ns: int) -> tuple[dict[str, list[Message]], str]:
-        """The messages that a manifest, recorded at ``log_ns``, lists as received, and the first that is not there, in
-        words."""
+    def received(self, manifest: Manifest, log_ns: int) -> tuple[dict[str, list[Message]], dict[str, tuple[str, bool]]]:
+        """The messages that a manifest, recorded at ``log_ns``, lists as received; and by stream the first that is not
+        there, in words, and whether it is in a later segment of the ring."""
         found: dict[str, list[Message]] = {}
-        lost = ""
+        lost: dict[str, tuple[str, bool]] = {}
         for stream, stated in manifest.streams.items():
             if stream not in self._messages:
                 continue
@@ -201,7 +337,9 @@ class _Held:
                 for seq in range(first, last + 1):
                     message = self._find(stream, (epoch, seq), log_ns + MARGIN_NS)
                     if message is None:
-                        lost = lost or f"{stream} {epoch}/{seq}"
+                        elsewhere = self._elsewhere(stream, (epoch, seq))
+                        if stream not in lost or (lost[stream][1] and not elsewhere):
+                            lost[stream] = f"{stream} {epoch}/{seq}", elsewhere
                     else:
                         found[stream].append(message)
             if stated.received:  # a bus delivers in order: what lies below was refused, and is never asked for
@@ -215,6 +353,7 @@ class _Held:
         ):
             item = next(self._coming, None)
             if item is None:
+                self._ended = True
                 return None
             message, self._read_ns = item
             header = message.header
@@ -222,20 +361,37 @@ class _Held:
             self._newest[header.stream] = max(self._newest[header.stream], (header.epoch, header.seq))
         return messages.pop(key, None)
 
+    def _elsewhere(self, stream: str, key: tuple[int, int]) -> bool:
+        """Whether a message that is not there belongs to a segment before this one, or behind it."""
+        info = self._info
+        if info.ring is None:
+            return False
+        begun = None if info.since is None else info.since.get(stream)
+        if begun is not None and key < begun:
+            return True
+        return self._ended and key > self._newest[stream] and (stream in self._there or begun is not None)
+
     def _drop(self, stream: str, below: tuple[int, int]) -> None:
         messages = self._messages[stream]
         for key in [key for key in messages if key < below]:
             del messages[key]
 
 
-def _window_difference(recorded: Manifest, made: Manifest) -> Difference:
-    for stream, stated in recorded.streams.items():
-        other = made.streams.get(stream)
-        if other is None:
-            return Difference(recorded.step, "window", stream, "stream", "present", "absent")
-        for field in ("verdict", "reason", "coverage", "proven", "used"):
-            if getattr(stated, field) != getattr(other, field):
-                return Difference(recorded.step, "window", stream, field, getattr(stated, field), getattr(other, field))
+def _stream_difference(recorded: Manifest, made: Manifest, stream: str) -> Difference | None:
+    stated, other = recorded.streams[stream], made.streams.get(stream)
+    if other is None:
+        return Difference(recorded.step, "window", stream, "stream", "present", "absent")
+    for field in ("verdict", "reason", "coverage", "proven", "used"):
+        if getattr(stated, field) != getattr(other, field):
+            return Difference(recorded.step, "window", stream, field, getattr(stated, field), getattr(other, field))
+    return None
+
+
+def _window_difference(recorded: Manifest, made: Manifest, touched: Mapping[str, _Lack]) -> Difference:
+    """The first difference, of a stream that lacks nothing if there is one."""
+    for stream in sorted(recorded.streams, key=lambda name: name in touched):
+        if (difference := _stream_difference(recorded, made, stream)) is not None:
+            return difference
     return Difference(recorded.step, "window", None, "digest (resampled samples)", recorded.digest, made.digest)
 
 
@@ -257,23 +413,42 @@ class _Predictions:
         self._result = result
         self._recorded = reader.json(PREDICTION_TOPIC)
         self._fused = PREDICTION_TOPIC in reader.topics or reader.info.bundle is not None
+        self._ring = reader.info.ring is not None
         self._next: Prediction | None = None
+        self._last: int | None = None
         self._fuser: Fuser | None = None
-        self._broken = False  # a window is missing that the following predictions look back on
-        # Those at the beginning of such a file look back on what it does not hold, until one comes out the same.
-        self._before = reader.info.since is not None
+        # A window is missing that the following predictions look back on. Encoders may remember more than a bundle's
+        # window of steps, so what differs later on is still no difference; what comes out the same is made again.
+        self._broken = False
+        self._whole = 0  # so many windows since then are verified
+        # What came before the file's beginning, or in a gap, nobody knows, until one comes out the same.
+        self._unsettled = reader.info.since is not None
+        self._never = _never_predicted(reader)
         self._advance()
 
     def _advance(self) -> None:
         record = next(self._recorded, None)
         self._next = None if record is None else msgspec.json.decode(record[0], type=Prediction)
 
+    def _looks_back(self, step: int) -> None:
+        """Notes that a prediction is not verified: for want of another segment, as long as nothing else is wanting."""
+        if self._ring and not self._result.unverifiable_count:
+            self._result.refer(f"prediction {step} looks back on a window that needs another segment")
+        else:
+            self._result.doubt(f"prediction {step} looks back on a window that is not verified")
+
     def take(self, manifest: Manifest, step: Step | None) -> None:
         """Makes the prediction for a window, if one was recorded for it, and compares."""
+        self._skip_to(manifest.step)
+        if self._last is not None and manifest.step != self._last + 1:
+            self._unsettled = self._broken = True  # whether the fusion node had the windows in between, nobody knows
+        self._last = manifest.step
         if self._next is None or self._next.window.index != manifest.step:
-            # No prediction for this window: fusion was away, and begins anew with the next one.
+            # No prediction for this window: fusion was away, and begins anew with the next one; or it was lost.
             if self._fused:
-                self._result.doubt(f"window {manifest.step} has no recorded prediction")
+                text = f"window {manifest.step} has no recorded prediction"
+                (self._result.refer if self._behind(manifest) else self._result.doubt)(text)
+            self._unsettled = self._unsettled or self._fuser is not None
             self._fuser = None
             return
         recorded = self._next
@@ -283,17 +458,30 @@ class _Predictions:
         masked = {s: r.masked for s, r in recorded.streams.items() if r.masked in ("overrun", "shed")}
         content = {} if step is None else content_of(step)
         made = self._fuser.step(manifest, content, masked)
-        if step is None:
-            self._broken = True
+        self._whole = 0 if step is None else self._whole + 1
+        self._broken = self._broken or step is None
         difference = _prediction_difference(recorded, made, self._result.fingerprint == "equal")
-        if self._before and step is not None and difference is None:
-            self._broken = self._before = False
-        if self._broken:
-            self._result.doubt(f"prediction {manifest.step} looks back on a window that is not verified")
+        if self._unsettled and step is not None and difference is None:
+            self._broken = self._unsettled = False
+        if self._broken and (difference is not None or self._whole < self._bundle.window.steps):
+            self._looks_back(manifest.step)
         elif difference is None:
             self._result.predictions += 1
         else:
             self._result.differ(difference)
+
+    def _skip_to(self, step: int) -> None:
+        """Passes over predictions whose windows are not in the file."""
+        while self._next is not None and self._next.window.index < step:
+            text = f"prediction {self._next.window.index} has no recorded window"
+            before = self._ring and self._last is None
+            (self._result.refer if before else self._result.doubt)(text)
+            self._advance()
+
+    def _behind(self, manifest: Manifest) -> bool:
+        """Whether the prediction of a window is in the next segment, for all that this one says."""
+        late = manifest.emitted_ns >= self._reader.end_ns - BEHIND_NS
+        return self._ring and self._next is None and late and manifest.step not in self._never
 
     def finish(self) -> None:
         """Recorded predictions without a recorded window cannot be verified."""
@@ -303,9 +491,28 @@ class _Predictions:
 
     def _begin(self, recorded: Prediction) -> Fuser:
         fuser = Fuser(self._bundle, self._options, self._reader.info.session, streams=self._streams)
-        self._broken = self._before
+        self._broken = self._unsettled
         self._result.fingerprint = "equal" if recorded.timing.fingerprint == fuser.fingerprint_id else "other"
         return fuser
+
+
+class _Gap(msgspec.Struct):
+    """What is read of a gap record: of windows, of predictions, or of messages of a stream."""
+
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+    of: str = "window"
+    stream: str | None = None
+
+
+def _gaps(reader: RecordingReader) -> Iterator[_Gap]:
+    for data, _, _ in reader.json(GAP_TOPIC):
+        yield msgspec.json.decode(data, type=_Gap)
+
+
+def _never_predicted(reader: RecordingReader) -> set[int]:
+    """The windows of which the recording says that their predictions never came."""
+    return {k for gap in _gaps(reader) if gap.of == "prediction" for k in range(gap.first, gap.last + 1)}
 
 
 def _prediction_difference(recorded: Prediction, made: Prediction, exact: bool) -> Difference | None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.align import Aligner, AlignSpec, Resample, StreamSpec
-from pipeline.messages import Message
+from pipeline.messages import AudioLayout, Header, Message
 from tests.align_harness import (
     PHASES,
     accounted,
@@ -266,3 +266,31 @@ def test_a_manifest_is_enough_to_make_the_step_again(case: Case) -> None:
             made = again.obey(step.manifest, received)
             assert made.manifest.digest == step.manifest.digest
             assert grid_bytes(made) == grid_bytes(step)
+
+
+@pytest.mark.parametrize("before", [0, 60])
+def test_who_begins_in_the_middle_waits_for_the_whole_filter(before: int) -> None:
+    """Blocks that come too late for any step say how far the filter of those to come reaches. Without it a step would
+    be final before the samples that its last points need, and made again from its manifest it would not be."""
+    MS = 1_000_000
+    rule = Resample(rate_hz=4000, max_gap_ns=20 * MS, method="band_limited")
+    sound = StreamSpec(name="s", payload="audio", rule=rule, channels=1)
+    spec = AlignSpec(hop_ns=100 * MS, streams=(sound,))
+    first = before // 5 + 3 if before else 1
+    aligner, again = Aligner(spec, first), Aligner(spec, first)
+    steps = []
+    blocks: dict[tuple[int, int], Message] = {}
+    for seq in range(before, before + 40):
+        start, end = seq * 20 * MS, (seq + 1) * 20 * MS
+        header = Header(
+            stream="s", seq=seq, epoch=0, t_capture_ns=start, t_end_ns=end, bound_ns=end, t_receipt_ns=end,
+            layout=AudioLayout(rate_hz=8000, channels=1, samples=160),
+        )  # fmt: skip
+        blocks[0, seq] = Message(header, np.full(160, seq, "<i2").tobytes())
+        for step in aligner.feed(blocks[0, seq], end):
+            assert step.manifest.emitted_ns > step.manifest.end_ns, "the filter reaches into the next block"
+            steps.append(step)
+    assert len(steps) >= 5
+    for step in steps:
+        received = [blocks[key] for key in sorted(expand(step.manifest.streams["s"].received))]
+        assert again.obey(step.manifest, {"s": received}).manifest.digest == step.manifest.digest

@@ -223,6 +223,14 @@ def test_a_verification_names_the_first_difference_and_what_nobody_can_know() ->
     assert shown.rstrip().endswith("not verified")
 
 
+def test_what_lies_in_other_segments_leaves_one_verified() -> None:
+    found = Verification(session="s", windows=5, predictions=4, fingerprint="equal")
+    found.refer("windows 1 to 40 were before this segment")
+    shown = text(verification_text(found))
+    assert "1 cannot be told without other segments, no doubt about this one:\n  windows 1 to 40 were" in shown
+    assert shown.rstrip().endswith("\nverified")
+
+
 def test_an_incomplete_recording_is_called_that() -> None:
     info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
     assert "incomplete" in text(recording_table(info))
