@@ -110,8 +110,9 @@ def _run(
         with shows[0] as show:
             session.run(duration_s, on_tick=show.tick)
     finally:
-        if session.failure is None or shows[0].summary.predictions:
-            print_summary(shows[0].summary, json, session.status())
+        status = session.status()
+        if session.failure is None or any(stream.total for stream in status.streams.values()):
+            print_summary(shows[0].summary, json, status)
 
 
 def replay(

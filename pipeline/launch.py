@@ -112,7 +112,10 @@ class Session:
         place, ref = (
             Place(self.id, self.dir, self.clock.origin),
             SessionRef(
-                self.id, str(self.dir), self.rig.name, self.predictions,
+                self.id,
+                str(self.dir),
+                self.rig.name,
+                self.predictions,
                 streams={stream: self.plan.node_of(stream) for stream in self.plan.streams},
                 model=self.plan.align is not None,
             ),
@@ -130,6 +133,11 @@ class Session:
     def failure(self) -> str | None:
         """Why the session ended before it was stopped, if it failed."""
         return self._supervisor.failure
+
+    @property
+    def defect(self) -> str | None:
+        """What went wrong without ending the session, known at its end: its recording is not whole."""
+        return self._supervisor.defect
 
     def start(self, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Starts all nodes; returns when the consumers and the required sources are ready, or when ``interrupted``
@@ -194,7 +202,7 @@ class Session:
                         break
             finally:
                 self.stop()
-            if (wrong := self.failure or self._supervisor.defect) is not None:
+            if (wrong := self.failure or self.defect) is not None:
                 raise SensoriumError(wrong)
 
     def _any_starting(self) -> bool:
@@ -205,13 +213,18 @@ class Session:
         with self._supervisor.lock:
             nodes = {name: node_status(child) for name, child in self._supervisor.children.items()}
             streams = {name: self._stream_status(name) for name in self.plan.streams}
-            return Status(session=self.id, now_ns=self.clock.now_ns(), nodes=nodes, streams=streams)
+            return Status(
+                session=self.id, now_ns=self.clock.now_ns(), nodes=nodes, streams=streams,
+                recordings=self._supervisor.recordings(),
+            )  # fmt: skip
 
     def _stream_status(self, stream: str) -> StreamStatus:
         node, children = self.plan.node_of(stream), self._supervisor.children
         status = StreamStatus(node=node, payload=self.plan.streams[stream])
         if (child := children.get(node)) is not None:
-            merge(status, child.report.sources.get(stream, SourceReport()))
+            report = child.report.sources.get(stream, SourceReport())
+            merge(status, report)
+            status.total, status.total_dropped = child.total(stream, report)
             status.rate_hz, status.note = child.rate_hz(stream), child.report.note
         if (align := children.get("align")) is not None:
             merge(status, align.report.aligned.get(stream, AlignReport()))

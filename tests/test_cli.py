@@ -22,10 +22,12 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli, commands, launch
-from pipeline.recording import INCOMPLETE
+from pipeline.messages import TextLayout
+from pipeline.recording import INCOMPLETE, RecordingWriter, SessionInfo
 from pipeline.schemas import schema
 from pipeline.status import SessionRef
 from tests.conftest import ROOT
+from tests.test_recording import message
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
 COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "recalibrate",
@@ -395,8 +397,9 @@ def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path)
     (place / "kept.mcap").write_text("of an earlier session")
     result = sensorium(place, "record", "recorded.yaml", "--duration", 0)
     assert result.returncode == 0, result.stderr
-    assert "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap" in (
-        result.stderr.splitlines()[0]
+    assert (
+        "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap"
+        in (result.stderr.splitlines()[0])
     )
     assert (place / "kept-2.mcap").is_file()
     assert (place / "kept.mcap").read_text() == "of an earlier session"
@@ -428,6 +431,53 @@ def test_a_recording_that_finds_no_room_at_its_end_is_no_success(place: Path) ->
     last = result.stderr.splitlines()[-1]
     assert "the recording failed, and is not whole: " in last
     assert "cut.mcap cannot be written any further" in last
+
+
+def test_a_recording_that_lacks_messages_is_no_success(place: Path) -> None:
+    """The gaps of a recording that is played again are none of the machine's, so that they are always there."""
+    with RecordingWriter(place / "gaps.mcap", SessionInfo(session="s")) as writer:
+        for seq in (0, 1, 5, 6):
+            said = message(
+                TextLayout(1), b"a", stream="words", seq=seq, t=seq * 1000, end=seq * 1000 + 1, bound=seq * 1000 + 1
+            )
+            writer.write(said, seq * 1000 + 1)
+    (place / "again.yaml").write_text("name: r\nsources: {old: {kind: replay, path: gaps.mcap}}\n")
+    result = sensorium(place, "record", "again.yaml", "-o", "again.mcap")
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"^recorded, but not whole: \S+again\.mcap$", result.stderr, re.M), result.stderr
+    assert "  it lacks 3 of 7 messages of words: lost on the way to the recorder\n" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: the recording is not whole: it lacks 3 of 7 messages of words; `sensorium info` shows"
+    )
+    assert json.loads(sensorium(place, "info", "again.mcap", "--json").stdout)["complete"] is False
+
+
+def test_a_session_without_a_model_ends_with_what_every_stream_gave(place: Path) -> None:
+    (place / "mute.py").write_text(MUTE)
+    (place / "mute.yaml").write_text(
+        "name: r\nsources: {imu: {kind: synthetic, payload: imu}, mute: {kind: 'mute:Mute'}}\n"
+    )
+    result = sensorium(place, "record", "mute.yaml", "-o", "mute.mcap", "--duration", 1)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stderr.splitlines() if line.strip()}
+    assert rows["mute"] == ["0", "0", "0"]
+    assert rows["imu"][0] == rows["imu"][1] != "0"
+    assert "warning: mute gave no message\n" in result.stderr
+
+
+MUTE = """
+import msgspec
+from pipeline.node import Source
+
+class Mute(Source):
+    payload = "imu"
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        pass
+    def read(self):
+        clock = self.context.clock
+        clock.wait_until(clock.now_ns() + 10_000_000)
+"""
 
 
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:
