@@ -30,7 +30,7 @@ from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
 from pipeline.pacing import odd_paces
-from pipeline.plan import Place, Plan, make_plan
+from pipeline.plan import Place, Plan, make_plan, taken
 from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
@@ -51,6 +51,8 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         notes += [f"the model's stream `{name}` is left out and will always be masked." for name in left_out]
     elif plan.record is None:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
+    if said := taken(rig_file, plan.record):
+        notes.append(f"{rig_file.document.place(('record', 'path'))}: {said}.")
     if plan.record is not None and plan.record.limit_bytes is not None:
         notes += ring_notes(rig_file.resolve(plan.record.path), plan.record.limit_bytes)
     return notes

@@ -182,6 +182,11 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["record", "rig.yaml"], "-o session.mcap"),
         (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
         (["run", "rig.yaml", "--record", "/proc/x.mcap"], "error: /proc/x.mcap cannot be created: "),
+        (
+            ["record", "rig.yaml", "-o", "newdir/"],
+            "newdir/ names a folder, and a recording is a file; name one in it",
+        ),
+        (["run", "rig.yaml", "--record", "newdir/"], "like newdir/session.mcap"),
         (["subscribe"], "No session runs on this machine"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
@@ -401,17 +406,47 @@ def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path)
         "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap"
         in (result.stderr.splitlines()[0])
     )
+    assert "kept-2.mcap (" in result.stderr.splitlines()[-1]
+    assert "kept.mcap was there already, and stays as it is)" in result.stderr.splitlines()[-1]
     assert (place / "kept-2.mcap").is_file()
     assert (place / "kept.mcap").read_text() == "of an earlier session"
 
 
-def test_a_recording_that_could_not_be_created_is_not_said_to_be_there(place: Path) -> None:
-    (place / "unrecorded.yaml").write_text(RIG + "record: {path: '/proc/{session}/x.mcap'}\n")
-    result = sensorium(place, "record", "unrecorded.yaml", "--duration", 3)
-    assert result.returncode == 1
-    assert "recorded: " not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert re.match(r"error: the recording failed, and is not whole: /proc/\S+ cannot be created: ", last), last
+@pytest.mark.parametrize("command", [["check"], ["record"], ["run", "--duration", "1"]])
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("/proc/{session}/x.mcap", r"/proc/\S+/x\.mcap cannot be created: "),
+        ("/proc/x.mcap", r"/proc/x\.mcap cannot be created: "),
+        (
+            "rig.yaml/x.mcap",
+            r"\S+/rig\.yaml/x\.mcap cannot be created: \S+/rig\.yaml is no folder; name another file",
+        ),
+        (".", r"\S+ is a folder, and a recording is a file; name one in it, like `path: \./\{session\}\.mcap`"),
+        ("new/", r"\S+/new is a folder, and a recording is a file; name one in it, like `path: new/\{session\}\.mcap`"),
+    ],
+)
+def test_a_recording_that_cannot_be_is_said_before_anything_starts(
+    place: Path, call: Call, command: list[str], record: str, said: str
+) -> None:
+    rig = RIG.replace("models/demo", "models/nowhere") + f"record: {{path: '{record}'}}\n"
+    (place / "unrecorded.yaml").write_text(rig)
+    code, out, err = call(place, command[0], "unrecorded.yaml", *command[1:])
+    assert (code, out) == (2, "")
+    assert re.search(r"record\.path: " + said, err), err
+    assert "bundle.path: " in err  # what else is wrong does not hide it
+    assert not (place / "new").exists()
+
+
+def test_check_says_that_a_recording_goes_to_another_file(place: Path) -> None:
+    rig = "name: r\nsources: {imu: {kind: synthetic, payload: imu}}\nrecord: {path: there.mcap}\n"
+    (place / "there.yaml").write_text(rig)
+    (place / "there.mcap").touch()
+    found = sensorium(place, "check", "there.yaml")
+    assert found.returncode == 0
+    said = "there.mcap exists already and stays as it is; this session is recorded to there-2.mcap"
+    assert said in " ".join(found.stdout.split())
+    assert not (place / "there-2.mcap").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file's greatest size can be set on POSIX alone")
