@@ -119,6 +119,7 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
             lives = _left(status.nodes["record"], status.recordings)
             summary.recorded, summary.lacks = _recorded(status.nodes["record"], lives)
         summary.streams = {name: _amounts(name, stream, lives) for name, stream in status.streams.items()}
+        summary.lacks += _missed(summary.streams, lives)
     to_person = sys.stdout.isatty() and not json
     screen = console(sys.stdout if to_person else sys.stderr)
     if to_person:
@@ -155,6 +156,18 @@ def _amounts(name: str, stream: StreamStatus, lives: list[RecordReport]) -> dict
         amounts["recorded"] = sum(life.messages.get(name, 0) for life in lives)
         amounts["not recorded"] = max(stream.total - amounts["recorded"], 0)
     return amounts
+
+
+def _missed(streams: dict[str, dict[str, int]], lives: list[RecordReport]) -> list[str]:
+    """How much was sent while no recorder lived, and before it died had not reached the disk."""
+    if len(lives) < 2:
+        return []
+    missed = {
+        name: amounts.get("not recorded", 0) - sum(sum(life.lost.get(name, {}).values()) for life in lives)
+        for name, amounts in streams.items()
+    }
+    said = [f"{count} of {name}" for name, count in missed.items() if count > 0]
+    return [f"for that it lacks these messages: {', '.join(said)}"] if said else []
 
 
 def _warnings(status: Status) -> list[str]:

@@ -396,6 +396,7 @@ def test_every_file_of_a_recorder_that_died_is_named_and_the_hole_between_them()
     assert "the recorder died, and nothing is recorded from 2.3 s to 3.1 s of the session, " in shown
     rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line}
     assert rows["imu"] == ["140", "125", "15"]  # of the file that was not ended, what had reached the disk
+    assert "for that it lacks these messages: 15 of imu\n" in shown
     never_again = recorded(first, state="restarting")
     assert "nothing is recorded from 2.3 s of the session on" in text(summed_up(never_again))
 
