@@ -18,7 +18,7 @@ import msgspec
 
 from pipeline.clock import SystemClock
 from pipeline.errors import WireError
-from pipeline.life import Life, Report
+from pipeline.life import ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
@@ -39,6 +39,9 @@ from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 PATIENCE_MS = 50
 ITEM_BYTES = 1024
 """What anything that waits to be written takes beside its payload: headers, objects, the queue itself."""
+MALFORMED = "no messages as they must be, which is a fault of their source"
+REFUSED = "contradicted themselves"
+"""Causes of losses beside those that a slow disk or machine has."""
 _JSON_TOPICS = {"label": LABEL_TOPIC}
 
 
@@ -94,6 +97,16 @@ class Record:
         self.refused = 0
         """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
         self._told = (0, 0)
+        self.causes: dict[str, dict[str, int]] = {}
+        """Lost messages by stream and cause."""
+        self.written = dict.fromkeys((stream for names in self.settings.wiring.values() for stream in names), 0)
+        self.refusals = dict(self.written)
+        """Both by stream, and counted by the thread that writes."""
+        self.safe = dict(self.written)
+        """``written`` when something last reached the operating system."""
+        self._safe_ns: int | None = None
+        self._malformed: dict[str, int] = {}
+        self._from_ns = 0
 
     def run(self) -> None:
         """Until stopped; then the rest is written and the file closed. Raises RecordingError."""
@@ -131,6 +144,8 @@ class Record:
                             compression=settings.compression, account=self._account)
         )  # fmt: skip
         self.queue = BoundedWriter(settings.queue_bytes)
+        self._from_ns = self.clock.now_ns()
+        self._report()  # at once: whoever buries this node must know of its file
 
     def finish(self) -> None:
         """Writes what waits and closes the file, which says whether anything is missing. Raises what writing
@@ -177,7 +192,21 @@ class Record:
         if isinstance(self.writer, RingWriter):
             deleted = self.writer.ring.deleted
             counters |= {"deleted_segments": float(deleted.segments), "deleted_bytes": float(deleted.bytes)}
-        self.life.report(Report(state="ready", note=self.writer.note, counters=counters | self._drops()))
+        self.life.report(
+            Report(state="ready", note=self.writer.note, counters=counters | self._drops(), recording=self._recording())
+        )
+
+    def _recording(self) -> RecordReport:
+        lost = {stream: dict(causes) for stream, causes in self.causes.items()}
+        for stream, count in self.refusals.items():
+            if count:
+                lost.setdefault(stream, {})[REFUSED] = count
+        path, asked = self.writer.path, self.settings.path
+        elsewhere = isinstance(self.writer, RecordingWriter) and path != asked and self.life.spec.life == 0
+        return RecordReport(
+            path=str(path), asked=str(asked) if elsewhere else "", from_ns=self._from_ns, safe_ns=self.writer.safe_ns,
+            messages=dict(self.written), safe=self.safe, lost=lost, lost_beats=self.lost_beats,
+        )  # fmt: skip
 
     def _drops(self) -> dict[str, float]:
         wiring, topics = self.settings.wiring, self.settings.topics
@@ -194,11 +223,11 @@ class Record:
             number = 0
         self.expected[header.stream] = (header.epoch, header.seq + (not header.is_beat))
         if header.seq > number:
-            self._gap(header.stream, header.epoch, number, header.seq - 1, "lost on the way to the recorder", arrival)
+            self._gap(header.stream, header.epoch, number, header.seq - 1, self._why_missing(header.stream), arrival)
         with received:
             size = 0 if received.message.data is None else len(received.message.data)
             if not self.queue.fits(size):
-                cause = "the disk was too slow, and the recorder's queue full"
+                cause = QUEUE_FULL
                 if header.is_beat:
                     self.lost_beats += 1
                 else:
@@ -207,7 +236,7 @@ class Record:
             try:
                 message = received.message if header.is_beat else received.copy()
             except WireError:
-                cause = "overwritten in shared memory before the recorder had copied it"
+                cause = OVERWRITTEN
                 self._gap(header.stream, header.epoch, header.seq, header.seq, cause, arrival)
                 return
         if message.data is None and not header.is_beat:
@@ -216,20 +245,32 @@ class Record:
         self._close_gap(header.stream, arrival)
         self.queue.put(size, lambda: self._write(message, arrival))
 
+    def _why_missing(self, stream: str) -> str:
+        """Why messages of ``stream`` did not arrive."""
+        malformed = self.subscriber.counters(stream).malformed
+        before, self._malformed[stream] = self._malformed.get(stream, 0), malformed
+        return MALFORMED if malformed > before else ON_THE_WAY
+
     def _write(self, message: Message, arrival_ns: int) -> None:
         """Runs in the thread that writes. What no schema can state becomes a gap; it must not end the recording."""
         try:
             self.writer.write(message, arrival_ns)
+            self.written[message.header.stream] += not message.header.is_beat
+            if self.writer.safe_ns != self._safe_ns:
+                self._safe_ns, self.safe = self.writer.safe_ns, dict(self.written)
         except (WireError, ValueError, OverflowError) as error:
             header = message.header
             if header.is_beat:
                 return
             self.refused += 1
+            self.refusals[header.stream] += 1
             gap = LostMessages(header.stream, header.epoch, header.seq, header.seq, f"it contradicts itself: {error}")
             self.writer.write_json(GAP_TOPIC, msgspec.json.encode(gap), arrival_ns)
 
     def _gap(self, stream: str, epoch: int, first: int, last: int, cause: str, now_ns: int) -> None:
         self.lost += last - first + 1
+        causes = self.causes.setdefault(stream, {})
+        causes[cause] = causes.get(cause, 0) + last - first + 1
         before = self.gaps.get(stream)
         if before is not None and (before.epoch, before.last + 1, before.cause) == (epoch, first, cause):
             first = before.first

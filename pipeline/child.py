@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.clock import Clock
 from pipeline.config import RestartEntry
-from pipeline.life import NodeSpec, Order, Report
+from pipeline.life import NodeSpec, Order, RecordReport, Report, SourceReport
 from pipeline.shm import COPY_ENVIRONMENT
 
 NodeState = Literal["starting", "loaded", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
@@ -38,6 +38,10 @@ class Child:
         self.restart_at_ns: int | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.log = Path(spec.session_dir) / f"{spec.node}.log"
+        self.recordings: list[RecordReport] = []
+        """What a recorder's earlier lives said last."""
+        self.before: dict[str, tuple[int, dict[str, int]]] = {}
+        """By stream what earlier lives of a source published, and what they dropped by reason."""
         self.rates: dict[str, deque[tuple[int, int]]] = {}
         self._rest = b""
         self._deaths: deque[int] = deque()
@@ -61,9 +65,23 @@ class Child:
             )  # fmt: skip
         assert self.process.stdout is not None
         os.set_blocking(self.process.stdout.fileno(), False)
+        self._remember()
         self.state, self.report, self.restart_at_ns = "starting", Report(state="starting"), None
         self._rest, self._heard_ns, self._killed = b"", self._clock.now_ns(), False
         return self.process.stdout
+
+    def _remember(self) -> None:
+        """Takes over what the life before said last: what it counted is no less true for its end."""
+        if self.report.recording is not None:
+            self.recordings.append(self.report.recording)
+        for stream, source in self.report.sources.items():
+            self.before[stream] = self.total(stream, source)
+
+    def total(self, stream: str, source: SourceReport) -> tuple[int, dict[str, int]]:
+        """What all lives together published and dropped, ``source`` being the report of the present one."""
+        published, dropped = self.before.get(stream, (0, {}))
+        reasons = {**dropped, **source.dropped}
+        return published + source.published, {r: dropped.get(r, 0) + source.dropped.get(r, 0) for r in reasons}
 
     def listen(self) -> tuple[list[Report], bool]:
         """What the node has said since the last call, and whether it is still there."""

@@ -43,6 +43,12 @@ Predictions = Annotated[
 Duration = Annotated[float | None, typer.Option("--duration", metavar="S", min=0.0, help="stop after S seconds")]
 
 
+def _new_name(text: str) -> Path:
+    from pipeline.paths import new_name
+
+    return new_name(text)
+
+
 class Speed(StrEnum):
     """How fast a recording is replayed; the predictions are the same."""
 
@@ -78,7 +84,9 @@ def every_command(
 @app.command()
 def run(
     rig: RigArgument = None,
-    record: Annotated[Path | None, typer.Option(metavar="OUT", help="record the session to this MCAP file")] = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="OUT", parser=_new_name, help="record the session to this MCAP file")
+    ] = None,
     json: JsonLines = False,
     duration: Duration = None,
     predictions: Predictions = None,
@@ -101,7 +109,9 @@ def run(
 @app.command()
 def record(
     rig: RigArgument = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="OUT", parser=_new_name, help="the MCAP file to write")
+    ] = None,
     json: JsonLines = False,
     duration: Duration = None,
     predictions: Predictions = None,

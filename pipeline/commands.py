@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
-from pipeline.paths import creatable, existing, find_rig, new_file, own_bundle, recorded_mapping
+from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -93,25 +93,23 @@ def _run(
     rig_file: RigFile, entry: RecordEntry | None, *, json: bool, duration_s: float | None, allow_code: bool
 ) -> None:
     from pipeline.launch import Session
-    from pipeline.recording import free_path
+    from pipeline.plan import taken
     from pipeline.show import Show, print_summary
     from pipeline.terminal import console
 
     shows: list[Show] = []  # the session tells what happens to whoever shows it, who needs the session first
     with console(sys.stderr).status(f"checking {rig_file.document.path}"):
         session = Session(rig_file, lambda event: shows[0].event(event), allow_code, entry)
-    if entry is not None and entry.limit_mb is None:
-        if (path := rig_file.resolve(entry.path)).exists():
-            _say(f"{path} exists already and stays as it is; this session is recorded to {free_path(path).name}")
-        elif path.parent.is_dir():
-            creatable(path)
+    if said := taken(rig_file, session.plan.record):
+        _say(said)
     shows.append(Show(session, json))
     try:
         with shows[0] as show:
             session.run(duration_s, on_tick=show.tick)
     finally:
-        if session.failure is None or shows[0].summary.predictions:
-            print_summary(shows[0].summary, json, session.status())
+        status = session.status()
+        if session.failure is None or any(stream.total for stream in status.streams.values()):
+            print_summary(shows[0].summary, json, status)
 
 
 def replay(

@@ -30,7 +30,7 @@ from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.life import AlignReport, SourceReport
 from pipeline.pacing import odd_paces
-from pipeline.plan import Place, Plan, make_plan
+from pipeline.plan import Place, Plan, make_plan, taken
 from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
@@ -51,6 +51,8 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         notes += [f"the model's stream `{name}` is left out and will always be masked." for name in left_out]
     elif plan.record is None:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
+    if said := taken(rig_file, plan.record):
+        notes.append(f"{rig_file.document.place(('record', 'path'))}: {said}.")
     if plan.record is not None and plan.record.limit_bytes is not None:
         notes += ring_notes(rig_file.resolve(plan.record.path), plan.record.limit_bytes)
     return notes
@@ -112,7 +114,10 @@ class Session:
         place, ref = (
             Place(self.id, self.dir, self.clock.origin),
             SessionRef(
-                self.id, str(self.dir), self.rig.name, self.predictions,
+                self.id,
+                str(self.dir),
+                self.rig.name,
+                self.predictions,
                 streams={stream: self.plan.node_of(stream) for stream in self.plan.streams},
                 model=self.plan.align is not None,
             ),
@@ -130,6 +135,11 @@ class Session:
     def failure(self) -> str | None:
         """Why the session ended before it was stopped, if it failed."""
         return self._supervisor.failure
+
+    @property
+    def defect(self) -> str | None:
+        """What went wrong without ending the session, known at its end: its recording is not whole."""
+        return self._supervisor.defect
 
     def start(self, interrupted: Callable[[], bool] = lambda: False) -> None:
         """Starts all nodes; returns when the consumers and the required sources are ready, or when ``interrupted``
@@ -194,7 +204,7 @@ class Session:
                         break
             finally:
                 self.stop()
-            if (wrong := self.failure or self._supervisor.defect) is not None:
+            if (wrong := self.failure or self.defect) is not None:
                 raise SensoriumError(wrong)
 
     def _any_starting(self) -> bool:
@@ -205,13 +215,18 @@ class Session:
         with self._supervisor.lock:
             nodes = {name: node_status(child) for name, child in self._supervisor.children.items()}
             streams = {name: self._stream_status(name) for name in self.plan.streams}
-            return Status(session=self.id, now_ns=self.clock.now_ns(), nodes=nodes, streams=streams)
+            return Status(
+                session=self.id, now_ns=self.clock.now_ns(), nodes=nodes, streams=streams,
+                recordings=self._supervisor.recordings(),
+            )  # fmt: skip
 
     def _stream_status(self, stream: str) -> StreamStatus:
         node, children = self.plan.node_of(stream), self._supervisor.children
         status = StreamStatus(node=node, payload=self.plan.streams[stream])
         if (child := children.get(node)) is not None:
-            merge(status, child.report.sources.get(stream, SourceReport()))
+            report = child.report.sources.get(stream, SourceReport())
+            merge(status, report)
+            status.total, status.total_dropped = child.total(stream, report)
             status.rate_hz, status.note = child.rate_hz(stream), child.report.note
         if (align := children.get("align")) is not None:
             merge(status, align.report.aligned.get(stream, AlignReport()))

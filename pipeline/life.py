@@ -91,6 +91,31 @@ class AlignReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     rejected: dict[str, int] = {}
 
 
+QUEUE_FULL = "the disk was too slow, and the recorder's queue full"
+ON_THE_WAY = "lost on the way to the recorder"
+OVERWRITTEN = "overwritten in shared memory before the recorder had copied it"
+SLOW = (QUEUE_FULL, ON_THE_WAY, OVERWRITTEN)
+"""Why the recorder has lost messages, where the disk or the machine was too slow."""
+
+
+class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """What a recorder says of the file, or the ring, that one life of it writes."""
+
+    path: str
+    asked: str = ""
+    """The name that was asked for, if another file has it and stays as it is."""
+    from_ns: int = 0
+    safe_ns: int | None = None
+    """Session time of the newest arrival that the operating system has; None: nothing is there yet."""
+    messages: dict[str, int] = {}
+    """Recorded, by stream: every stream that is to be."""
+    safe: dict[str, int] = {}
+    """Those of them that the operating system has, which a life that dies leaves behind."""
+    lost: dict[str, dict[str, int]] = {}
+    """Not recorded, by stream and cause."""
+    lost_beats: int = 0
+
+
 class Accounts(msgspec.Struct, kw_only=True):
     """What the aligner says of all streams at a moment of session time."""
 
@@ -112,6 +137,7 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     aligned: dict[str, AlignReport] = {}
     counters: dict[str, float] = {}
     ended: dict[str, tuple[int, int]] = {}
+    recording: RecordReport | None = None
 
 
 class Order(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -55,14 +55,12 @@ def new_file(path: Path, what: str = "file") -> Path:
     return path.resolve()
 
 
-def creatable(path: Path) -> None:
-    """Raises ConfigError if ``path``, which does not exist, cannot be created: tried, because permissions alone do not
-    tell."""
-    try:
-        path.touch(exist_ok=False)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another file.") from None
-    path.unlink()
+def new_name(text: str) -> Path:
+    """``text`` as the path of a file to be made. Raises ConfigError for one that ends as folders do, which a path
+    forgets."""
+    if text.endswith("/"):
+        raise ConfigError(f"{text} names a folder, and a recording is a file; name one in it, like {text}session.mcap")
+    return Path(text)
 
 
 def existing(path: Path) -> Path:

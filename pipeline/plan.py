@@ -6,6 +6,7 @@ matched, a replay's file opened. What passes here fails later only for what the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -31,7 +32,7 @@ from pipeline.encoding import PythonEncoder
 from pipeline.errors import ConfigError, SensoriumError, Together, closest, joined
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
-from pipeline.recording import message_limit
+from pipeline.recording import free_path, message_limit, uncreatable
 from pipeline.source import CORE_KINDS, KINDS, Pace, Source, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Document, Where, listed, nearest
@@ -105,6 +106,8 @@ def _plan(rig_file: RigFile, allow_code: bool, record: RecordEntry | None, wrong
         _known(rig_file, ("record", "streams"), record.streams, known, wrong)
     with wrong:
         _check_ring(rig_file, record, sources)
+    with wrong:
+        _check_place(rig_file, record)
     allowed = allow_code or (rig.bundle is not None and rig.bundle.allow_code)
     with wrong:
         bundle, mapping, spec = _model(rig_file, streams, known, allowed)
@@ -216,6 +219,37 @@ def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: Collecti
             ("record", "limit_mb"), f"a ring of {record.limit_mb} MB takes messages of {most / 1e6:.1f} MB, and one of "
             f"`{stream}` may have {sizes[stream] / 1e6:.1f} MB; set `limit_mb: {least}` or more, or make it smaller "
             "(`encoding: jpeg`, `width`).")  # fmt: skip
+
+
+def _check_place(rig_file: RigFile, record: RecordEntry | None) -> None:
+    """A recording must have a place where it can be made."""
+    if record is None:
+        return
+    path, ring = _sample(rig_file, record), record.limit_bytes is not None
+    if not ring and (record.path.endswith("/") or os.path.isdir(path)):
+        inside = f"{record.path.rstrip('/')}/{{session}}.mcap"
+        why = f"{path} is a folder, and a recording is a file"
+        todo = f"name one in it, like `path: {inside}`, or make it a ring of recordings with `limit_mb`"
+    else:
+        why = uncreatable(path, folder=ring)
+        why, todo = (f"{path} cannot be created: {why}" if why else ""), f"name another {'folder' if ring else 'file'}"
+    if not why:
+        return
+    if record is rig_file.rig.record:
+        raise rig_file.document.error(("record", "path"), f"{why}; {todo}.")
+    raise ConfigError(f"{why}; {todo}.")
+
+
+def taken(rig_file: RigFile, record: RecordEntry | None) -> str:
+    """Where a session is recorded to if another recording has the name that is asked for, in words."""
+    if record is None or record.limit_bytes is not None or not os.path.exists(path := _sample(rig_file, record)):
+        return ""
+    return f"{path} exists already and stays as it is; this session is recorded to {free_path(path).name}"
+
+
+def _sample(rig_file: RigFile, record: RecordEntry) -> Path:
+    """Where a session of some name would be recorded to."""
+    return Place("20260101T000000-0000", Path(), Origin.now()).path(record.path, rig_file.resolve)
 
 
 def _streams(rig_file: RigFile, sources: Collection[SourcePlan], wrong: Together) -> dict[str, Payload]:

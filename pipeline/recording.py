@@ -21,6 +21,7 @@ from pipeline.recording_writer import (
     RingPart,
     SessionInfo,
     free_path,
+    uncreatable,
 )
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "ring_notes",
     "seconds_of",
     "summarise",
+    "uncreatable",
 ]

@@ -185,6 +185,7 @@ class RingWriter:
         self._segment_ns, self._compression, self._account = segment_ns, compression, account
         self._next: Standing = dict(session.since or {})
         self._closed_messages = self._closed_bytes = 0
+        self._closed_safe_ns: int | None = None
         self._begin(session.since, now_ns)
 
     def _begin(self, since: Standing | None, now_ns: int) -> None:
@@ -205,6 +206,11 @@ class RingWriter:
     def bytes_written(self) -> int:
         """Bytes written so far, in all segments."""
         return self._closed_bytes + self._segment.bytes_written
+
+    @property
+    def safe_ns(self) -> int | None:
+        """The newest arrival in what the operating system has; None before there is any."""
+        return self._closed_safe_ns if self._segment.safe_ns is None else self._segment.safe_ns
 
     @property
     def note(self) -> str:
@@ -249,6 +255,7 @@ class RingWriter:
         """Ends a segment and begins the next."""
         notes = self._account()
         self._segment.close(complete=not notes, note="; ".join(notes))
+        self._closed_safe_ns = self.safe_ns
         self._closed_messages += self._segment.messages
         self._closed_bytes += self._segment.bytes_written
         self.ring.closed(self._segment)

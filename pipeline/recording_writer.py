@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections import Counter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 from mcap.writer import CompressionType, IndexType, Writer
@@ -110,7 +111,8 @@ class RecordingWriter:
     """Writes one recording. Not thread-safe. Memory is bounded by a chunk: ``chunk_bytes`` or ``chunk_ns`` of arrival.
 
     ``write`` and the others raise RecordingError when the file cannot be written (a full disk): what was written until
-    then stays readable, and the writer is closed. WireError if a payload is not what its header says.
+    then stays readable, and the writer is closed. So they do when somebody deletes or empties the file meanwhile.
+    WireError if a payload is not what its header says.
     """
 
     def __init__(
@@ -129,6 +131,9 @@ class RecordingWriter:
         self._chunk_bytes, self._chunk_ns = chunk_bytes, chunk_ns
         self._pending_bytes = self._pending_messages = self._chunks = 0
         self._pending_since: int | None = None
+        self._newest_ns = 0
+        self.safe_ns: int | None = None
+        """The newest arrival in what the operating system has; None before there is any."""
         self._counts: Counter[str] = Counter()
         self._channels: dict[tuple[str, str], int] = {}
         self._schemas: dict[tuple[str, bytes], int] = {}
@@ -208,6 +213,7 @@ class RecordingWriter:
             self._writer.flush()
             self._pending_bytes, self._pending_messages, self._pending_since = 0, 0, None
             self._chunks += 1
+            self.safe_ns = self._newest_ns
 
     def close(self, complete: bool = True, note: str = "") -> None:
         """Ends the file, with its index. ``complete=False`` says that something is missing and ``note`` what.
@@ -223,6 +229,7 @@ class RecordingWriter:
             self._writer.add_metadata(END, facts)
             self._writer.finish()
             self._output.sync()
+            self._output.check_place()
         finally:
             self._output.close()
 
@@ -242,6 +249,7 @@ class RecordingWriter:
         self._writer.add_message(channel, log_ns + unix_ns, data, max(publish_ns + unix_ns, 0), sequence & 0xFFFFFFFF)
         self._pending_bytes += len(data)
         self._pending_messages += 1
+        self._newest_ns = log_ns
         if self._pending_since is None:
             self._pending_since = log_ns
         if self._pending_bytes >= self._chunk_bytes or log_ns - self._pending_since >= self._chunk_ns:
@@ -294,15 +302,19 @@ class _Output:
                 path.parent.mkdir(parents=True)
             self._fd = os.open(path, flags, 0o644)
         except OSError as error:
-            if path.exists():
+            if os.path.lexists(path):
                 raise ConfigError(
                     f"{path} exists already, and a recording never replaces a file unasked: choose another name, "
                     "or ask for it to be overwritten"
                 ) from None
-            raise RecordingError(f"{path} cannot be created: {error.strerror}") from None
+            in_the_way = next((parent for parent in path.parents if parent.exists()), path)
+            why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
+            raise RecordingError(f"{path} cannot be created: {why}") from None
+        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)
+        self._check_whole()
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
@@ -314,6 +326,30 @@ class _Output:
             raise NoRoomError(self._path, self.size, str(error.strerror)) from None
         self.size += len(data)
         return len(data)
+
+    def _check_whole(self) -> None:
+        """Raises RecordingError where what was written is gone: one who writes on does not notice by himself."""
+        if not self._regular:
+            return
+        now = os.fstat(self._fd)
+        if now.st_nlink == 0:
+            self._gone("was deleted while it was written, and with it all that was recorded")
+        if now.st_size < self.size:
+            self._gone(f"was cut to {now.st_size} of {self.size} bytes while it was written: what was recorded is lost")
+
+    def check_place(self) -> None:
+        """Raises RecordingError where the file is no longer what its path names."""
+        self._check_whole()
+        with contextlib.suppress(OSError):
+            if not self._regular or os.path.samestat(os.stat(self._path), os.fstat(self._fd)):
+                return
+        self._gone("is no longer the file that was written: it was moved, replaced or deleted meanwhile")
+
+    def _gone(self, how: str) -> NoReturn:
+        self.close()
+        raise RecordingError(
+            f"{self._path} {how}. Leave a recording where it is until its session has ended, and record again"
+        )
 
     def tell(self) -> int:
         return self.size
@@ -339,3 +375,22 @@ def free_path(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
+
+
+def uncreatable(path: Path, folder: bool = False) -> str:
+    """Why no file, or no ``folder`` with files in it, can be made at ``path``, in words; nothing if one can, or is
+    there already. Tried, with a file that is removed at once, because permissions alone do not tell."""
+    if os.path.lexists(path) and not os.path.exists(path):
+        return "it is a link to what is not there"
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+    if there == path and not (folder and os.path.isdir(path)):
+        return f"{path} is no folder" if folder else ""
+    if not os.path.isdir(there):
+        return f"{there} is no folder"
+    probe = path if there == path.parent and not folder else there / f".sensorium-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.unlink(probe)
+    except OSError as error:
+        return str(error.strerror)
+    return ""

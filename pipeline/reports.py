@@ -28,7 +28,8 @@ def closing(summary: Summary) -> RenderableType:
         head = head if summary.expected else "no model, so no predictions"
         if summary.endpoint:
             head = f"nothing was heard at {summary.endpoint}: is a session publishing there?"
-        return Group(Text(head), *((messages(summary),) if summary.counters else ()), *last_lines(summary))
+        table = messages(summary) if summary.counters else accounts(summary.streams) if summary.streams else None
+        return Group(Text(head), *(() if table is None else (table,)), *last_lines(summary))
     parts: list[RenderableType] = [Text(headline(summary)), *_foreign(summary), Text(), latencies(summary), Text()]
     return Group(
         *parts, windows(summary), *((Text(), messages(summary)) if summary.counters else ()), *last_lines(summary)
@@ -36,9 +37,13 @@ def closing(summary: Summary) -> RenderableType:
 
 
 def last_lines(summary: Summary) -> list[RenderableType]:
-    """What was dropped between nodes, and where the recording is."""
-    recorded = [Text(), Text(f"recorded: {summary.recorded}")] if summary.recorded else []
-    return [*_holes(summary), *dropped(summary), *recorded]
+    """What was dropped, what was wrong with sources, where the recording is and what is not in it."""
+    said = [Text(f"warning: {warning}", style="yellow") for warning in summary.warnings]
+    if summary.recorded:
+        how = "recorded, but not whole" if summary.lacks else "recorded"
+        said += [Text(), Text(f"{how}: {summary.recorded}")]
+        said += [Text(f"  {lack}", style="yellow") for lack in summary.lacks]
+    return [*_holes(summary), *dropped(summary), *said]
 
 
 def _holes(summary: Summary) -> list[RenderableType]:
@@ -54,10 +59,13 @@ def _holes(summary: Summary) -> list[RenderableType]:
 
 
 def dropped(summary: Summary) -> list[RenderableType]:
-    """What each node's bus or ring dropped, a line a node; nothing where nothing was."""
-    lines = [f"{node}: " + ", ".join(f"{name} {n}" for name, n in counts.items())
-             for node, counts in summary.drops.items()]  # fmt: skip
-    return [Text(), Text("dropped between nodes\n" + "\n".join(lines), style="yellow")] if lines else []
+    """What each source, and each node's bus or ring dropped, a line each; nothing where nothing was."""
+    said: list[RenderableType] = []
+    for where, all_counts in (("by sources", summary.source_drops), ("between nodes", summary.drops)):
+        lines = [f"{name}: " + ", ".join(f"{what} {n}" for what, n in counts.items())
+                 for name, counts in all_counts.items()]  # fmt: skip
+        said += [Text(), Text(f"dropped {where}\n" + "\n".join(lines), style="yellow")] if lines else []
+    return said
 
 
 def headline(summary: Summary) -> str:

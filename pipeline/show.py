@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import TracebackType
@@ -11,12 +12,14 @@ import msgspec
 
 from pipeline.align import Counters
 from pipeline.reports import closing
+from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
-from pipeline.summary import Summary, drops
+from pipeline.summary import Summary, drops, lacking
 from pipeline.terminal import Lines, Output, Screen, console
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Session, Status, StreamStatus
+    from pipeline.life import RecordReport
 
 POLL_MS = 100
 """How often what is shown is brought up to date, and how long is waited for a prediction before looking around."""
@@ -109,7 +112,14 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
         summary.counters = {name: _counters(stream) for name, stream in status.streams.items() if stream.received}
         found = {name: drops(node.counters) for name, node in status.nodes.items()}
         summary.drops = {name: counts for name, counts in found.items() if counts}
-        summary.recorded = _recorded(status.nodes["record"]) if "record" in status.nodes else ""
+        summary.source_drops = {name: dict(s.total_dropped) for name, s in status.streams.items() if s.total_dropped}
+        summary.warnings = _warnings(status)
+        lives: list[RecordReport] = []
+        if "record" in status.nodes:
+            lives = _left(status.nodes["record"], status.recordings)
+            summary.recorded, summary.lacks = _recorded(status.nodes["record"], lives)
+        summary.streams = {name: _amounts(name, stream, lives) for name, stream in status.streams.items()}
+        summary.lacks += _missed(summary.streams, lives)
     to_person = sys.stdout.isatty() and not json
     screen = console(sys.stdout if to_person else sys.stderr)
     if to_person:
@@ -117,9 +127,66 @@ def print_summary(summary: Summary, json: bool, status: Status | None = None) ->
     screen.print(closing(summary))
 
 
-def _recorded(recorder: NodeStatus) -> str:
-    """Where the recording is. A recorder that failed before it counted anything has made none."""
-    return "" if recorder.state == "failed" and not recorder.counters else recorder.note
+def _left(recorder: NodeStatus, lives: list[RecordReport]) -> list[RecordReport]:
+    """What each life of the recorder has left behind: of one that died or failed, what had reached the disk."""
+    if recorder.state == "failed":
+        lives = [life for life in lives if os.path.isfile(life.path) and os.path.getsize(life.path)]
+    ended = recorder.state not in ("failed", "restarting")
+    dead = lives[:-1] if ended else lives
+    return [msgspec.structs.replace(life, messages=life.safe) for life in dead] + lives[len(dead) :]
+
+
+def _recorded(recorder: NodeStatus, lives: list[RecordReport]) -> tuple[str, list[str]]:
+    """Where the recording is, and what it lacks. A recorder that failed before it wrote anything has made none."""
+    if not lives:
+        return "", []
+    here = recorder.note if recorder.state == "stopped" else lives[-1].path
+    files = list(dict.fromkeys([*(life.path for life in lives[:-1]), here]))
+    asked = f" ({lives[0].asked} was there already, and stays as it is)" if lives[0].asked else ""
+    lacks = lacking(lives, goes_on=recorder.state != "restarting")
+    if recorder.state == "failed":
+        lacks.append("it lacks its end, for the recorder failed")
+    return ", then ".join(files) + asked, lacks
+
+
+def _amounts(name: str, stream: StreamStatus, lives: list[RecordReport]) -> dict[str, int]:
+    """How much was sent of a stream, and how much of that the recording has."""
+    amounts = {"sent": stream.total}
+    if any(name in life.messages for life in lives):
+        amounts["recorded"] = sum(life.messages.get(name, 0) for life in lives)
+        amounts["not recorded"] = max(stream.total - amounts["recorded"], 0)
+    return amounts
+
+
+def _missed(streams: dict[str, dict[str, int]], lives: list[RecordReport]) -> list[str]:
+    """How much was sent while no recorder lived, and before it died had not reached the disk."""
+    if len(lives) < 2:
+        return []
+    missed = {
+        name: amounts.get("not recorded", 0) - sum(sum(life.lost.get(name, {}).values()) for life in lives)
+        for name, amounts in streams.items()
+    }
+    said = [f"{count} of {name}" for name, count in missed.items() if count > 0]
+    return [f"for that it lacks these messages: {', '.join(said)}"] if said else []
+
+
+def _warnings(status: Status) -> list[str]:
+    """What is wrong with sources: those that gave nothing, and those that died."""
+    said = []
+    for name, stream in status.streams.items():
+        if not stream.total:
+            dropped = ", all that it had were dropped" if stream.total_dropped else ""
+            said.append(f"{name} gave no message{dropped}" + (f": {stream.note}" if stream.note else ""))
+    for name in dict.fromkeys(stream.node for stream in status.streams.values()):
+        node = status.nodes.get(name)
+        if node is None:
+            continue
+        if node.state == "failed":
+            said.append(f"the source {name} died, and was given up")
+        elif node.restarts:
+            away = " and had not come back" if node.state == "restarting" else ""
+            said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}")
+    return said
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -94,6 +94,13 @@ class Stamper:
         wrong = None
         if (payload := payload_of(reading.layout)) != self.payload:
             wrong = f"a payload of type {payload} on a stream of type {self.payload}"
+        elif not (
+            isinstance(reading.t_capture_ns, int)
+            and isinstance(reading.t_end_ns, int)
+            and isinstance(reading.t_receipt_ns, int)
+        ):
+            times = f"{reading.t_capture_ns!r}, {reading.t_end_ns!r} and {reading.t_receipt_ns!r}"
+            wrong = f"the times {times}, where times are whole numbers (int) of nanoseconds"
         elif reading.t_end_ns < reading.t_capture_ns:
             wrong = f"an end ({reading.t_end_ns} ns) before its beginning ({reading.t_capture_ns} ns)"
         elif reading.uncertainty_ns < 0:

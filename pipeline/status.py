@@ -8,7 +8,7 @@ import msgspec
 
 from pipeline.child import Child, NodeState
 from pipeline.clock import Origin
-from pipeline.life import AlignReport, SourceReport
+from pipeline.life import AlignReport, RecordReport, SourceReport
 
 What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed"]
 
@@ -23,8 +23,9 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class StreamStatus(msgspec.Struct, kw_only=True):
-    """One stream, as its source and the aligner see it. Counters are of the node's present life; ``failures`` of the
-    device are none of ``dropped``, for nothing was ever sent."""
+    """One stream, as its source and the aligner see it. Counters are of the node's present life, ``total`` (published)
+    and ``total_dropped`` of all its lives; ``failures`` of the device are none of ``dropped``, for nothing was ever
+    sent."""
 
     node: str
     payload: str
@@ -33,6 +34,8 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     rate_hz: float = 0.0
     newest_ns: int | None = None
     dropped: dict[str, int] = {}
+    total: int = 0
+    total_dropped: dict[str, int] = {}
     failures: int = 0
     note: str = ""
     verdict: str | None = None
@@ -69,6 +72,8 @@ class Status(msgspec.Struct, kw_only=True):
     now_ns: int
     nodes: dict[str, NodeStatus]
     streams: dict[str, StreamStatus]
+    recordings: list[RecordReport] = []
+    """What the recorder has written: one of each of its lives, for each writes a file, or goes on in its ring."""
 
 
 class SessionRef(msgspec.Struct, frozen=True):

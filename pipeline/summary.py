@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, get_args
 
 from pipeline.align import Counters, Verdict
+from pipeline.life import SLOW, RecordReport
 from pipeline.prediction import Prediction
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -70,6 +72,14 @@ class Summary:
         """By node, what did not pass through its bus or its ring as it should: ``camera.overrun``, ``ring.expired``."""
         self.recorded = ""
         """Where the recording is, and what a ring has deleted."""
+        self.lacks: list[str] = []
+        """What the recording does not hold, in sentences; it is whole where there are none."""
+        self.streams: dict[str, dict[str, int]] = {}
+        """Of a session: how much of each stream was sent, and recorded."""
+        self.source_drops: dict[str, dict[str, int]] = {}
+        """By stream, what its source dropped itself, by reason."""
+        self.warnings: list[str] = []
+        """What a person should know of the sources, in sentences."""
         self.gaps: list[tuple[int, int]] = []
         """Windows without a prediction between those that have one: first and last of each range."""
         self._start_ns: int | None = None
@@ -140,8 +150,74 @@ class Summary:
             "latency_ms": {stage: quantiles(self.latency_ms[stage]) for stage in ordered(self.latency_ms)},
             "messages": {stream: account(counters) for stream, counters in self.counters.items()},
             "drops": self.drops,
+            "source_drops": self.source_drops,
+            "streams": self.streams,
+            "recording": {"where": self.recorded, "lacks": self.lacks} if self.recorded else None,
+            "warnings": self.warnings,
             "gaps": [{"from": first, "to": last} for first, last in self.gaps],
         }
+
+
+def lacking(recordings: Sequence[RecordReport], goes_on: bool = True) -> list[str]:
+    """What a session's recording lacks, in sentences; ``goes_on``: the recorder's last life came to its end."""
+    said = _holes(recordings, goes_on)
+    for stream, causes in _losses(recordings).items():
+        why = next(iter(causes)) if len(causes) == 1 else ", ".join(f"{n} {cause}" for cause, n in causes.items())
+        said.append(f"it lacks {_of(recordings, stream, causes)}: {why}")
+    if beats := sum(one.lost_beats for one in recordings):
+        said.append(f"it lacks {beats} beats, by which a silent stream says that it lives")
+    return said
+
+
+def not_whole(recordings: Sequence[RecordReport], goes_on: bool = True) -> str:
+    """The same in one sentence, with what to do; nothing where nothing is missing."""
+    losses, said = _losses(recordings), _holes(recordings, goes_on)
+    if losses:
+        each = [_of(recordings, stream, causes) for stream, causes in losses.items()]
+        said.append(f"it lacks {', '.join(each)}")
+    elif not said and any(one.lost_beats for one in recordings):
+        said.append("it lacks beats, by which a silent stream says that it lives")
+    if not said:
+        return ""
+    todo = "; `sensorium info` shows what is missing"
+    if any(cause in SLOW for causes in losses.values() for cause in causes):
+        todo += (
+            ". The disk or the machine was too slow: record fewer or slower streams (`streams` of `record`; `rate_hz` "
+            "and the like of a source), with a larger `queue_mib`, or onto a faster disk"
+        )
+    return f"the recording is not whole: {'; '.join(said)}{todo}"
+
+
+def _of(recordings: Sequence[RecordReport], stream: str, causes: Counter[str]) -> str:
+    lost = sum(causes.values())
+    there = sum(one.messages.get(stream, 0) for one in recordings)
+    return f"{lost} of {lost + there} messages of {stream}"
+
+
+def _losses(recordings: Sequence[RecordReport]) -> dict[str, Counter[str]]:
+    """Lost messages by stream and cause, of all lives of the recorder."""
+    found: dict[str, Counter[str]] = {}
+    for one in recordings:
+        for stream, causes in one.lost.items():
+            found.setdefault(stream, Counter()).update(causes)
+    return dict(sorted(found.items()))
+
+
+def _holes(recordings: Sequence[RecordReport], goes_on: bool) -> list[str]:
+    """When nothing was recorded, for the recorder had died."""
+    said = []
+    for before, after in pairwise(recordings):
+        where = f", which is between {before.path} and {after.path}" if before.path != after.path else ""
+        said.append(f"the recorder died, and nothing is recorded from {_until(before)} to {after.from_ns / 1e9:.1f} s "
+                    f"of the session{where}")  # fmt: skip
+    if not goes_on:
+        until = _until(recordings[-1]) if recordings else "its beginning"
+        said.append(f"the recorder died, and nothing is recorded from {until} of the session on")
+    return said
+
+
+def _until(life: RecordReport) -> str:
+    return "its beginning" if life.safe_ns is None else f"{life.safe_ns / 1e9:.1f} s"
 
 
 def drops(counters: Mapping[str, float]) -> dict[str, int]:

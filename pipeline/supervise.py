@@ -21,10 +21,11 @@ import msgspec
 from pipeline.child import Child, died_how
 from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
-from pipeline.life import NodeSpec, Order
+from pipeline.life import NodeSpec, Order, RecordReport
 from pipeline.node import EXIT_SENSOR
 from pipeline.plan import Place, Plan, core_specs, source_specs
 from pipeline.status import Event, SessionRef, What
+from pipeline.summary import not_whole
 from pipeline.transport import SessionFolder, remove_leftovers
 
 TURN_S = 0.1
@@ -81,6 +82,7 @@ class Supervisor:
             self._selector.register(wake[0], selectors.EVENT_READ)
             self._watch(self.place)
             self._stop_all()
+            self._judge_recording()
         except BaseException as error:  # handed to the thread that waits for this one
             self.crash = error
         finally:
@@ -203,7 +205,7 @@ class Supervisor:
             if self._stopping:
                 child.state = "stopped"
         if self._stopping:
-            if child.name == "record" and status > 0:  # what it held back until the end found no room
+            if child.name == "record" and status != 0:  # what it held back until the end found no room
                 self._recording_failed(child, status, child.tail())
             self._tell(child, "stopped", "stopped" if status == 0 else died_how(status))
             return
@@ -233,6 +235,20 @@ class Supervisor:
             self.failure = said
         else:
             self.defect = said
+
+    def recordings(self) -> list[RecordReport]:
+        """What each life of the recorder has written."""
+        child = self.children.get("record")
+        if child is None:
+            return []
+        return child.recordings + ([] if child.report.recording is None else [child.report.recording])
+
+    def _judge_recording(self) -> None:
+        """Whether the recording has all that it should have, as far as nothing worse is known of it."""
+        child = self.children.get("record")
+        if child is None or self.failure is not None or self.defect is not None:
+            return
+        self.defect = not_whole(self.recordings(), goes_on=child.state != "restarting") or None
 
     def _give_up(self, child: Child, status: int, tail: str) -> None:
         with self.lock:

@@ -111,7 +111,8 @@ def screen(
     now_ns = status.now_ns if status is not None else prediction.window.end_ns if prediction is not None else 0
     parts = [Part("title", 2, False, Text.assemble((title, "bold"), f"   {duration(now_ns)}"))]
     parts += [Part("address", 7, False, Text(about, style="dim"))] if about else []
-    parts.append(Part("answer", 0, True, answer(prediction, summary.endpoint)))
+    if summary.expected:
+        parts.append(Part("answer", 0, True, answer(prediction, summary.endpoint)))
     if prediction is not None:
         parts.append(Part("scores", 5, False, scores(prediction)))
     if status is not None or prediction is not None:

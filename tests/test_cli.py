@@ -22,10 +22,12 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli, commands, launch
-from pipeline.recording import INCOMPLETE
+from pipeline.messages import TextLayout
+from pipeline.recording import INCOMPLETE, RecordingWriter, SessionInfo
 from pipeline.schemas import schema
 from pipeline.status import SessionRef
 from tests.conftest import ROOT
+from tests.test_recording import message
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
 COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "recalibrate",
@@ -180,6 +182,11 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["record", "rig.yaml"], "-o session.mcap"),
         (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
         (["run", "rig.yaml", "--record", "/proc/x.mcap"], "error: /proc/x.mcap cannot be created: "),
+        (
+            ["record", "rig.yaml", "-o", "newdir/"],
+            "newdir/ names a folder, and a recording is a file; name one in it",
+        ),
+        (["run", "rig.yaml", "--record", "newdir/"], "like newdir/session.mcap"),
         (["subscribe"], "No session runs on this machine"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
@@ -395,20 +402,51 @@ def test_a_recording_that_goes_to_another_file_says_so_at_the_start(place: Path)
     (place / "kept.mcap").write_text("of an earlier session")
     result = sensorium(place, "record", "recorded.yaml", "--duration", 0)
     assert result.returncode == 0, result.stderr
-    assert "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap" in (
-        result.stderr.splitlines()[0]
+    assert (
+        "kept.mcap exists already and stays as it is; this session is recorded to kept-2.mcap"
+        in (result.stderr.splitlines()[0])
     )
+    assert "kept-2.mcap (" in result.stderr.splitlines()[-1]
+    assert "kept.mcap was there already, and stays as it is)" in result.stderr.splitlines()[-1]
     assert (place / "kept-2.mcap").is_file()
     assert (place / "kept.mcap").read_text() == "of an earlier session"
 
 
-def test_a_recording_that_could_not_be_created_is_not_said_to_be_there(place: Path) -> None:
-    (place / "unrecorded.yaml").write_text(RIG + "record: {path: '/proc/{session}/x.mcap'}\n")
-    result = sensorium(place, "record", "unrecorded.yaml", "--duration", 3)
-    assert result.returncode == 1
-    assert "recorded: " not in result.stderr
-    last = result.stderr.splitlines()[-1]
-    assert re.match(r"error: the recording failed, and is not whole: /proc/\S+ cannot be created: ", last), last
+@pytest.mark.parametrize("command", [["check"], ["record"], ["run", "--duration", "1"]])
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ("/proc/{session}/x.mcap", r"/proc/\S+/x\.mcap cannot be created: "),
+        ("/proc/x.mcap", r"/proc/x\.mcap cannot be created: "),
+        (
+            "rig.yaml/x.mcap",
+            r"\S+/rig\.yaml/x\.mcap cannot be created: \S+/rig\.yaml is no folder; name another file",
+        ),
+        (".", r"\S+ is a folder, and a recording is a file; name one in it, like `path: \./\{session\}\.mcap`"),
+        ("new/", r"\S+/new is a folder, and a recording is a file; name one in it, like `path: new/\{session\}\.mcap`"),
+    ],
+)
+def test_a_recording_that_cannot_be_is_said_before_anything_starts(
+    place: Path, call: Call, command: list[str], record: str, said: str
+) -> None:
+    rig = RIG.replace("models/demo", "models/nowhere") + f"record: {{path: '{record}'}}\n"
+    (place / "unrecorded.yaml").write_text(rig)
+    code, out, err = call(place, command[0], "unrecorded.yaml", *command[1:])
+    assert (code, out) == (2, "")
+    assert re.search(r"record\.path: " + said, err), err
+    assert "bundle.path: " in err  # what else is wrong does not hide it
+    assert not (place / "new").exists()
+
+
+def test_check_says_that_a_recording_goes_to_another_file(place: Path) -> None:
+    rig = "name: r\nsources: {imu: {kind: synthetic, payload: imu}}\nrecord: {path: there.mcap}\n"
+    (place / "there.yaml").write_text(rig)
+    (place / "there.mcap").touch()
+    found = sensorium(place, "check", "there.yaml")
+    assert found.returncode == 0
+    said = "there.mcap exists already and stays as it is; this session is recorded to there-2.mcap"
+    assert said in " ".join(found.stdout.split())
+    assert not (place / "there-2.mcap").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file's greatest size can be set on POSIX alone")
@@ -428,6 +466,53 @@ def test_a_recording_that_finds_no_room_at_its_end_is_no_success(place: Path) ->
     last = result.stderr.splitlines()[-1]
     assert "the recording failed, and is not whole: " in last
     assert "cut.mcap cannot be written any further" in last
+
+
+def test_a_recording_that_lacks_messages_is_no_success(place: Path) -> None:
+    """The gaps of a recording that is played again are none of the machine's, so that they are always there."""
+    with RecordingWriter(place / "gaps.mcap", SessionInfo(session="s")) as writer:
+        for seq in (0, 1, 5, 6):
+            said = message(
+                TextLayout(1), b"a", stream="words", seq=seq, t=seq * 1000, end=seq * 1000 + 1, bound=seq * 1000 + 1
+            )
+            writer.write(said, seq * 1000 + 1)
+    (place / "again.yaml").write_text("name: r\nsources: {old: {kind: replay, path: gaps.mcap}}\n")
+    result = sensorium(place, "record", "again.yaml", "-o", "again.mcap")
+    assert result.returncode == 1, result.stderr
+    assert re.search(r"^recorded, but not whole: \S+again\.mcap$", result.stderr, re.M), result.stderr
+    assert "  it lacks 3 of 7 messages of words: lost on the way to the recorder\n" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: the recording is not whole: it lacks 3 of 7 messages of words; `sensorium info` shows"
+    )
+    assert json.loads(sensorium(place, "info", "again.mcap", "--json").stdout)["complete"] is False
+
+
+def test_a_session_without_a_model_ends_with_what_every_stream_gave(place: Path) -> None:
+    (place / "mute.py").write_text(MUTE)
+    (place / "mute.yaml").write_text(
+        "name: r\nsources: {imu: {kind: synthetic, payload: imu}, mute: {kind: 'mute:Mute'}}\n"
+    )
+    result = sensorium(place, "record", "mute.yaml", "-o", "mute.mcap", "--duration", 1)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stderr.splitlines() if line.strip()}
+    assert rows["mute"] == ["0", "0", "0"]
+    assert rows["imu"][0] == rows["imu"][1] != "0"
+    assert "warning: mute gave no message\n" in result.stderr
+
+
+MUTE = """
+import msgspec
+from pipeline.node import Source
+
+class Mute(Source):
+    payload = "imu"
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        pass
+    def read(self):
+        clock = self.context.clock
+        clock.wait_until(clock.now_ns() + 10_000_000)
+"""
 
 
 def test_another_process_can_watch_a_session_and_an_interrupt_ends_it_cleanly(place: Path, call: Call) -> None:

@@ -234,6 +234,12 @@ def test_a_killed_recorder_leaves_a_readable_file_and_starts_another(tmp_path: P
         until(lambda: (tmp_path / "session-2.mcap").exists(), "a second file")
         until(lambda: watched.session.status().nodes["record"].counters.get("messages", 0) > 0, "it is written to")
         assert all_ok(watched.next_prediction()) or watched.predictions
+    first, second = watched.session.status().recordings
+    assert (first.path, second.path) == (str(out), str(tmp_path / "session-2.mcap"))
+    assert first.safe_ns is not None
+    assert first.safe_ns < second.from_ns
+    assert watched.session.defect is not None
+    assert f"the recorder died, and nothing is recorded from {first.safe_ns / 1e9:.1f} s" in watched.session.defect
     with RecordingReader(out) as reader:
         assert not reader.info.complete
         messages = sum(1 for _ in reader.messages())

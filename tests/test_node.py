@@ -473,3 +473,13 @@ def test_every_window_has_a_prediction_or_lies_in_one_gap(predicted: list[bool],
     named = [k for gap in gaps for k in range(gap.first, gap.last + 1)]
     assert sorted(seen + named) == list(range(1, len(predicted) + 1))
     assert all(gap.of == "prediction" for gap in gaps)
+
+
+@pytest.mark.parametrize("field", ["t_capture_ns", "t_end_ns", "t_receipt_ns"])
+def test_a_time_that_is_no_whole_number_is_the_sources_fault(field: str) -> None:
+    """No reader takes such a header, so that all of the stream would be missing without a word of whose fault it is."""
+    stamper = Stamper("load", "text")
+    stamper.open(0)
+    times = {"t_capture_ns": 5, "t_end_ns": 5, "t_receipt_ns": 5} | {field: 5.5}
+    with pytest.raises(SensorError, match=r"times .*5\.5.*, where times are whole numbers"):
+        stamper.stamp(Reading(layout=TextLayout(1), data=b"a", **times), 6)

@@ -435,6 +435,10 @@ def test_a_recorder_whose_disk_is_too_slow_names_what_did_not_fit(tmp_path: Path
         assert [(g["from"], g["to"]) for g in gaps] == [(3, 9)]  # one record, however many were lost
         assert gaps[0]["cause"] == "the disk was too slow, and the recorder's queue full"
         assert reader.info.note == "7 messages could not be recorded; 1 beats could not be recorded"
+    said = node._recording()
+    assert (said.path, said.asked) == (str(tmp_path / "out.mcap"), "")
+    assert (said.messages, said.lost) == ({"text": 3}, {"text": {gaps[0]["cause"]: 7}})
+    assert said.lost_beats == 1
 
 
 def test_manifests_labels_and_gaps_between_steps_are_recorded(tmp_path: Path) -> None:

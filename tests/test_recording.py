@@ -578,3 +578,45 @@ def test_moments_do_not_depend_on_batches(rows: list[list[float]], cut: int) -> 
     assert result["mean"] == pytest.approx(values.astype(float).mean(axis=0).tolist(), abs=1e-6)
     assert result["sd"] == pytest.approx(values.astype(float).std(axis=0).tolist(), abs=1e-6)
     assert result["mean_norm"] == pytest.approx(np.linalg.norm(values.astype(float), axis=1).mean())
+
+
+# -- a file that somebody takes away while it is written ---------------------------------------------------------------
+
+
+def begun(path: Path) -> RecordingWriter:
+    writer = RecordingWriter(path, SessionInfo(session="s"))
+    writer.write(message(TextLayout(3), b"abc"), 1)
+    writer.flush()
+    return writer
+
+
+def test_a_recording_that_was_deleted_while_it_was_written_is_no_success(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "x.mcap")
+    (tmp_path / "x.mcap").unlink()
+    with pytest.raises(RecordingError, match=r"x\.mcap was deleted while it was written"):
+        writer.close()
+    writer.close()  # which only lets go of it
+
+
+def test_a_recording_that_was_emptied_while_it_was_written_fails_at_once(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "x.mcap")
+    (tmp_path / "x.mcap").write_bytes(b"")
+    writer.write(message(TextLayout(3), b"abc", seq=1), 2)
+    with pytest.raises(RecordingError, match=r"x\.mcap was cut to 0 of \d+ bytes while it was written"):
+        writer.flush()
+
+
+def test_a_recording_that_was_replaced_while_it_was_written_is_no_success(tmp_path: Path) -> None:
+    writer = begun(tmp_path / "x.mcap")
+    (tmp_path / "x.mcap").rename(tmp_path / "moved.mcap")
+    (tmp_path / "x.mcap").write_bytes(b"another")
+    with pytest.raises(RecordingError, match="is no longer the file that was written"):
+        writer.close()
+    with RecordingReader(tmp_path / "moved.mcap") as reader:
+        assert reader.info.complete  # where it is now, it is whole
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "afile").touch()
+    with pytest.raises(RecordingError, match=r"cannot be created: \S+afile is no folder"):
+        RecordingWriter(tmp_path / "afile" / "x.mcap", SessionInfo(session="s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -15,10 +16,11 @@ from rich.console import Console, RenderableType
 
 from pipeline.curves import Bars
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
+from pipeline.life import ON_THE_WAY, QUEUE_FULL, RecordReport
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers
 from pipeline.show import Show, print_summary
-from pipeline.summary import Summary
+from pipeline.summary import Summary, not_whole
 from pipeline.terminal import Lines, Screen, console, duration, latency, screen
 from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
@@ -347,16 +349,102 @@ def test_a_screen_that_is_too_low_says_what_it_does_not_show() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "counters", "said"),
-    [("stopped", {"messages": 4.0}, True), ("failed", {"messages": 4.0}, True), ("failed", {}, False)],
+    ("state", "made", "said"),
+    [("stopped", True, "recorded: {}\n"), ("failed", True, "recorded, but not whole: {}\n"), ("failed", False, "")],
 )
-def test_a_recording_is_named_if_there_is_one(state: str, counters: dict[str, float], said: bool) -> None:
+def test_a_recording_is_named_if_there_is_one(tmp_path: Path, state: str, made: bool, said: str) -> None:
+    path = tmp_path / "x.mcap"
+    path.write_bytes(b"what could be written")
+    seen = recorded(RecordReport(path=str(path), messages={"imu": 4}), state=state)
+    seen.recordings = seen.recordings if made else []
+    shown = text(summed_up(seen))
+    assert said.format(path) in shown
+    assert ("recorded: " in shown) is (state == "stopped")
+    assert (str(path) in shown) is made
+
+
+def recorded(*lives: RecordReport, state: str = "stopped") -> Status:
+    """How a session ends whose recorder has had these lives."""
     seen = status()
-    changes = {"node": "record", "state": state, "note": "/there/x.mcap", "counters": counters}
+    changes = {"node": "record", "state": state, "note": lives[-1].path, "counters": {"messages": 4.0}}
     seen.nodes["record"] = msgspec.structs.replace(seen.nodes["camera"], **changes)
+    seen.recordings = list(lives)
+    return seen
+
+
+def summed_up(seen: Status, model: bool = True) -> RenderableType:
+    summary = Summary(expected=model)
+    print_summary(summary, True, seen)
+    return closing(summary)
+
+
+def test_the_summary_says_what_the_recording_lacks_and_why() -> None:
+    life = RecordReport(path="/there/x.mcap", messages={"camera": 1737, "imu": 5},
+                        lost={"camera": {QUEUE_FULL: 3500, ON_THE_WAY: 53}}, lost_beats=2)  # fmt: skip
+    seen = recorded(life)
+    shown = text(summed_up(seen))
+    assert "recorded, but not whole: /there/x.mcap" in shown
+    assert f"it lacks 3553 of 5290 messages of camera: 3500 {QUEUE_FULL}, 53 {ON_THE_WAY}" in " ".join(shown.split())
+    assert "it lacks 2 beats" in shown
+    assert "messages of imu" not in shown
     summary = Summary()
     print_summary(summary, True, seen)
-    assert ("recorded: /there/x.mcap" in text(closing(summary))) is said
+    assert len(summary.as_dict()["recording"]["lacks"]) == 2
+    said = not_whole([life])
+    assert said.startswith("the recording is not whole: it lacks 3553 of 5290 messages of camera; ")
+    assert "or onto a faster disk" in said
+    assert not not_whole([msgspec.structs.replace(life, lost={}, lost_beats=0)])
+
+
+def test_every_file_of_a_recorder_that_died_is_named_and_the_hole_between_them() -> None:
+    first = RecordReport(path="/there/k.mcap", safe_ns=2_300_000_000, messages={"imu": 60}, safe={"imu": 45})
+    second = RecordReport(path="/there/k-2.mcap", from_ns=3_100_000_000, messages={"imu": 80})
+    seen = recorded(first, second)
+    seen.streams["imu"].total = 140
+    shown = text(summed_up(seen, model=False))
+    assert "recorded, but not whole: /there/k.mcap, then /there/k-2.mcap" in shown
+    assert "the recorder died, and nothing is recorded from 2.3 s to 3.1 s of the session, " in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line}
+    assert rows["imu"] == ["140", "125", "15"]  # of the file that was not ended, what had reached the disk
+    assert "for that it lacks these messages: 15 of imu\n" in shown
+    never_again = recorded(first, state="restarting")
+    assert "nothing is recorded from 2.3 s of the session on" in text(summed_up(never_again))
+
+
+def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
+    seen = status()
+    seen.streams["camera"].total = 12
+    shown = text(summed_up(seen, model=False))
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line}
+    assert (rows["camera"], rows["imu"]) == (["12"], ["0"])
+    assert "warning: imu gave no message: waiting for /dev/i2c-1" in shown
+    assert "warning: the source imu died 2 times and had not come back" in shown
+    assert "camera gave no message" not in shown
+    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], state="failed")
+    assert "warning: the source imu died, and was given up" in text(summed_up(seen))
+
+
+def test_the_summary_has_what_sources_dropped_themselves() -> None:
+    seen = status()
+    seen.streams["camera"].total_dropped = {"stale": 82_401}
+    shown = text(summed_up(seen))
+    assert "dropped by sources\ncamera: stale 82401\n" in shown
+    summary = Summary()
+    print_summary(summary, True, seen)
+    assert summary.as_dict()["source_drops"] == {"camera": {"stale": 82_401}}
+
+
+def test_without_a_model_the_table_waits_for_no_prediction() -> None:
+    shown = text(screen("demo", status(), None, Summary(expected=False), "no model, no predictions"))
+    assert "no model, no predictions" in shown
+    assert "no prediction yet" not in shown
+
+
+def test_another_file_of_that_name_is_said_at_the_end_too() -> None:
+    life = RecordReport(path="/there/x-2.mcap", asked="/there/x.mcap", messages={"imu": 4})
+    assert "recorded: /there/x-2.mcap (/there/x.mcap was there already, and stays as it is)" in text(
+        summed_up(recorded(life))
+    )
 
 
 def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
