@@ -197,7 +197,7 @@ class RigFile(msgspec.Struct, frozen=True):
     def resolve(self, path: str) -> Path:
         """``path`` of the rig as an absolute path: relative ones are relative to the YAML file."""
         expanded = Path(path).expanduser()
-        return expanded if expanded.is_absolute() else (self.document.path.resolve().parent / expanded).resolve()
+        return expanded if expanded.is_absolute() else (self.document.folder / expanded).resolve()
 
 
 def load_rig(path: Path | str) -> RigFile:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
+from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
 if TYPE_CHECKING:
@@ -55,14 +56,26 @@ def new_file(path: Path, what: str = "file") -> Path:
     return path.resolve()
 
 
-def creatable(path: Path) -> None:
+def creatable(path: Path, option: str = "", what: str = "file") -> None:
     """Raises ConfigError if ``path``, which does not exist, cannot be created: tried, because permissions alone do not
-    tell."""
+    tell. ``option`` is where the user named it."""
     try:
         path.touch(exist_ok=False)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another file.") from None
+        by = f" with {option}" if option else ""
+        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another {what}{by}.") from None
     path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path``, where it is whole or not at all. An OSError names ``path``."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with naming(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def existing(path: Path) -> Path:
