@@ -322,8 +322,7 @@ def subscribe(
                 if not told and (summary.predictions or waiting.now_ns() > SILENT_NS):
                     told = True
                     if not summary.predictions:
-                        _say(f"nothing has come from {endpoint} yet; if no session publishes there, start one with: "
-                             f"sensorium run RIG --predictions {endpoint}")  # fmt: skip
+                        _say(f"nothing has come from {endpoint} yet; if no session publishes there, {_begin(endpoint)}")
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)
@@ -334,6 +333,14 @@ def subscribe(
         finally:
             output.close()
     print_summary(summary, json)
+
+
+def _begin(endpoint: str) -> str:
+    """How to start a session of which ``subscribe`` will hear: at an address of the host alone only its own says where
+    it is."""
+    if endpoint.startswith("tcp:"):
+        return f"start one with: sensorium run RIG --predictions {endpoint}"
+    return "start one with: sensorium run RIG, and listen to it with: sensorium subscribe, without an address"
 
 
 def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path | None]:
@@ -725,6 +732,7 @@ def simulate(
 ) -> None:
     """``sensorium simulate``."""
     from pipeline.bars import Bar
+    from pipeline.sheet import size
     from pipeline.sim import generate
     from pipeline.terminal import console
 
@@ -762,11 +770,11 @@ def simulate(
     if json:
         _print_json(written[0] if count is None else written)
         return
-    megabytes = sum(session.bytes for session in written) / 1e6
+    room = f", {size(sum(session.bytes for session in written))}" if written else ""
     stays = "was there already and is left as it is" if there == 1 else "were there already and are left as they are"
     left = f"; {there} {stays}" if there else ""
     shown = written[0].file if written else generate.session_file(out, seed, ranges)
-    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s, {megabytes:.1f} MB{left}; "
+    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s{room}{left}; "
           f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
           file=sys.stderr)  # fmt: skip
 

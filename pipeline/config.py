@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from pipeline.errors import Together
+from pipeline.errors import Together, plain
 from pipeline.strict import Document, Where, listed, load_yaml
 
 __all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml", "long_times"]
@@ -241,7 +241,7 @@ def check_source_name(document: Document, name: str, at: Where) -> None:
 def long_times(document: Document) -> list[str]:
     """Milliseconds that are so many that somebody may have meant another unit, in sentences."""
     return [
-        f"{document.place(at)}: {value:g} ms are {value / 1000:g} s; is that meant?"
+        f"{document.place(at)}: {plain(value)} ms are {plain(value / 1000)} s; is that meant?"
         for at, value in document.numbers()
         if str(at[-1]).endswith("_ms") and value > LONG_MS
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from pipeline.align import AlignSpec, Latest, Nearest, Resample, Rule, StreamSpec
+from pipeline.errors import plain
 from pipeline.source import Pace
 
 MESSAGES_PER_S = 500
@@ -109,4 +110,4 @@ def _grid(rule: Resample, pace: Pace, spec: AlignSpec) -> Iterator[str]:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / 1e6:.6g} ms"
+    return f"{plain(ns / 1e6)} ms"
