@@ -777,10 +777,10 @@ def test_a_checkpoint_that_finds_no_room_says_why(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as found:
-            Checkpoints(tmp_path, "x").save({"weights": torch.zeros(10_000)})
+            Checkpoints(tmp_path / "work", "x").save({"weights": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert found.value.filename == str(tmp_path / "checkpoint.pt")
+    assert found.value.filename == str(tmp_path / "work" / "checkpoint.pt")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -285,3 +285,5 @@ class Checkpoints:
                     os.replace(part, self._folder / CHECKPOINT)
             finally:
                 part.unlink(missing_ok=True)
+                with suppress(OSError):  # an empty one would look like a training that can be gone on with
+                    self._folder.rmdir()
