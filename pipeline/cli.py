@@ -1,17 +1,17 @@
 """``sensorium``: parses the command line and hands over to ``pipeline.commands``; nothing else.
 
-Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different, 130 interrupted. What a
-command needs is imported when it runs, so that ``--help`` and a typing error answer at once.
+Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different, 130 interrupted (143 by
+SIGTERM). What a command needs is imported when it runs, so that ``--help`` and a typing error answer at once.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 import textwrap
 import traceback
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,7 @@ from typing import Annotated
 import typer
 
 from pipeline.errors import ConfigError, SensoriumError
+from pipeline.outside import discard_output, explained, lost_output, ready_streams, unwritable
 
 DIFFERENT = 3
 """Exit code: verified, and found different."""
@@ -532,29 +533,61 @@ def node(
 
 def main() -> None:
     """The command ``sensorium``."""
+    ready_streams()
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except SensoriumError as error:
         fail([str(part) for part in error.parts], error.exit_code)
     except (BrokenPipeError, SystemExit) as end:
-        if isinstance(end, SystemExit) and not isinstance(end.__context__, BrokenPipeError):
+        if isinstance(end, BrokenPipeError) or isinstance(end.__context__, BrokenPipeError):
+            # Whoever read us has seen enough, which typer takes for a failure.
+            discard_output()
+            sys.exit(0)
+        if (lost := lost_output()) is None:
             raise
-        # Whoever read us has seen enough, which typer takes for a failure. What Python still holds back for them is
-        # thrown away, not flushed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        if isinstance(lost, BrokenPipeError):
+            sys.exit(0)
+        fail([unwritable(lost)], 1)
     except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="sensorium-", suffix=".txt", delete=False) as file:
-            traceback.print_exc(file=file)
+        if isinstance(error, OSError):
+            if (lost := lost_output()) is not None:
+                fail([unwritable(lost)], 1)
+            if (said := explained(error)) is not None:
+                fail([str(said)], said.exit_code)
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        fail([f"this is a mistake in Sensorium: {what}. The full trace is in {file.name}"], 1)
+        fail([f"this is a mistake in Sensorium: {what}. {_trace()}"], 1)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty path would be taken for this folder."""
+    if "" in arguments:
+        before = " ".join(["sensorium", *arguments[: arguments.index("")]])
+        raise ConfigError(
+            f"what follows `{before}` is empty; if it comes from a variable of the shell, that is not set. Name "
+            "something, or leave it out."
+        )
+
+
+def _trace() -> str:
+    """Keeps the trace of the exception that is handled, and says where."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="sensorium-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return f"No file can be written for the full trace, so it stands here:\n{traceback.format_exc()}"
+    return f"The full trace is in {file.name}"
 
 
 def fail(wrong: list[str], exit_code: int) -> None:
     """Says what is wrong, a paragraph each, and exits."""
+    lost_output()  # else Python tries again at the end, and says that in its own words
     message = "\n".join(f"error: {one}" for one in wrong)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         message = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in message.splitlines())
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # there is nobody left to tell
+        print(message, file=sys.stderr)
     sys.exit(exit_code)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
-from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping
+from pipeline.outside import naming
+from pipeline.paths import creatable, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ def replay(
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
             _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
-        to_file = Lines(stack.enter_context(new_file(out).open("wb"))) if out is not None else None
+        to_file = None
+        if out is not None:
+            _writable(out, "-o")
+            to_file = Lines(stack.enter_context(out.open("wb")))
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
             reader, model, streams=recorded_mapping(reader.info, recording, model), note=_say
@@ -140,8 +144,9 @@ def replay(
             for prediction, _ in shown:
                 summary.add(prediction)
                 output.prediction(prediction)
-                if to_file is not None:
-                    to_file.prediction(prediction)
+                if to_file is not None and out is not None:
+                    with naming(out):
+                        to_file.prediction(prediction)
                 if refreshed.now_ns() > POLL_MS * 1_000_000:
                     output.refresh()
                     refreshed = SystemClock()
@@ -256,7 +261,7 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
                 whole = Part("explanation", 0, False, explanation_text(said), divisible=True)
                 live.update(Stack([whole]), refresh=True)
             elif json:
-                print(msgspec.json.encode(said).decode(), flush=True)
+                _print_line(said)
             else:
                 screen.print(explanation_text(said))
 
@@ -277,6 +282,13 @@ def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, a
             return None
     model = load_bundle(bundle, allow_code)
     return live_spec(model, limits_of(reader), recorded_mapping(reader.info, recording, model), reader.streams)
+
+
+def _writable(out: Path, option: str, what: str = "file") -> Path:
+    """``out``, absolute, if it can be written and destroys nothing. ConfigError, before there is anything to lose."""
+    whole = new_file(out, what)
+    creatable(out, option, what)
+    return whole
 
 
 def _say(text: str) -> None:
@@ -309,8 +321,7 @@ def subscribe(
                 if not told and (summary.predictions or waiting.now_ns() > SILENT_NS):
                     told = True
                     if not summary.predictions:
-                        _say(f"nothing has come from {endpoint} yet; if no session publishes there, start one with: "
-                             f"sensorium run RIG --predictions {endpoint}")  # fmt: skip
+                        _say(f"nothing has come from {endpoint} yet; if no session publishes there, {_begin(endpoint)}")
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)
@@ -321,6 +332,14 @@ def subscribe(
         finally:
             output.close()
     print_summary(summary, json)
+
+
+def _begin(endpoint: str) -> str:
+    """How to start a session of which ``subscribe`` will hear: at an address of the host alone only its own says where
+    it is."""
+    if endpoint.startswith("tcp:"):
+        return f"start one with: sensorium run RIG --predictions {endpoint}"
+    return "start one with: sensorium run RIG, and listen to it with: sensorium subscribe, without an address"
 
 
 def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path | None]:
@@ -370,7 +389,8 @@ def evaluate(
     from pipeline.bars import Bar
     from pipeline.terminal import console
 
-    out = new_file(html) if html is not None else None
+    if html is not None:
+        _writable(html, "--html")
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Bar(*columns, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task("checking what was named", total=None)
@@ -378,17 +398,16 @@ def evaluate(
             bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )  # fmt: skip
-    if out is not None:
-        from pipeline.evaluate_html import page
-
-        out.write_text(page(found), encoding="utf-8")
     if json:
         _print_json(found)
     else:
         from pipeline.evaluate_text import evaluation_text
 
         console(sys.stdout).print(evaluation_text(found))
-    if out is not None:
+    if html is not None:
+        from pipeline.evaluate_html import page
+
+        write_whole(html, page(found))
         print(f"{html}: written", file=sys.stderr)
 
 
@@ -523,8 +542,9 @@ def recalibrate(recording: Path, out: Path, offsets: list[str], *, find: bool, r
         shifts = asked_shifts(reader, offsets, refit, found)
         if not shifts:
             raise ConfigError("say what to correct: --offset STREAM=MS, --find, --refit STREAM, or several of them.")
+        _writable(out, "-o")
         made = recalibrating(
-            reader, new_file(out), shifts, lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s")
+            reader, out.resolve(), shifts, lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s")
         )
     if json:
         _print_json(made)
@@ -554,7 +574,7 @@ def train(
         raise ConfigError(f"training needs {listed(absent)}, not installed here. {install('learn')}")
     from pipeline import learn
 
-    out = new_file(out, "folder")
+    out = _writable(out, "-o", "folder")
     config = learn.read_config(file)
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
@@ -569,14 +589,14 @@ def train(
         with _ended_politely(), Bars(console(sys.stderr), tell) as bars:
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = ["sensorium", "train", str(file), "-o", str(out), "--resume"]
         again += [] if seed is None else ["--seed", str(seed)]
         again += [] if epochs is None else ["--epochs", str(epochs)]
         again += [] if init_from is None else ["--init-from", str(init_from)]
         again += ["--freeze"] if freeze else []
         again += [] if device == "auto" else ["--device", device]
-        raise Interrupted(f"interrupted; go on with: {shlex.join(again)}") from None
+        raise _interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
@@ -585,10 +605,26 @@ def train(
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
+    """With the exit code that a shell says of the signal."""
+    error = Interrupted(text)
+    if isinstance(stop, _Terminated):
+        error.exit_code = 128 + signal.SIGTERM
+    return error
+
+
 @contextmanager
 def _ended_politely() -> Iterator[None]:
     """Within it SIGTERM does what Ctrl-C does: nothing half done stays behind, and it can be gone on with."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def terminated(*_: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     finally:
@@ -601,7 +637,14 @@ def _cores() -> int:
 
 
 def _print_line(value: Any) -> None:
-    print(msgspec.json.encode(value).decode(), flush=True)
+    _print_bytes(msgspec.json.encode(value))
+
+
+def _print_bytes(data: bytes) -> None:
+    """A text for programs, which is UTF-8 whatever people's is."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def import_file(
@@ -617,6 +660,8 @@ def import_file(
     screen = console(sys.stderr)
     counts: Counter[str] = Counter()
     wanted = tuple(entry.strip() for entry in (streams or "").split(",") if entry.strip())
+    if file.exists():  # else that is what to say
+        _writable(out, "-o")
     with screen.status(f"reading {file.name}") as status:
         info = importing.import_file(
             file,
@@ -648,6 +693,8 @@ def make_keys(name: str, out: Path) -> None:
         public, secret = make_curve_keys(out, name)
     except FileExistsError as error:
         raise ConfigError(f"{error} exists already, and keys are never replaced; choose another name.") from None
+    except OSError as error:
+        raise ConfigError(f"no keys can be written to {out}: {error.strerror}; name another folder with -o.") from None
     print(f"{public}: copy this to the other side")
     print(f"{secret}: keep this here, and show it to nobody")
 
@@ -684,6 +731,7 @@ def simulate(
 ) -> None:
     """``sensorium simulate``."""
     from pipeline.bars import Bar
+    from pipeline.sheet import size
     from pipeline.sim import generate
     from pipeline.terminal import console
 
@@ -696,7 +744,7 @@ def simulate(
         with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
-                file = new_file(out)
+                file = _writable(out, "-o")
                 written.append(
                     generate.record_session(
                         file, seed, ranges, duration_s, progress=lambda s: bar.update(task, completed=s)
@@ -712,20 +760,20 @@ def simulate(
                     for session in sessions:
                         written.append(session)
                         bar.advance(task)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if count is None:
             kept = f"{out} holds what was simulated until then" if out.exists() else "nothing was written"
-            raise Interrupted(f"interrupted; {kept}") from None
+            raise _interrupted(f"interrupted; {kept}", stop) from None
         done = _sessions_there(out, range(seed, seed + count), ranges)
-        raise Interrupted(f"interrupted after {done} of {count} sessions; the same command goes on") from None
+        raise _interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
     if json:
         _print_json(written[0] if count is None else written)
         return
-    megabytes = sum(session.bytes for session in written) / 1e6
+    room = f", {size(sum(session.bytes for session in written))}" if written else ""
     stays = "was there already and is left as it is" if there == 1 else "were there already and are left as they are"
     left = f"; {there} {stays}" if there else ""
     shown = written[0].file if written else generate.session_file(out, seed, ranges)
-    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s, {megabytes:.1f} MB{left}; "
+    print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s{room}{left}; "
           f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
           file=sys.stderr)  # fmt: skip
 
@@ -748,4 +796,4 @@ def node(kind: str, spec: Path) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    _print_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))

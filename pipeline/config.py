@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from pipeline.errors import Together
+from pipeline.errors import Together, plain
 from pipeline.strict import Document, Where, listed, load_yaml
 
 __all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml", "long_times"]
@@ -197,7 +197,7 @@ class RigFile(msgspec.Struct, frozen=True):
     def resolve(self, path: str) -> Path:
         """``path`` of the rig as an absolute path: relative ones are relative to the YAML file."""
         expanded = Path(path).expanduser()
-        return expanded if expanded.is_absolute() else (self.document.path.resolve().parent / expanded).resolve()
+        return expanded if expanded.is_absolute() else (self.document.folder / expanded).resolve()
 
 
 def load_rig(path: Path | str) -> RigFile:
@@ -248,7 +248,7 @@ def check_source_name(document: Document, name: str, at: Where) -> None:
 def long_times(document: Document) -> list[str]:
     """Milliseconds that are so many that somebody may have meant another unit, in sentences."""
     return [
-        f"{document.place(at)}: {value:g} ms are {value / 1000:g} s; is that meant?"
+        f"{document.place(at)}: {plain(value)} ms are {plain(value / 1000)} s; is that meant?"
         for at, value in document.numbers()
         if str(at[-1]).endswith("_ms") and value > LONG_MS
     ]

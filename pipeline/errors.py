@@ -111,6 +111,12 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def plain(value: float) -> str:
+    """A number as people write it, without a power of ten."""
+    text = f"{value:.10f}" if abs(value) < 1e-4 else f"{value:.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def closest(name: Any, known: Iterable[str]) -> str | None:
     """The name of ``known`` that ``name`` is most like, if one is like it."""
     import difflib  # rarely needed, and every process imports this module

@@ -26,6 +26,11 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
     with reading(recording) as reader:
         labels, sidecar = told_labels(reader), reader.path.with_suffix(SIDECAR)
         where = sidecar if sidecar.is_file() else reader.path
+        if not labels and where == sidecar and (own := len(reader.labels())):
+            raise RecordingError(
+                f"{where} has no labels, and hides those that the recording has of its own ({own}). Remove it, or "
+                "write labels into it: a line start_s,end_s,label, then one line an interval"
+            )
         if not labels:
             lost = "" if reader.info.complete else " (it is incomplete, and may have lost them with its end)"
             raise RecordingError(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from pipeline.align import AlignSpec, All, Nearest, Resample, StreamSpec
+from pipeline.errors import plain
 from pipeline.source import Pace
 
 MESSAGES_PER_S = 500
@@ -104,4 +105,4 @@ def _grid(rule: Resample, pace: Pace, spec: AlignSpec) -> Iterator[str]:
 
 
 def _ms(ns: float) -> str:
-    return f"{ns / 1e6:.6g} ms"
+    return f"{plain(ns / 1e6)} ms"

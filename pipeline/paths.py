@@ -4,11 +4,13 @@ ran."""
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, closest
+from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
 if TYPE_CHECKING:
@@ -19,22 +21,32 @@ HOUSE = Path(__file__).resolve().parent.parent
 """The checkout: the shipped rigs are in its ``configs``, the shipped bundles in its ``models``."""
 
 
+MOST_NAMED = 12
+"""Of the rigs in a folder."""
+
+
 def find_rig(name: str | None) -> Path:
     """The rig file that ``name`` means: a path, or the name of a file in ``configs`` here or in the checkout. Raises
     ConfigError, which says which rigs there are."""
     rigs = _rigs()
     if name is None:
         raise ConfigError(f"name a rig, which is one YAML file. {_known(rigs)}")
-    stem = Path(name).name.removesuffix(".yaml")
-    if Path(name).suffix == ".mcap":
+    path = Path(name)
+    stem = path.name.removesuffix(".yaml")
+    if not name:
+        raise ConfigError(f"the rig's name is empty; name one YAML file. {_known(rigs)}")
+    if path.suffix == ".mcap":
         raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {name}")
-    if Path(name).is_dir():
-        raise ConfigError(f"{name} is a folder; a rig is one YAML file. {_known(rigs)}")
-    if Path(name).is_file():
-        return Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{name} is a folder; a rig is one YAML file. {_known(rigs, path)}")
+    if path.exists():  # a pipe, too
+        return path
     if name in (stem, f"configs/{stem}.yaml") and stem in rigs:
         return rigs[stem]
-    raise ConfigError(f"{name}: there is no such file.{nearest(stem, rigs)} {_known(rigs)}")
+    own = {file.stem: file for file in _rigs_in(path.parent)}
+    close = closest(stem, own)
+    meant = f" Did you mean `{own[close]}`?" if close else nearest(stem, rigs)
+    raise ConfigError(f"{name}: there is no such file.{meant} {_known(rigs, path.parent)}")
 
 
 def _rigs() -> dict[str, Path]:
@@ -42,8 +54,25 @@ def _rigs() -> dict[str, Path]:
     return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-def _known(rigs: dict[str, Path]) -> str:
-    return f"There are {listed(map(str, rigs.values()))}." if rigs else "There is none in a folder `configs` here."
+def _rigs_in(folder: Path) -> list[Path]:
+    """The files in a folder that look like rigs; none where it cannot be read."""
+    found = []
+    with suppress(OSError):
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".yaml", ".yml") and file.is_file():
+                with suppress(OSError, UnicodeDecodeError):
+                    if re.search(r"^sources\s*:", file.read_text(encoding="utf-8"), re.MULTILINE):
+                        found.append(file)
+    return found
+
+
+def _known(rigs: dict[str, Path], folder: Path | None = None) -> str:
+    """The rigs that could be meant, those in ``folder`` first."""
+    own = _rigs_in(folder) if folder is not None else []
+    seen = {file.resolve() for file in own}
+    named = [*own[:MOST_NAMED], *(file for file in rigs.values() if file.resolve() not in seen)]
+    more = f" And {len(own) - MOST_NAMED} more are in {folder}." if len(own) > MOST_NAMED else ""
+    return f"There are {listed(map(str, named))}.{more}" if named else "There is none in a folder `configs` here."
 
 
 def new_file(path: Path, what: str = "file") -> Path:
@@ -61,6 +90,28 @@ def new_name(text: str) -> Path:
     if text.endswith("/"):
         raise ConfigError(f"{text} names a folder, and a recording is a file; name one in it, like {text}session.mcap")
     return Path(text)
+
+
+def creatable(path: Path, option: str = "", what: str = "file") -> None:
+    """Raises ConfigError if ``path``, which does not exist, cannot be created: tried, because permissions alone do not
+    tell. ``option`` is where the user named it."""
+    try:
+        path.touch(exist_ok=False)
+    except OSError as error:
+        by = f" with {option}" if option else ""
+        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another {what}{by}.") from None
+    path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path``, where it is whole or not at all. An OSError names ``path``."""
+    part = path.with_name(path.name + ".tmp")
+    try:
+        with naming(path):
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def existing(path: Path) -> Path:

@@ -203,7 +203,7 @@ def placed(rig_file: RigFile, at: Where) -> Iterator[None]:
 
 def import_paths(rig_file: RigFile) -> tuple[str, ...]:
     """Where a user's own kinds may lie, beside what is installed: the rig's folder, and the current one."""
-    return str(rig_file.document.path.resolve().parent), str(Path.cwd())
+    return str(rig_file.document.folder), str(Path.cwd())
 
 
 def _check_ring(rig_file: RigFile, record: RecordEntry | None, sources: Collection[SourcePlan]) -> None:

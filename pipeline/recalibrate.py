@@ -39,7 +39,7 @@ from pipeline.recording import (
     SessionInfo,
 )
 from pipeline.recording_summary import BUNDLE_NAME, bundle_name
-from pipeline.recording_writer import CALIBRATION, RIG
+from pipeline.recording_writer import CALIBRATION, RIG, whole_file
 from pipeline.strict import listed, nearest
 
 Array = np.ndarray[Any, Any]
@@ -119,13 +119,15 @@ def recalibrate(
     shifts: Mapping[str, Shift],
     progress: Callable[[int], Any] = lambda t_ns: None,
 ) -> Recalibration:
-    """Writes ``reader``'s recording with corrected times to ``out``. ConfigError for a stream that is not there and an
-    ``out`` that exists; RecordingError."""
+    """Writes ``reader``'s recording with corrected times to ``out``, which appears only when it is whole. ConfigError
+    for a stream that is not there and an ``out`` that exists; RecordingError."""
     _check(reader, shifts)
+    if out.exists():
+        raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
     columns = _columns(reader, shifts)
     plans = {name: _plan(columns[name], shift) for name, shift in shifts.items()}
     dropped: Counter[str] = Counter()
-    with RecordingWriter(out, _session(reader, shifts)) as writer:
+    with whole_file(out) as part, RecordingWriter(part, _session(reader, shifts), overwrite=True) as writer:
         for name, data in reader.attachments.items():
             if name != RIG and not name.startswith(CALIBRATION):
                 writer.attach(name, data)

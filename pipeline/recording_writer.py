@@ -11,6 +11,7 @@ import contextlib
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
@@ -46,8 +47,9 @@ class NoRoomError(RecordingError):
 
     def __init__(self, path: Path | str, size: int, why: str) -> None:
         super().__init__(
-            f"{path} cannot be written any further: {why}. The recording ends here; the {size} bytes until now stay "
-            "readable. Make room and start again"
+            f"{path} cannot be written any further: {why}. The recording ends here; "
+            + (f"the {size} bytes until now stay readable" if size else "nothing of it is kept")
+            + ". Make room and start again"
         )
         self.why = why
 
@@ -366,6 +368,23 @@ class _Output:
         if not self.closed:
             self.closed = True
             os.close(self._fd)
+
+
+@contextlib.contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """Where a recording is written that is to appear as ``out`` only when it is whole, which it is when the block is
+    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full."""
+    part = out.with_name(out.name + ".tmp")
+    try:
+        yield part
+        os.replace(part, out)
+    except NoRoomError as error:
+        raise RecordingError(
+            f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def free_path(path: Path) -> Path:

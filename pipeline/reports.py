@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from pipeline.recording import INCOMPLETE, Deleted, deleted_text
-from pipeline.sheet import Sheet, counted, number, numbers
+from pipeline.sheet import Sheet, counted, number, numbers, size
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
@@ -178,7 +178,7 @@ GAPS = "gaps: places in its numbering where messages were lost; a pause without 
 def _recorded(info: Mapping[str, Any]) -> str:
     """When and by what it was recorded, and how much there is of it."""
     parts = [info["date"].replace("T", " ").replace("+00:00", " UTC")] if "date" in info else []
-    parts += [f"{info['bytes'] / 1e6:.1f} MB"] if "bytes" in info else []
+    parts += [size(info["bytes"])] if "bytes" in info else []
     parts += [f"rig {info['rig']}"] if "rig" in info else []
     if (bundle := info.get("bundle")) is not None:
         parts.append(" ".join(filter(None, ("model", bundle["name"], f"{bundle['sha256'][:12]}…"))))

@@ -120,6 +120,11 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
+def size(nbytes: float) -> str:
+    """Bytes in kB, or in MB where there are so many."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
+
+
 def bar(share: float, width: int = BAR) -> str:
     """``share`` of 0 to 1 as a bar of fixed width."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)

@@ -92,6 +92,13 @@ class Document:
             raise ConfigError(f"{path}: the file cannot be read: {error.strerror}.") from None
         return cls(text, path)
 
+    @property
+    def folder(self) -> Path:
+        """What relative paths in it are relative to: where the file lies; of what is no regular file (a pipe, say) the
+        folder of whoever named it."""
+        lies = self.path.is_file() or not self.path.exists()
+        return self.path.resolve().parent if lies else Path.cwd()
+
     def decode(self, type_: type[T], at: Where = (), value: Any = ..., extra: Iterable[str] = ()) -> T:
         """The value at path ``at`` (or ``value`` in its place) as ``type_``. ``extra`` are keys that are also allowed
         there, named when a key is unknown. Raises ConfigError, which says everything that is wrong."""
@@ -302,7 +309,7 @@ class Document:
         if type_ is not Path or not isinstance(value, str):
             raise ValueError(f"expected {describe(type_)}")
         path = Path(value).expanduser()
-        return path if path.is_absolute() else (self.path.resolve().parent / path).resolve()
+        return path if path.is_absolute() else (self.folder / path).resolve()
 
     def _unknown(self, key: str, value: Any, known: list[str], at: Where) -> ConfigError:
         allowed = f"Allowed here: {listed(sorted(known))}." if known else "No keys are allowed here."

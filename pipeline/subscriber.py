@@ -42,6 +42,11 @@ class Subscription:
         """``key`` is the file of this host's own secret key, ``hub_key`` that of the publisher's public one: beyond
         this host there is nothing to be had without (`sensorium keys`). ConfigError if ``endpoint`` is none, or lies
         beyond this host and the keys are not both there."""
+        if not isinstance(endpoint, str):
+            raise ConfigError(
+                f"an endpoint is a text like tcp://127.0.0.1:5599 or ipc:///path, not {endpoint!r}; `sensorium run` "
+                "says which its session has."
+            )
         self.endpoint, self._timeout_s = endpoint, timeout_s
         if (key is None) != (hub_key is None):
             raise ConfigError("keys are needed both or not at all: this host's secret one and the hub's public one.")

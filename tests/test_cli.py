@@ -291,9 +291,45 @@ def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
         while b"note:" not in said and select.select([running.process.stderr], [], [], PATIENCE_S)[0]:
             said += os.read(running.process.stderr.fileno(), 4096)
         assert b"nothing has come from ipc://" in said
+        assert b"start one with: sensorium run RIG, and listen to it with: sensorium subscribe, without" in said
         out, err, code = running.stop()
         assert (out, code) == (b"", 0)
         assert err.decode().strip() == f"nothing was heard at ipc://{place}/nobody.sock: is a session publishing there?"
+
+
+def test_the_hint_of_an_address_is_one_that_run_takes() -> None:
+    assert commands._begin("tcp://127.0.0.1:5599").endswith("run RIG --predictions tcp://127.0.0.1:5599")
+    assert "--predictions" not in commands._begin("ipc:///nonexist/x.sock")
+
+
+@pytest.mark.parametrize("named", [".", "nope.yaml", "laod.yaml", "./nope"])
+def test_the_rigs_beside_what_was_named_come_first(tmp_path: Path, call: Call, named: str) -> None:
+    (tmp_path / "load.yaml").write_text(RIG)
+    (tmp_path / "train.yaml").write_text("name: no rig\n")
+    code, _, err = call(tmp_path, "check", named)
+    assert code == 2
+    assert f"There are `load.yaml`, `{ROOT}/configs/" in err
+    assert "train.yaml" not in err
+    assert ("Did you mean `load.yaml`?" in err) == (named == "laod.yaml")
+
+
+def test_of_a_folder_full_of_rigs_some_are_named(tmp_path: Path, call: Call) -> None:
+    for number in range(15):
+        (tmp_path / f"r{number:02}.yaml").write_text(RIG)
+    _, _, err = call(tmp_path, "check", ".")
+    assert "`r11.yaml`, `/" in err
+    assert "And 3 more are in ." in err
+
+
+def test_a_rig_may_come_through_a_pipe(place: Path) -> None:
+    (place / "relative.yaml").write_text(RIG.replace(str(ROOT), "there"))
+    (place / "there").symlink_to(ROOT)
+    for source in ("<(cat relative.yaml)", "/dev/stdin < <(cat relative.yaml)"):
+        done = subprocess.run(["bash", "-c", f"{SENSORIUM} check {source}"], cwd=place, env=environment(place),
+                              capture_output=True, text=True, timeout=PATIENCE_S)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "small: 4 sources; model demo" in done.stdout
+    assert "/dev/null: found nothing, expected a mapping" in sensorium(place, "check", "/dev/null").stderr
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------

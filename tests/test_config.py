@@ -150,6 +150,8 @@ def test_what_can_be_read_is_read_in_spite_of_what_is_wrong() -> None:
 
 def test_so_many_milliseconds_that_seconds_may_be_meant_are_noted() -> None:
     text = RIG.replace("rate_hz: 30", "rate_hz: 30000, delay_ms: 15000, other_ms: 10000")
+    (note,) = long_times(rig(text + "align: {max_delay_ms: 1000000000}\n").document)[:1]
+    assert note.endswith("max_delay_ms: 1000000000 ms are 1000000 s; is that meant?")
     notes = long_times(rig(text + "align: {max_delay_ms: 250000}\n").document)
     assert [note.split(", ", 1)[1] for note in notes] == [
         "line 4, align.max_delay_ms: 250000 ms are 250 s; is that meant?",

@@ -239,7 +239,7 @@ def test_labels_lie_on_the_file_as_a_player_shows_it(make_file: Callable[..., Pa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "start_s,label\n1,x\n", "row 1 .* needs start_s, end_s, label"),
+        ("a.csv", "start_s,label\n1,x\n", "is `start_s,label`; it must be the heading, `start_s,end_s,label`"),
         ("a.csv", "start_s,end_s,label\n1,2,x\n1,y,z\n", "row 2 .* no numbers"),
         ("a.csv", "start_s,end_s,label\n2,1,x\n", "must end later"),
         ("a.json", "{", "no valid JSON"),

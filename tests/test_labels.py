@@ -41,7 +41,13 @@ def test_the_sidecar_wins(recording: Path) -> None:
     ):
         session_labels(recording)
     sidecar.write_text("start_s,end_s,label\n")
-    with pytest.raises(RecordingError, match=r"walk.labels.csv has no labels"):
+    with pytest.raises(RecordingError, match=r"walk.labels.csv has no labels, and hides .* of its own \(2\). Remove"):
+        session_labels(recording)
+    sidecar.write_text("")
+    with pytest.raises(RecordingError, match=r"walk.labels.csv has no labels, and hides .* of its own \(2\). Remove"):
+        session_labels(recording)
+    sidecar.write_text("0,3,clear\n")
+    with pytest.raises(ConfigError, match=r"of .*walk.labels.csv is `0,3,clear`; it must be the heading, `start_s,"):
         session_labels(recording)
     sidecar.write_text("start_s,end_s,label\n2,1,run\n")
     with pytest.raises(ConfigError, match="row 1"):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,8 +44,8 @@ from pipeline import learn  # noqa: E402
 from pipeline.learn.card import card  # noqa: E402
 from pipeline.learn.config import streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
-from pipeline.learn.export import _overrides, prove  # noqa: E402
-from pipeline.learn.loop import Silent  # noqa: E402
+from pipeline.learn.export import _default_cache, _overrides, prove  # noqa: E402
+from pipeline.learn.loop import Checkpoints, Silent  # noqa: E402
 from pipeline.learn.model import build_encoders, cut_windows, say, windows  # noqa: E402
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
 from pipeline.learn.robust import disagreement, distort  # noqa: E402
@@ -732,6 +733,72 @@ def test_splits_keep_groups_whole_and_labels_even() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sessions", "stated", "said", "works"),
+    [
+        (1, {}, "1 session cannot be split in 1 held out, 1 tested on and at least 1 to learn from. Record more, or "
+         "set under `split` `held_out: 0` and `test: 0`,", {"held_out": 0, "test": 0}),
+        (1, {"test": 0}, "1 session cannot be split in 1 held out, 0 tested on and at least 1 to learn from. Record "
+         "more, or set under `split` `held_out: 0`,", {"held_out": 0, "test": 0}),
+        (2, {}, "2 sessions cannot be split in 1 held out, 1 tested on and .* `test: 0`,", {"test": 0}),
+        (3, {"held_out": 0.9}, "3 sessions cannot be split in 3 held out, 1 tested on .* `held_out: 0`,",
+         {"held_out": 0}),
+        (2, {"held_out": ["s0", "s1"], "test": 0}, "2 sessions cannot be split in 2 held out, 0 tested .* Name fewer",
+         {"held_out": ["s0"], "test": 0}),
+        (4, {"by": "person"}, "2 groups by `person` cannot .* Record more, split by something finer, or .* `test: 0`,",
+         {"by": "person", "test": 0}),
+        (1, {"by": "person"}, "1 group by `person` cannot", {"by": "person", "test": 0, "held_out": 0}),
+    ],
+)  # fmt: skip
+def test_too_few_sessions_are_said_before_anything_is_prepared(
+    tmp_path: Path, sessions: int, stated: dict[str, Any], said: str, works: dict[str, Any]
+) -> None:
+    made = [made_session(20, [i % 2], f"s{i}", person=f"p{i // 2}") for i in range(sessions)]
+    known = [learn.Made(s.session.name, [], [], s.session.attributes) for s in made]
+    with pytest.raises(ConfigError, match=said):
+        learn.train(configured(tmp_path, split=stated), known, device="cpu")
+    parts = split(made, configured(tmp_path, split=works).file.split, 2)
+    assert parts.train
+
+
+def test_prepared_sessions_lie_elsewhere_where_they_cannot_lie_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".prepared").write_text("no folder")
+    notes: list[str] = []
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    with ExitStack() as stack:
+        cache = _default_cache(tmp_path, stack, Noting())
+        assert cache.is_dir()
+        assert tmp_path not in cache.parents
+    assert not cache.exists()
+    assert len(notes) == 1
+    assert notes[0].startswith(
+        f"{tmp_path}/.prepared cannot be written (Not a directory), so that prepared sessions are"
+    )
+    (tmp_path / ".prepared").unlink()
+    with ExitStack() as stack:
+        assert _default_cache(tmp_path, stack, Noting()) == tmp_path / ".prepared"
+    assert len(notes) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file's greatest size can be set on POSIX alone")
+def test_a_checkpoint_that_finds_no_room_says_why(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            Checkpoints(tmp_path / "work", "x").save({"weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.value.filename == str(tmp_path / "work" / "checkpoint.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("labels", "said"),
     [
         ([], "has no labels"),
@@ -897,7 +964,7 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
             _, stderr = running.communicate(timeout=60)
         finally:
             running.kill()
-    assert running.returncode == 130
+    assert running.returncode == 128 + how
     assert "interrupted; go on with: sensorium train" in stderr
     assert "Traceback" not in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [".prepared", "b.unfinished", "tmp", "train.yaml"]

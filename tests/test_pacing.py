@@ -28,6 +28,7 @@ def notes(folder: Path, **sources: Any) -> list[str]:
      "model's steps will have none that is near enough, and be `missing`; raise `rate_hz` to 10 or more"),
     ("lidar", {"rate_hz": 0.5}, "raise `rate_hz` to"),
     ("lidar", {"rate_hz": 0.5}, "set `idle_ms` of `align` to 3000 or more"),
+    ("camera", {"rate_hz": 0.001}, "a message comes each 1000000 ms, and the whole window is shorter than that: "),
     ("imu", {"rate_hz": 10, "block": 1}, "a sample comes each 100 ms, but the model takes what is farther apart than"),
     ("imu", {"rate_hz": 40, "block": 1}, "what is faster than 20 Hz it will not see; raise `rate_hz` to"),
     ("imu", {"rate_hz": 8000, "block": 1}, "8000 messages a second take about 160% of a core to send, and 80% in "

@@ -49,3 +49,9 @@ def test_a_subscription_from_another_host_needs_both_keys(tmp_path: Path) -> Non
                 publisher.publish_json("prediction", msgspec.json.encode(prediction(10)))
                 got += [p.window.index for p in subscription.receive(20)]
     assert got[0] == 10
+
+
+@pytest.mark.parametrize("endpoint", [None, 5599, Path("/tmp/x.sock")])
+def test_an_endpoint_is_a_text(endpoint: object) -> None:
+    with pytest.raises(ConfigError, match="an endpoint is a text like"):
+        subscribe(endpoint)  # type: ignore[arg-type]

@@ -15,10 +15,11 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from pipeline.curves import Bars
+from pipeline.errors import plain
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.life import ON_THE_WAY, QUEUE_FULL, RecordReport
 from pipeline.reports import closing, recording_table, verification_text
-from pipeline.sheet import Sheet, bar, numbers
+from pipeline.sheet import Sheet, bar, numbers, size
 from pipeline.show import Show, print_summary
 from pipeline.summary import Summary, not_whole
 from pipeline.terminal import Lines, Screen, console, duration, latency, screen
@@ -258,6 +259,19 @@ def test_one_of_a_kind_is_not_many_and_what_is_unknown_has_no_unit() -> None:
     shown = text(closing(summary))
     assert "1 prediction cannot be right: its truth (other)" in shown
     assert "1 window has no prediction, for a node had died: 11\n" in shown
+
+
+def test_sizes_and_numbers_are_read_without_powers_of_ten() -> None:
+    assert [size(n) for n in (0, 940, 52_000, 999_000, 4_200_000)] == [
+        "0.0 kB",
+        "0.9 kB",
+        "52.0 kB",
+        "999.0 kB",
+        "4.2 MB",
+    ]
+    assert [plain(n) for n in (1e9, 1e6, 33.3333333, 250.0, 0.5, 0.00001, 1e15)] == [
+        "1000000000", "1000000", "33.3333", "250", "0.5", "0.00001", "1000000000000000",
+    ]  # fmt: skip
 
 
 def test_bars_have_one_width_and_durations_read_as_time() -> None:

@@ -5,9 +5,7 @@ A new kind of file is one class with ``accepts`` and ``open`` (see ``base.Import
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from pipeline.importing.choosing import choose
 from pipeline.importing.labels import read_labels
 from pipeline.importing.pictures import Pictures
 from pipeline.recording import Compression, Label, RecordingWriter, SessionInfo
-from pipeline.recording_writer import NoRoomError
+from pipeline.recording_writer import whole_file
 
 IMPORTERS: tuple[Importer, ...] = (Bags(), Captures(), Pictures(), AudioVideo())
 """Asked in order; the first that accepts a file imports it."""
@@ -58,7 +56,6 @@ def import_file(
         raise ConfigError(f"{out} exists already: choose another name, or ask for it to be overwritten")
     intervals = [] if labels is None else read_labels(Path(labels))
     opened = _importer_of(path).open(path, options)
-    part = out.with_name(out.name + ".tmp")
     try:
         if options.streams and opened.mixed is None:
             names = choose({name: name for name in opened.tracks}, options.streams, path)
@@ -72,7 +69,7 @@ def import_file(
             arrival="received" if opened.arrives else "capture_end",
             extra={"imported_from": path.name, "sha256": digest, **said, **opened.facts},
         )
-        with RecordingWriter(part, info, compression, overwrite=True) as writer:
+        with whole_file(out) as part, RecordingWriter(part, info, compression, overwrite=True) as writer:
             for interval in intervals:
                 label = _on_session(interval, opened.zero_ns - session.origin_ns)
                 writer.write_label(label, max(label.start_ns, 0))
@@ -83,15 +80,6 @@ def import_file(
                 progress(message.header.t_end_ns)
             note = ", ".join(f"dropped: {count} {what}" for what, count in sorted(opened.dropped.items()))
             writer.close(complete=not note, note=note)
-        os.replace(part, out)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(error, NoRoomError):
-            raise RecordingError(
-                f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
-            ) from None
-        raise
     finally:
         opened.close()
     return msgspec.structs.replace(info, complete=not note, note=note)

@@ -29,8 +29,18 @@ def read_labels(path: Path) -> list[Label]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"labels cannot be read from {path}: {error}") from None
-    rows = _json_rows(path, text) if path.suffix.lower() == ".json" else csv.DictReader(text.splitlines())
+    rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _csv_rows(path, text)
     return [_label(path, number, row) for number, row in enumerate(rows, start=1)]
+
+
+def _csv_rows(path: Path, text: str) -> Iterable[Any]:
+    rows = csv.DictReader(text.splitlines())
+    if rows.fieldnames is not None and not set(_COLUMNS) <= set(rows.fieldnames):
+        raise ConfigError(
+            f"the first line of {path} is `{','.join(rows.fieldnames)}`; it must be the heading, "
+            f"`{','.join(_COLUMNS)}`, and each line below it an interval"
+        )
+    return rows
 
 
 def _json_rows(path: Path, text: str) -> Iterable[Any]:

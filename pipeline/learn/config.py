@@ -180,7 +180,7 @@ class Config(msgspec.Struct, frozen=True):
 
     def sessions(self, patterns: tuple[str, ...], at: str) -> list[Path]:
         """The files that ``patterns`` mean, sorted, each once. ConfigError for patterns that nothing matches."""
-        folder, found, wrong = self.document.path.resolve().parent, dict[Path, None](), Together()
+        folder, found, wrong = self.document.folder, dict[Path, None](), Together()
         for pattern in patterns:
             whole = str(folder / Path(pattern).expanduser())
             files = sorted(glob.glob(whole, recursive=True)) if glob.has_magic(whole) else [whole]

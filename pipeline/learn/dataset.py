@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -225,19 +225,68 @@ def absent(sessions: Sequence[Labelled], labels: tuple[str, ...]) -> list[str]:
     return [label for i, label in enumerate(labels) if i not in seen]
 
 
-def split(sessions: Sequence[Labelled], entry: SplitEntry, labels: int) -> Split:
-    """The sessions in three parts, whole groups in each. ConfigError where the groups do not suffice."""
-    groups = {session.session.name: _group(session, entry.by) for session in sessions}
+class _Grouped(Protocol):
+    """What of a session decides which group is its."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def attributes(self) -> Mapping[str, str]: ...
+
+
+class _Plan(NamedTuple):
+    """How groups are split: the ``groups`` of sessions; which groups are ``fixed`` to a part, which are ``free``, and
+    how many of these each part gets."""
+
+    groups: dict[str, str]
+    fixed: dict[str, str]
+    free: list[str]
+    sizes: dict[str, int]
+
+
+def check_split(sessions: Sequence[_Grouped], entry: SplitEntry) -> None:
+    """ConfigError where ``split`` would raise it, which needs no more than what sessions are called."""
+    _planned(sessions, entry)
+
+
+def _planned(sessions: Sequence[_Grouped], entry: SplitEntry) -> _Plan:
+    groups = {session.name: _group(session, entry.by) for session in sessions}
     names = sorted(set(groups.values()))
     fixed = {name: part for part in ("held_out", "test") for name in _named(entry, part, names)}
     free = [name for name in names if name not in fixed]
     sizes = {part: _size(getattr(entry, part), len(names)) for part in ("held_out", "test")}
-    if sum(sizes.values()) >= len(free) and (any(sizes.values()) or not free):
-        raise ConfigError(
-            f"split: {len(names)} groups by `{entry.by}` cannot be split in {sizes['held_out']} held out, "
-            f"{sizes['test']} tested on and at least one to learn from. Record more, split by something finer, or set "
-            "`test: 0`."
-        )
+    if sum(sizes.values()) >= len(free):
+        raise ConfigError(_too_few(entry, fixed, len(free), sizes))
+    return _Plan(groups, fixed, free, sizes)
+
+
+def _too_few(entry: SplitEntry, fixed: Mapping[str, str], free: int, sizes: Mapping[str, int]) -> str:
+    """That the groups do not suffice, and the least that would have to change."""
+    many = Counter(fixed.values()) + Counter(sizes)
+    what = "session" if entry.by == "session" else f"group by `{entry.by}`"
+    if len(fixed) + free != 1:
+        what = "sessions" if entry.by == "session" else f"groups by `{entry.by}`"
+    said = (
+        f"split: {len(fixed) + free} {what} cannot be split in {many['held_out']} held out, {many['test']} tested on "
+        "and at least 1 to learn from. "
+    )
+    if not free:
+        return said + "Name fewer under `held_out` and `test`, or record more."
+    finer = "" if entry.by == "session" else ", split by something finer"
+    if sizes["held_out"] < free:
+        least = "`test: 0`, and nothing is said of how good the model is"
+    elif sizes["test"] < free:
+        least = "`held_out: 0`, and nobody knows how sure the model may be"
+    else:
+        least = "`held_out: 0` and `test: 0`, and nobody knows how good the model is, and how sure it may be"
+    return f"{said}Record more{finer}, or set under `split` {least}."
+
+
+def split(sessions: Sequence[Labelled], entry: SplitEntry, labels: int) -> Split:
+    """The sessions in three parts, whole groups in each. ConfigError where the groups do not suffice."""
+    groups, fixed, free, sizes = _planned([session.session for session in sessions], entry)
+    names = sorted(set(groups.values()))
     counts = {name: np.zeros(labels) for name in names}
     for session in sessions:
         counts[groups[session.session.name]] += np.bincount(session.truth[session.truth >= 0], minlength=labels)
@@ -248,16 +297,16 @@ def split(sessions: Sequence[Labelled], entry: SplitEntry, labels: int) -> Split
     return Split(parts["train"], parts["held_out"], parts["test"], groups)
 
 
-def _group(session: Labelled, by: str) -> str:
+def _group(session: _Grouped, by: str) -> str:
     if by == "session":
-        return session.session.name
-    if by not in session.session.attributes:
+        return session.name
+    if by not in session.attributes:
         raise ConfigError(
-            f"split: {session.session.name} has no attribute `{by}`; it has "
-            f"{listed(sorted(session.session.attributes)) or 'none'}. Write a sessions.csv beside the sessions, with "
+            f"split: {session.name} has no attribute `{by}`; it has "
+            f"{listed(sorted(session.attributes)) or 'none'}. Write a sessions.csv beside the sessions, with "
             f"the columns file and {by}."
         )
-    return session.session.attributes[by]
+    return session.attributes[by]
 
 
 def _named(entry: SplitEntry, part: str, names: Sequence[str]) -> Sequence[str]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from pipeline.learn.model import Said, say, subsets_of, windows
 from pipeline.learn.sessions import Recorded
 from pipeline.learn.train import Trained, train
 from pipeline.modelfile import MODEL_FILE, Calibration, Lineage, ModelFile
+from pipeline.outside import naming
 
 Array = np.ndarray[Any, Any]
 SAMPLES = 16
@@ -59,26 +61,36 @@ def train_bundle(
     """Trains what ``config`` says on the recordings that it names, and writes the bundle ``out``. Prepared steps are
     kept in its ``cache`` (default: a folder ``.prepared`` beside the training file), the state of an unfinished
     training beside ``out``. ``jobs``: see ``train``. Raises ConfigError, RecordingError, BundleError."""
-    file = config.file
+    file, watch = config.file, watch or Silent()
     paths = config.sessions(file.sessions, "sessions")
     more = config.sessions(file.pretrain.sessions, "pretrain") if file.pretrain is not None else []
-    cache = file.cache or _default_cache(config.document.path.resolve().parent)
     work = out.with_name(f"{out.name}.unfinished")
-    trained = train(
-        config, [Recorded(path) for path in paths], cache=cache, work=work, device=device, resume=resume, watch=watch,
-        unlabelled=[Recorded(path) for path in more], jobs=jobs,
-    )  # fmt: skip
-    made = export(trained, out, watch)
+    with ExitStack() as stack:
+        cache = file.cache or _default_cache(config.document.folder, stack, watch)
+        trained = train(
+            config, [Recorded(path) for path in paths], cache=cache, work=work, device=device, resume=resume,
+            watch=watch, unlabelled=[Recorded(path) for path in more], jobs=jobs,
+        )  # fmt: skip
+        made = export(trained, out, watch)
     shutil.rmtree(work, ignore_errors=True)
     return trained, made
 
 
-def _default_cache(folder: Path) -> Path:
-    """Nobody asked for this folder, so it keeps itself out of who looks after the training file's, as git does."""
+def _default_cache(folder: Path, stack: ExitStack, watch: Watch) -> Path:
+    """Nobody asked for this folder, so it keeps itself out of who looks after the training file's, as git does; and
+    where it cannot be written, another does until ``stack`` is left."""
     cache = folder / ".prepared"
-    if not cache.exists():
-        cache.mkdir(exist_ok=True)
-        (cache / ".gitignore").write_text("*\n")
+    try:
+        if not cache.exists():
+            cache.mkdir(exist_ok=True)
+            (cache / ".gitignore").write_text("*\n")
+        tempfile.TemporaryFile(dir=cache).close()  # permissions alone do not tell
+    except OSError as error:
+        watch.note(
+            f"{cache} cannot be written ({error.strerror}), so that prepared sessions are kept in a temporary folder, "
+            "and the next training prepares them again. `cache: FOLDER` in the training file keeps them elsewhere"
+        )
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sensorium-prepared-")))
     return cache
 
 
@@ -91,7 +103,7 @@ def export(trained: Trained, out: Path, watch: Watch | None = None) -> Exported:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with deterministic():
+        with deterministic(), naming(out):
             scores = _write(trained, part, watch)
         part.chmod(0o755)
         os.replace(part, out)

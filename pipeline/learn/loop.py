@@ -7,10 +7,11 @@ so that a training that was interrupted and resumed gives the same weights as on
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.outside import naming
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -275,5 +277,13 @@ class Checkpoints:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             part = self._folder / f"{CHECKPOINT}.part"
-            torch.save({"identity": self._identity, **state}, part)
-            os.replace(part, self._folder / CHECKPOINT)
+            whole = io.BytesIO()  # torch would hide why it cannot write to a file
+            torch.save({"identity": self._identity, **state}, whole)
+            try:
+                with naming(self._folder / CHECKPOINT):
+                    part.write_bytes(whole.getbuffer())
+                    os.replace(part, self._folder / CHECKPOINT)
+            finally:
+                part.unlink(missing_ok=True)
+                with suppress(OSError):  # an empty one would look like a training that can be gone on with
+                    self._folder.rmdir()

@@ -34,6 +34,7 @@ from pipeline.learn.sessions import Given, Mode, Recorded, Session
 from pipeline.learn.stream_encoder import StreamEncoder
 from pipeline.messages import payload_of
 from pipeline.modelfile import BundleStream
+from pipeline.outside import naming
 from pipeline.strict import listed
 from pipeline.workers import workers
 
@@ -161,7 +162,7 @@ def _whole(folder: Path) -> bool:
 def _make(session: Session, recipe: Recipe, folder: Path, parts: Path) -> None:
     """Prepares the session in ``parts``, and moves it to ``folder`` when it is whole."""
     part = Path(tempfile.mkdtemp(dir=parts))
-    with one_thread():
+    with one_thread(), naming(folder.parent):
         _write(session, recipe, part)
     try:
         part.replace(folder)

@@ -23,7 +23,17 @@ from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.learn.begin import begin_from
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
-from pipeline.learn.dataset import Batch, Dataset, Labelled, Split, absent, hold_if_small, label_sessions, split
+from pipeline.learn.dataset import (
+    Batch,
+    Dataset,
+    Labelled,
+    Split,
+    absent,
+    check_split,
+    hold_if_small,
+    label_sessions,
+    split,
+)
 from pipeline.learn.fusion import FusionOut
 from pipeline.learn.loop import Checkpoints, Draws, Phase, Silent, Watch, deterministic, pick_device
 from pipeline.learn.model import Model, build_encoders, build_model, cut_windows, say
@@ -147,6 +157,8 @@ def train(
     configuration and machine give equal weights. Raises ConfigError, RecordingError, BundleError."""
     watch = watch or Silent()
     chosen = pick_device(device)
+    _check_names(sessions)
+    check_split(sessions, config.file.split)  # before much is prepared in vain
     with deterministic(), ExitStack() as stack:
         torch.manual_seed(config.file.seed)
         kept = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sensorium-learn-")))

@@ -17,6 +17,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.recording_writer import NoRoomError
 from pipeline.sim.camera import prepare
 from pipeline.sim.ranges import Name
 from pipeline.sim.script import Spell
@@ -50,7 +51,8 @@ def record_session(
     overwrite: bool = False,
     progress: Callable[[float], None] = lambda s: None,
 ) -> Written:
-    """Simulates a session and records it. ConfigError if MuJoCo or a renderer is missing, or the file exists."""
+    """Simulates a session and records it. ConfigError if MuJoCo or a renderer is missing, or the file exists;
+    RecordingError where it finds no room, and then nothing of it stays."""
     prepare()  # before anything imports MuJoCo
     from pipeline.sim.session import Simulation
 
@@ -74,6 +76,12 @@ def record_session(
                 writer.write_label(whole, simulation.now_ns)
             writer.write_label(labels[-1], simulation.now_ns)
             writer.attach("world.json", msgspec.json.encode(simulation.world.values), "application/json")
+    except NoRoomError as error:
+        path.unlink(missing_ok=True)
+        named = path.with_suffix("") if path.suffix == ".tmp" else path
+        raise RecordingError(
+            f"{named} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
+        ) from None
     finally:
         simulation.close()
     length = dict.fromkeys(sorted({label.label for label in labels}), 0.0)

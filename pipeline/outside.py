@@ -1,0 +1,160 @@
+"""What the machine refuses, in words: files that nobody may write, disks that are full, standard output that is closed
+or has no sign for what is to be shown."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import Any
+
+from pipeline.errors import ConfigError, SensoriumError
+
+_ASKED = {
+    errno.EACCES: "permission denied. Name another place, or change the permissions of this one.",
+    errno.EPERM: "permission denied. Name another place, or change the permissions of this one.",
+    errno.EROFS: "nothing can be written there, for the file system is read-only. Name another place.",
+    errno.ENAMETOOLONG: "the name is too long for the file system. Choose a shorter one.",
+    errno.ELOOP: "its symbolic links lead round in a circle. Mend them, or name another place.",
+    errno.ENOTDIR: "a part of this path is a file and no folder. Name another place.",
+    errno.EISDIR: "this is a folder where a file is needed. Name a file.",
+    errno.ENOENT: "there is no such file or folder, or no longer. Look at the path, and repeat the command.",
+    errno.EEXIST: "this exists already. Name another place, or remove it.",
+}
+"""What is to be said of an error that another path would have spared the user."""
+_FULL = {
+    errno.ENOSPC: "no space is left on its disk. Make room, or name a place on another disk.",
+    errno.EDQUOT: "the quota of disk space is used up. Make room, or name a place on another disk.",
+    errno.EFBIG: "the file would be larger than is allowed here (`ulimit -f`, or its file system).",
+    errno.EIO: "its disk or device failed. What the kernel says of it (`dmesg`) tells more; name a place on another.",
+}
+"""What is to be said of a disk, of which an error in the midst of a file does not name the file."""
+
+
+def explained(error: OSError) -> SensoriumError | None:
+    """What the machine refused; None for an error that names no file, and may be anybody's."""
+    code = error.errno or 0
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return SensoriumError(f"a file could not be read or written: {_FULL[code]}") if code in _FULL else None
+    path = os.fsdecode(error.filename)
+    if code in _ASKED:
+        return ConfigError(f"{path}: {_ASKED[code]}")
+    return SensoriumError(f"{path}: {_FULL.get(code) or _reason(error)}")
+
+
+@contextmanager
+def naming(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Within it an OSError that names no file (a full disk, met by a file that is open already) gets the name
+    ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror or error}. Mend that, or name another place."
+
+
+# -- standard streams --------------------------------------------------------------------------------------------------
+
+_PLAIN = str.maketrans(dict.fromkeys("–—−‐", "-") | dict.fromkeys("█▉▊▋▌", "#") | dict.fromkeys("▍▎▏", " ")
+                       | {"…": ".", "·": ".", "±": "~", "×": "x", "→": ">", "≥": ">", "≤": "<", "“": '"', "”": '"',
+                          "’": "'", "━": "-", "╸": "-", "╺": "-", "─": "-", "│": "|"}
+                       | {chr(spinner): "." for spinner in range(0x2800, 0x2900)})  # fmt: skip
+"""What stands for a sign that an encoding does not have: one for one, so that tables stay in line."""
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return "".join(sign if sign.isascii() else "?" for sign in text), error.end
+
+
+class _Output(FileIO):
+    """Standard output, which remembers that it could not be written: an error in the midst of a file names none, and
+    Python throws away what it could not write."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = error
+            raise
+
+
+def ready_streams() -> None:
+    """Makes standard output and error take whatever is shown: where one is closed nobody sees it, and a sign that its
+    encoding does not have is replaced."""
+    codecs.register_error("sensorium.plain", _in_plain)
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = FileIO(_nowhere(number), mode, closefd=False)
+            setattr(sys, name, TextIOWrapper(null, encoding="utf-8", write_through=True))
+    out = sys.stdout
+    if type(out) is TextIOWrapper and type(_raw(out)) is FileIO:
+        out.flush()
+        raw = _Output(out.fileno(), "wb", closefd=False)
+        sys.stdout = TextIOWrapper(
+            raw if isinstance(out.buffer, FileIO) else BufferedWriter(raw),
+            encoding=out.encoding, line_buffering=out.line_buffering, write_through=out.write_through,
+        )  # fmt: skip
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="sensorium.plain")
+
+
+def _raw(stream: Any) -> Any:
+    """The file below a stream, which has no buffer before it if Python runs unbuffered."""
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
+def _nowhere(number: int) -> int:
+    """A descriptor of the null device: ``number``, if that is free, lest something else becomes standard output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        os.fstat(number)
+    except OSError:
+        os.dup2(null, number)
+        os.close(null)
+        return number
+    if null == number:
+        os.set_inheritable(null, True)
+    return null
+
+
+def lost_output() -> OSError | None:
+    """Why standard output could not take what was written to it; None if it could. What it has not taken is thrown
+    away."""
+    raw = _raw(sys.stdout)
+    lost = raw.lost if isinstance(raw, _Output) else None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        lost = lost or error
+    if lost is not None:
+        discard_output()
+        if isinstance(raw, _Output):
+            raw.lost = None
+    return lost
+
+
+def discard_output() -> None:
+    """Throws away what Python still holds back for standard output, and all that comes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def unwritable(error: OSError) -> str:
+    """That standard output cannot be written, and why."""
+    why = {errno.ENOSPC: "no space is left on its disk", errno.EDQUOT: "the quota of disk space is used up"}
+    said = why.get(error.errno or 0, error.strerror or str(error))
+    return f"standard output cannot be written: {said}. Make room, or send it to another place."
