@@ -206,7 +206,7 @@ def _models(reader: RecordingReader) -> Iterator[BundleRef]:
 def recorded_steps(reader: RecordingReader, spec: AlignSpec) -> Iterator[tuple[Manifest, Step | None]]:
     """Every recorded manifest with its step made again by the rules of ``spec``, which may be others than those of the
     live session: what had come by then, who was idle and who had ended, is as it was. None where a message that the
-    step was made of is not in the recording."""
+    step was made of, or may have been, is not in the recording."""
     return _steps(reader, spec, Verification(session=reader.info.session))
 
 
@@ -238,7 +238,8 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
             aligner = Aligner(event_time(msgspec.structs.replace(spec, streams=known)), manifest.step)
         received, lost = held.received(manifest, log_ns)
         unknown.add(manifest, lost)
-        touched = {name: why for name in manifest.streams if (why := unknown.within(name, aligner.looks_from(name)))}
+        mine = [name for name in manifest.streams if name in declared]  # the live model may have had others
+        touched = {name: why for name in mine if (why := unknown.within(name, aligner.looks_from(name)))}
         step = aligner.obey(manifest, received)
         if step.manifest.digest == manifest.digest:
             result.windows += 1
