@@ -6,6 +6,8 @@ still wants it. A device that takes longer to open than a node may wait is thus 
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
 import sys
 import threading
@@ -26,6 +28,18 @@ def leave(status: int) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def setting(event: threading.Event) -> Callable[..., None]:
+    """A handler of signals that sets ``event``. To set it takes its lock, and a signal may come while the very thread
+    that it interrupts holds that: in the handler of the signal before, say, for a process whose launcher is killed is
+    told so once for each of the launcher's threads. So another thread sets it, begun without a lock."""
+
+    def handle(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends: nobody is left to be told
+            _thread.start_new_thread(event.set, ())
+
+    return handle
 
 
 class LongCall:

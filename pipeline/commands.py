@@ -705,12 +705,13 @@ def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool
     import threading
 
     from pipeline import joining
+    from pipeline.calls import setting
     from pipeline.link import LinkSpec
 
     absolute = [None if path is None else str(path.absolute()) for path in (key, hub_key)]
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, setting(stop))
     joining.join(
         LinkSpec(address, absolute[0], absolute[1], insecure),
         say=lambda text: print(text, file=sys.stderr, flush=True),

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pipeline.calls import setting
 from pipeline.clock import Clock, Origin, SystemClock
 from pipeline.errors import ConfigError
 
@@ -263,8 +264,8 @@ def begin(spec: NodeSpec) -> Life:
     signal.signal(signal.SIGINT, signal.SIG_IGN if spec.supervised else signal.default_int_handler)
     if not spec.supervised:
         life = Life(spec)
-        signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
-        signal.signal(signal.SIGINT, lambda *_: life.stop.set())
+        signal.signal(signal.SIGTERM, setting(life.stop))
+        signal.signal(signal.SIGINT, setting(life.stop))
         return life
     voice = os.dup(1)
     os.set_blocking(voice, False)
@@ -272,7 +273,7 @@ def begin(spec: NodeSpec) -> Life:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # and at once: who writes a source looks for it there
     life = Life(spec, voice=voice)
-    signal.signal(signal.SIGTERM, lambda *_: life.stop.set())
+    signal.signal(signal.SIGTERM, setting(life.stop))
     _die_with_parent()
     threading.Thread(target=_listen, args=(life,), daemon=True, name="orders").start()
     return life

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 
-from pipeline.calls import LongCall
+from pipeline.calls import LongCall, setting
 
 SOON_S = 20.0
 
@@ -50,3 +50,11 @@ def test_a_process_leaves_under_a_call_that_does_not_come_back() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (4, "left\n")
+
+
+def test_a_signal_that_comes_while_the_lock_is_held_waits_for_nobody() -> None:
+    """As where a second one interrupts the handler of the first."""
+    stop = threading.Event()
+    with stop._cond:  # type: ignore[attr-defined]
+        setting(stop)(15, None)
+    assert stop.wait(SOON_S)
