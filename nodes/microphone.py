@@ -161,7 +161,7 @@ class Microphone(Source):
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """``block_ms`` is the length of a message. ``gather_ms``: so much sound may gather in the device until it is
         taken, all at once (on ALSA; elsewhere the system decides); 20 brings every second message 20 ms sooner and
-        costs half as much again. Lost samples are known within 120 ms, or two such times if that is more.
+        costs more CPU. Lost samples are known within 120 ms, or two such times if that is more.
         ``delay_ms``: a constant delay between the air and the ADC time that you have measured (nobody else can know
         it); it is taken off all times."""
 
