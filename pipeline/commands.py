@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
-from pipeline.outside import naming
-from pipeline.paths import creatable, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
+from pipeline.outside import naming, uncreatable
+from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -287,7 +287,8 @@ def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, a
 def _writable(out: Path, option: str, what: str = "file") -> Path:
     """``out``, absolute, if it can be written and destroys nothing. ConfigError, before there is anything to lose."""
     whole = new_file(out, what)
-    creatable(out, option, what)
+    if why := uncreatable(out):
+        raise ConfigError(f"{out} cannot be created: {why}; name another {what} with {option}.")
     return whole
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedWriter, FileIO, TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError, SensoriumError
@@ -56,6 +57,25 @@ def naming(path: os.PathLike[str] | str) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def uncreatable(path: Path, folder: bool = False) -> str:
+    """Why no file, or no ``folder`` with files in it, can be made at ``path``, in words; nothing if one can, or is
+    there already. Tried, with a file that is removed at once, because permissions alone do not tell."""
+    if os.path.lexists(path) and not os.path.exists(path):
+        return "it is a link to what is not there"
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), path)
+    if there == path and not (folder and os.path.isdir(path)):
+        return f"{path} is no folder" if folder else ""
+    if not os.path.isdir(there):
+        return f"{there} is no folder"
+    probe = path if there == path.parent and not folder else there / f".sensorium-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.unlink(probe)
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def _reason(error: OSError) -> str:

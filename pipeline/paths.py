@@ -92,17 +92,6 @@ def new_name(text: str) -> Path:
     return Path(text)
 
 
-def creatable(path: Path, option: str = "", what: str = "file") -> None:
-    """Raises ConfigError if ``path``, which does not exist, cannot be created: tried, because permissions alone do not
-    tell. ``option`` is where the user named it."""
-    try:
-        path.touch(exist_ok=False)
-    except OSError as error:
-        by = f" with {option}" if option else ""
-        raise ConfigError(f"{path} cannot be created: {error.strerror}; name another {what}{by}.") from None
-    path.unlink()
-
-
 def write_whole(path: Path, text: str) -> None:
     """Writes ``text`` to ``path``, where it is whole or not at all. An OSError names ``path``."""
     part = path.with_name(path.name + ".tmp")

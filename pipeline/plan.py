@@ -32,7 +32,8 @@ from pipeline.encoding import PythonEncoder
 from pipeline.errors import ConfigError, SensoriumError, Together, closest, joined
 from pipeline.life import NodeSpec
 from pipeline.messages import Payload
-from pipeline.recording import free_path, message_limit, uncreatable
+from pipeline.outside import uncreatable
+from pipeline.recording import free_path, message_limit
 from pipeline.source import CORE_KINDS, KINDS, Pace, Source, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Document, Where, listed, nearest

@@ -21,7 +21,6 @@ from pipeline.recording_writer import (
     RingPart,
     SessionInfo,
     free_path,
-    uncreatable,
 )
 
 __all__ = [
@@ -49,5 +48,4 @@ __all__ = [
     "ring_notes",
     "seconds_of",
     "summarise",
-    "uncreatable",
 ]
