@@ -29,11 +29,16 @@ from pipeline.protocols.sweeps import Sweep
 from pipeline.protocols.velodyne import MODELS, Velodyne
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 
-_MS = 1_000_000
+_MS, _NS = 1_000_000, 1_000_000_000
 _PATIENCE_S = 0.05
 _LARGEST_PACKET = {"velodyne": 2048, "ouster": 65536}
 _GATHER_NS = 25 * _MS
-"""Packets are taken this often at most: the kernel has stamped them, and waking for each costs more than decoding."""
+"""Packets are taken this often while it is not known when a sweep will be whole: the kernel has stamped them, and
+waking for each costs more than decoding."""
+_LONGEST_NS = 100 * _MS
+"""Once it is known they are taken then; but this often at least, for a node has more to do."""
+_MARGIN_NS = 2 * _MS
+"""A sweep is whole when the first packet of the next has come, which may be one packet later than last time."""
 _SHARE, _OVERHEAD_BYTES = 4, 2048
 """Sooner, where they would else fill this part of what the kernel keeps, each counted with what it costs the kernel."""
 _LARGEST = {"velodyne": 1 << 18, "ouster": 1 << 18, "rplidar": 1 << 14}
@@ -171,6 +176,7 @@ class _Packets:
                                  _LARGEST_PACKET[settings.sensor])  # fmt: skip
         self._counters = _Counters(context)
         self._last_ns = self._heard_ns = self._visited_ns = self._next_ns = context.clock.now_ns()
+        self._whole_ns = self._turn_ns = 0  # when the last sweep was whole, and how long after the one before
 
     def _protocol(self, settings: Lidar.Settings) -> Any:
         if settings.sensor == "velodyne":
@@ -193,7 +199,7 @@ class _Packets:
             listening.wait(_PATIENCE_S)
             taken = listening.receive()
         now = clock.now_ns()
-        self._next_ns, self._visited_ns = now + self._pause_ns(taken, now - self._visited_ns), now
+        elapsed_ns, self._visited_ns = now - self._visited_ns, now
         packets = listening.packets
         found: list[Sweep] = []
         if packets:
@@ -202,18 +208,29 @@ class _Packets:
                 found = self.sweeps.take(packets, self._received_ns)
             except WireError as error:
                 raise SensorError(str(error)) from error
+        for sweep in found:
+            self._whole_ns, self._turn_ns = sweep.t_receipt_ns, sweep.t_receipt_ns - self._whole_ns
+        self._next_ns = now + min(self._room_ns(taken, elapsed_ns), self._due_ns(now))
         self._counters.tell(kernel=listening.dropped, malformed=self.sweeps.malformed, partial=self.sweeps.partial,
                             foreign=listening.foreign)  # fmt: skip
         if now - self._heard_ns > self._settings.silence_ms * _MS:
             raise self._silence()
         return found
 
-    def _pause_ns(self, taken: int, elapsed_ns: int) -> int:
-        """How long to let packets gather that come as fast as ``taken`` of them did."""
+    def _room_ns(self, taken: int, elapsed_ns: int) -> int:
+        """How long the kernel has room for packets that come as fast as ``taken`` of them did."""
         if taken == AT_ONCE:
             return 0  # more may wait already
         kept = 2 * max(map(len, self._socket.packets), default=0) + _OVERHEAD_BYTES
-        return min(_GATHER_NS, elapsed_ns * self._socket.room // (_SHARE * kept * max(taken, 1)))
+        return elapsed_ns * self._socket.room // (_SHARE * kept * max(taken, 1))
+
+    def _due_ns(self, now: int) -> int:
+        """How long it takes until the next sweep should be whole; one that is late is looked for more and more
+        rarely."""
+        if not _GATHER_NS <= self._turn_ns <= 2 * _NS:
+            return _GATHER_NS
+        due = self._whole_ns + self._turn_ns + _MARGIN_NS - now
+        return min(due, _LONGEST_NS) if due > 0 else min(max(-due, _MARGIN_NS), _GATHER_NS)
 
     def _received_ns(self, index: int) -> int:
         """The wall clock, on which the kernel stamps, may be slewed; receipts of one socket never go back."""

@@ -47,6 +47,9 @@ _MOST_KEPT_MS = 50
 """Of a longer message parts of this length are handed over already, or what comes at one moment, if that is more."""
 _MOST_PIECES = 5
 """Of blocks handed over together, in doubt: the clock is sure of a loss after six, and no moment decides alone."""
+_MOST_GATHERED_MS, _MORE_GATHERED_MS = 50, (100, 200)
+"""What may gather. Through PulseAudio a period is 20, 40, 50, 100 or 150 ms, whatever is asked for; where our blocks do
+not fill it PortAudio's ADC times jump to and fro by 10 ms and more (found with 60, 80, 120 and 160 at 8 to 48 kHz)."""
 _STEP_NS = 2 * _MS
 _MOST_CHANNELS = 8
 _PCM = np.dtype("<i2")
@@ -160,8 +163,8 @@ class Microphone(Source):
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """``block_ms`` is the length of a message. ``gather_ms``: so much sound may gather in the device until it is
-        taken, all at once (on ALSA; elsewhere the system decides); 20 brings every second message 20 ms sooner and
-        costs more CPU. Lost samples are known within 120 ms, or two such times if that is more.
+        taken, all at once (on ALSA; elsewhere the system decides), 10 to 50, 100 or 200; 20 brings every second message
+        20 ms sooner and costs more CPU. Lost samples are known within 120 ms, or two such times if that is more.
         ``delay_ms``: a constant delay between the air and the ADC time that you have measured (nobody else can know
         it); it is taken off all times."""
 
@@ -171,6 +174,13 @@ class Microphone(Source):
         block_ms: Annotated[int, msgspec.Meta(ge=10, le=1000)] = 20
         gather_ms: Annotated[int, msgspec.Meta(ge=10, le=200)] = 40
         delay_ms: Annotated[float, msgspec.Meta(ge=-1000, le=1000)] = 0.0
+
+        def __post_init__(self) -> None:
+            if self.gather_ms > _MOST_GATHERED_MS and self.gather_ms not in _MORE_GATHERED_MS:
+                raise ValueError(
+                    f"`gather_ms: {self.gather_ms}` is not to be had: PortAudio states ADC times then that are 10 to "
+                    f"30 ms off. Allowed are 10 to {_MOST_GATHERED_MS}, {' and '.join(map(str, _MORE_GATHERED_MS))}"
+                )
 
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from pipeline.clock import Clock, Origin
 from pipeline.errors import SensorError
 
-AT_ONCE = 64
+AT_ONCE = 128
 """So many datagrams are taken by one call at most."""
 
 _SO_TIMESTAMPNS, _SO_RXQ_OVFL, _SO_RCVBUFFORCE = 35, 40, 33

@@ -163,6 +163,7 @@ def test_channels_are_mixed_or_left_out() -> None:
 @pytest.mark.parametrize(("settings", "said"), [
     ({"rate": 16000}, "rate_hz"), ({"rate_hz": "16 khz"}, "whole number"), ({"channels": 0}, "at least 1"),
     ({"device": 1.5}, "text"), ({"block_ms": 5}, "at least 10"), ({"gather_ms": 5}, "at least 10"),
+    ({"gather_ms": 60}, "Allowed are 10 to 50, 100 and 200"), ({"gather_ms": 150}, "ADC times"),
 ])  # fmt: skip
 def test_wrong_settings_are_named_without_a_device(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -481,7 +482,8 @@ def test_two_seconds_of_sound_may_wait_however_it_comes(
 @pytest.mark.parametrize("lost", [800, 3200])
 @pytest.mark.parametrize(("per_moment", "settings", "usual_ms", "known_ms", "held_ms"), [
     (2, {}, 40, 120, 120), (1, {"gather_ms": 20}, 20, 120, 120), (1, {}, 20, 120, 120),
-    (3, {"gather_ms": 60}, 60, 120, 120), (4, {"gather_ms": 80}, 80, 160, 160), (10, {"gather_ms": 200}, 200, 400, 400),
+    (2, {"gather_ms": 50}, 40, 120, 120), (5, {"gather_ms": 100}, 100, 200, 200),
+    (10, {"gather_ms": 200}, 200, 400, 400),
     (4, {"block_ms": 10}, 40, 80, 80), (4, {"block_ms": 50}, 80, 80, 110), (2, {"block_ms": 100}, 120, 120, 140),
 ])  # fmt: skip
 def test_a_loss_is_known_as_soon_where_sound_is_taken_seldom(
@@ -591,7 +593,7 @@ def test_it_is_woken_for_full_messages_and_for_parts_of_long_ones(
 
 
 @pytest.mark.parametrize(("api", "gather_ms", "own_s", "asked"), [
-    ("ALSA", 40, 0.035, 0.1), ("ALSA", 40, 0.2, 0.2), ("ALSA", 60, 0.035, 0.18), ("ALSA", 20, 0.035, "high"),
+    ("ALSA", 40, 0.035, 0.1), ("ALSA", 40, 0.2, 0.2), ("ALSA", 100, 0.035, 0.34), ("ALSA", 20, 0.035, "high"),
     ("ALSA", 10, 0.035, "high"), ("Core Audio", 40, 0.035, "high"),
 ])  # fmt: skip
 def test_only_alsa_is_asked_to_gather(api: str, gather_ms: int, own_s: float, asked: float | str) -> None:

@@ -23,6 +23,8 @@ from pipeline.timebase import Timebase
 PACKET_BYTES = 1206
 MODELS = ("HDL64E_S1", "HDL64E_S2", "HDL64E_S3", "HDL32E", "VLP32A", "VLP32B", "VLP32C", "VLP16", "PuckHiRes", "VLS128")
 """The names that velodyne-decoder uses."""
+FOLLOW_NS = 40_000_000
+"""The sensor's clock is followed this often at least: it takes some hundred receipts to know its rate."""
 
 _BANKS = (0xEE, 0xDD)
 _STAMP = struct.Struct("<I")
@@ -84,8 +86,8 @@ class Velodyne:
 
     def take(self, packets: Sequence[bytes], received_ns: Callable[[int], int | None]) -> list[Sweep]:
         """The same for packets that came together. ``received_ns`` tells when the one of that number was received, and
-        is asked only of the first that is a packet. Where one cannot be decoded, the sweeps that were whole before it
-        are returned, and the error is raised by the next call."""
+        is asked only of the first that is a packet and of one every ``FOLLOW_NS``. Where one cannot be decoded, the
+        sweeps that were whole before it are returned, and the error is raised by the next call."""
         refused, self._refused = self._refused, None
         if refused is not None:
             raise refused
@@ -95,7 +97,8 @@ class Velodyne:
             if len(packet) != PACKET_BYTES or packet[1] not in _BANKS:
                 self.malformed += 1
                 continue
-            receipt_ns, asked = None if asked else received_ns(index), True
+            ask = not asked or self._device_last_ns - self._known_ns >= FOLLOW_NS
+            receipt_ns, asked = received_ns(index) if ask else None, True
             try:
                 sweep = self._take(packet, receipt_ns)
             except WireError as error:
