@@ -17,8 +17,9 @@ demo: $(VENV)/.base
 
 install: $(VENV)/.dev
 
+# Two at a time: half of them wait for something most of the time. One test is handed out after the other, in order.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 $(PYTEST)
 
 # The guest: one that lies beside this checkout, or else our own, which exits with 77 where it lacks something.
 GUEST := $(firstword $(wildcard ../shared/devices/with-devices) tests/devices/guest)

@@ -28,6 +28,15 @@ settings.register_profile("default", deadline=None, suppress_health_check=[Healt
 settings.load_profile("default")
 
 
+# Of the slow ones these take minutes each, and begin first: the last to end would else be one of them, alone.
+LONGEST = ("test_readme.py", "test_tutorial.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, in whatever order: what is wrong is told sooner."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.path.name not in LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def signals_as_a_shell_leaves_them() -> None:
     """PulseAudio's plugin for ALSA blocks SIGPIPE in whatever thread asks for the sound devices, and for good, and what
