@@ -15,7 +15,7 @@ import os
 import struct
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
-from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, Statistics
+from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, MetadataIndex, Statistics
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.recording_damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
@@ -31,6 +31,7 @@ from pipeline.recording_reader import MAGIC, MESSAGE_HEAD, ChunkPlace, Record, R
 from pipeline.recording_schemas import (
     BEAT_TOPIC,
     GAP_TOPIC,
+    LABEL_TOPIC,
     MANIFEST_TOPIC,
     PREDICTION_TOPIC,
     Schema,
@@ -183,7 +184,10 @@ class _Contents:
 
     def __init__(self, index: Index) -> None:
         self.chunks: list[ChunkIndex] = []
-        self.attachments: list[str] = []
+        self.attachments: dict[str, int] = {}
+        self.metadata: list[int] = []
+        """Where attachments and metadata begin, as far as no bytes before them are gone."""
+        self._moved = index.start - index.stated
         self.counts: dict[int, int] = {}
         self.channels: list[tuple[int, bytes]] = []
         """Schemas and channels as they lie there."""
@@ -195,9 +199,16 @@ class _Contents:
                 case Opcode.CHUNK_INDEX:
                     self.chunks.append(ChunkIndex.read(stream))
                 case Opcode.ATTACHMENT_INDEX:
-                    self.attachments.append(AttachmentIndex.read(stream).name)
+                    one = AttachmentIndex.read(stream)
+                    self.attachments[one.name] = one.offset
+                case Opcode.METADATA_INDEX:
+                    self.metadata.append(MetadataIndex.read(stream).offset)
                 case Opcode.STATISTICS:
                     self.counts = dict(Statistics.read(stream).channel_message_counts)
+
+    def has(self, start: int) -> bool:
+        """Whether metadata or an attachment lies there, or has come to lie there."""
+        return any(at in self.metadata or at in self.attachments.values() for at in (start, start - self._moved))
 
     def pop_until(self, start: int, end: int, length: int) -> list[ChunkIndex] | None:
         """The chunks before this one, which are no longer in ``chunks``, nor is this one. None if it is not there."""
@@ -341,14 +352,17 @@ class SalvagedReader(RecordingReader):
             if self._take(found):
                 good = found.end
             at = found.end
-            if found.opcode == Opcode.DATA_END:
+            if found.opcode == Opcode.DATA_END and next_piece(self._read, at, limit) is None:
                 return at
         if good < limit:
             self._open.append((good, limit))
         return limit
 
     def _take(self, found: Piece) -> bool:
-        """Notes what a record says. False if it belongs to another file."""
+        """Notes what a record says. False if it is none of this file, but of one that a message holds."""
+        sure = found.opcode in (Opcode.ATTACHMENT, Opcode.METADATA)
+        if sure and self._contents is not None and not self._contents.has(found.start):
+            return False
         match found.opcode:
             case Opcode.CHUNK:
                 return self._take_chunk(found)
@@ -513,8 +527,12 @@ class SalvagedReader(RecordingReader):
     def _unreadable(self) -> list[str]:
         said = [f"what the messages of channel {number} are" for number in sorted(self._undescribed)]
         if self._contents is not None:
-            return said + [f"`{name}`" for name in self._contents.attachments if name not in self.attachments]
-        begun = min((chunk.offset for chunk in self._chunks), default=0)
+            gone = {at: name for name, at in self._contents.attachments.items() if name not in self.attachments}
+            for hole in self._holes:
+                if names := [f"`{name}`" for at, name in gone.items() if hole.from_byte <= at < hole.to_byte]:
+                    hole.what = ", ".join([*names, *(["messages"] if hole in self._losses else [])])
+            return said + [f"`{name}`" for name in gone.values()]
+        begun = min((chunk.offset for chunk in self._chunks), default=1 << 62)
         if any(hole.to_byte <= begun for hole in self._losses):
             said.append("its rig and its calibrations, if they were there")
         return said
@@ -532,9 +550,23 @@ class SalvagedReader(RecordingReader):
         )
 
 
+_NAMES = {BEAT_TOPIC: "beats", LABEL_TOPIC: "labels", MANIFEST_TOPIC: "windows", PREDICTION_TOPIC: "predictions"}
+
+
+def name_of(topic: str) -> str:
+    """What lies under a topic, in words."""
+    return _NAMES.get(topic, topic)
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many of what, in words: streams first."""
+    ordered = sorted(counts, key=lambda name: (name.startswith("/"), name))
+    return ", ".join(f"{name_of(name)} {counts[name]}" for name in ordered)
+
+
 def lost_text(found: Damage) -> str:
     """What is lacking, in words."""
-    said = ", ".join(f"{name} {count}" for name, count in found.lost.items())
+    said = counts_text(found.lost)
     if found.counted:
         return said or "no message"
     return f"at least {said}" if said else "nobody knows how many messages"
@@ -555,6 +587,8 @@ def recover(
                 f"{path} is damaged where it says more than messages, and this cannot be had: "
                 f"{', '.join(found.unreadable)}. To recover the rest without it, add --partial"
             )
+        if not reader.topics and not reader.ended:
+            raise RecordingError(f"{path} ends before its first message, or none is intact: nothing can be recovered")
         if out.exists():
             raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
         extra = reader.info.extra | {FROM: Path(path).name}

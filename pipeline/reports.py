@@ -181,7 +181,7 @@ def damage_text(found: Damage, recording: Path) -> RenderableType:
     lines = [_hole(hole) for hole in found.holes[:_LABELS]]
     lines += [f"and {counted(len(found.holes) - _LABELS, 'place')} more"] if len(found.holes) > _LABELS else []
     lines += [f"lost: {name}" for name in found.unreadable]
-    said = Text(f"\n{recording} is damaged; above is what can be read", style="yellow")
+    said = Text(f"\n{recording} is damaged; what is shown is what can be read", style="yellow")
     said.append("".join(f"\n  {line}" for line in lines))
     said.append(f"\nlacking in all: {lost_text(found)}")
     partial = " --partial" if found.unreadable else ""
@@ -191,21 +191,24 @@ def damage_text(found: Damage, recording: Path) -> RenderableType:
 
 def _hole(hole: Hole) -> str:
     """A damaged stretch in words."""
+    from pipeline.recording_salvage import counts_text
+
     said = f"bytes {hole.from_byte} to {hole.to_byte}: {hole.what}"
     if hole.from_ns is not None:
         end = "the end" if hole.to_ns is None else f"{hole.to_ns / 1e9:.3f} s"
         said += f", which came from {hole.from_ns / 1e9:.3f} s to {end}"
-    lost = ", ".join(f"{name} {count}" for name, count in hole.lost.items())
-    return f"{said}; by their numbers {lost}" if lost else said
+    return f"{said}; by their numbers {counts_text(hole.lost)}" if hole.lost else said
 
 
 def recovery_text(made: Recovery, recording: Path, out: Path) -> RenderableType:
     """What ``recover`` says to a person: what was saved, what was lost, and where that was."""
+    from pipeline.recording_salvage import name_of
+
     table = numbers("messages", ("saved", "lost"))
-    lost = made.damage.lost
-    for name in sorted(made.saved.keys() | lost.keys()):
-        known = str(lost.get(name, 0)) if made.damage.counted or name in lost else "–"
-        table.add_row(name, str(made.saved.get(name, 0)), known if made.damage.counted else f"≥ {known}")
+    lost, counted_all = made.damage.lost, made.damage.counted
+    for name in sorted(made.saved.keys() | lost.keys(), key=lambda name: (name[0] == "/", name)):
+        known = str(lost.get(name, 0)) if counted_all else f"≥ {lost[name]}" if name in lost else "–"
+        table.add_row(name_of(name), str(made.saved.get(name, 0)), known)
     lines = [f"damaged: {_hole(hole)}" for hole in made.damage.holes]
     lines += [f"left out, for it is lost: {name}" for name in made.damage.unreadable]
     state = "complete" if made.complete else f"incomplete: {made.note}"
