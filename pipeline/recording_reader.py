@@ -252,6 +252,8 @@ class RecordingReader:
         ours = SESSION in self._metadata or b"sensorium" in self._read(0, _BEGINNING)
         if ours and (more := next_piece(self._read, self._sure, size)) is not None:
             raise self._damaged(f" from byte {self._sure} on, and goes on at byte {more.start}")
+        if ours and size > 2 * len(MAGIC) and self._read(size - len(MAGIC), len(MAGIC)) == MAGIC:
+            raise self._damaged(f" from byte {self._sure} on, before its end")
 
     def _session(self, whole: bool) -> SessionInfo:
         facts = self._metadata.get(SESSION)

@@ -397,7 +397,10 @@ class SalvagedReader(RecordingReader):
             self._lose(first, last, "messages", from_ns, max(one.message_end_time for one in gone) - unix_ns)
         elif stretches and self._contents is None and END not in self._metadata:
             from_ns = max((chunk.end for chunk in self._chunks), default=unix_ns) - unix_ns
-            self._lose(first, last, "messages, perhaps", from_ns, None if next_start is None else next_start - unix_ns)
+            if next_start is None:
+                self._lose(first, last, "its end, with messages perhaps", from_ns, None)
+            else:
+                self._lose(first, last, "messages, perhaps", from_ns, next_start - unix_ns)
         else:
             for start, end in stretches:
                 self._hole(start, end, "nothing that is needed; it is made anew")
@@ -543,7 +546,7 @@ class SalvagedReader(RecordingReader):
             return session
         lost = bool(self._losses or self.damage.lost or self.damage.unreadable)
         said = [session.note] if end else ["its end is missing"]
-        if lost:
+        if self.damage.lost or self.damage.unreadable or any(hole.to_ns is not None for hole in self._losses):
             said.append(f"damaged, and recovered without what is lost: {lost_text(self.damage)}")
         return msgspec.structs.replace(
             session, complete=session.complete and not lost, note="; ".join(filter(None, said))
@@ -593,7 +596,7 @@ def recover(
             raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
         extra = reader.info.extra | {FROM: Path(path).name}
         session = msgspec.structs.replace(reader.info, extra=extra)
-        with whole_file(out) as part, RecordingWriter(part, session, overwrite=True) as writer:
+        with whole_file(out, overwrite=False) as part, RecordingWriter(part, session, overwrite=True) as writer:
             for name, data in reader.attachments.items():
                 if name != RIG and not name.startswith(CALIBRATION):
                     writer.attach(name, data)

@@ -403,15 +403,15 @@ class _Output:
 
 
 @contextlib.contextmanager
-def whole_file(out: Path) -> Iterator[Path]:
+def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """Where a recording is written that is to appear as ``out`` only when it is whole, which it is when the block is
-    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full."""
+    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full; ConfigError
+    where ``out`` has come to be meanwhile, if that is not to be overwritten."""
     part = out.with_name(out.name + ".tmp")
     try:
         yield part
-        if os.path.lexists(out):  # meanwhile
-            raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
-        os.replace(part, out)
+        if overwrite or not _linked(part, out):
+            os.replace(part, out)
     except NoRoomError as error:
         raise RecordingError(
             f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
@@ -419,6 +419,19 @@ def whole_file(out: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _linked(part: Path, out: Path) -> bool:
+    """Gives a file a second name, which must be free. False where files have only one."""
+    try:
+        os.link(part, out)
+    except OSError:
+        if os.path.lexists(out):
+            raise ConfigError(
+                f"{out} exists already, and is not overwritten: choose another name, or remove it"
+            ) from None
+        return False
+    return True
 
 
 def free_path(path: Path) -> Path:

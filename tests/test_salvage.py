@@ -242,6 +242,34 @@ def test_whatever_happens_to_a_file_all_the_rest_of_it_is_saved(
             assert named <= before - there
 
 
+@settings(max_examples=150)
+@given(data=st.data())
+def test_no_damage_passes_an_ordinary_reader_unseen(
+    original: Original, data: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It gives all, or refuses; only a file whose last bytes are gone, or zeros, is one of a recorder that was killed,
+    and gives what is before them as incomplete."""
+    hurt = data.draw(hurts(original.content))
+    path, whole = tmp_path_factory.getbasetemp() / "hurt.mcap", tmp_path_factory.getbasetemp() / "unhurt.mcap"
+    path.write_bytes(hurt.content)
+    whole.write_bytes(original.content)
+    with RecordingReader(whole) as reader:
+        everything, info = list(reader.messages(beats=True)), reader.info
+    try:
+        with RecordingReader(path) as reader:
+            found, said = list(reader.messages(beats=True)), reader.info
+    except RecordingError:
+        return
+    if found == everything and said == info:
+        return
+    assert hurt.end == len(original.content)
+    assert not said.complete
+    rest = iter(everything)
+    assert all(one in rest for one in found)
+    assert msgspec.structs.replace(said, rig=None, calibrations={}, note="") == msgspec.structs.replace(
+        info, rig=None, calibrations={}, complete=False, note="")  # fmt: skip
+
+
 # Kinds of damage, one by one.
 
 
@@ -331,6 +359,9 @@ def test_a_file_that_ends_too_early_gets_an_end(original: Original, tmp_path: Pa
     out, made = recovered(tmp_path, original.content[:start])
     assert not made.complete
     assert made.note == "its end is missing"
+    _, made = recovered(tmp_path, original.content[: start + 50])
+    assert made.note == "its end is missing"
+    assert [hole.from_byte for hole in made.damage.holes] == [start]
     kept = [records for span, records in sorted(original.chunks.items()) if span < middle(original)]
     assert [record for chunk in stored(out) for record in chunk] == [record for chunk in kept for record in chunk]
 
