@@ -322,10 +322,11 @@ class RecordingReader:
 
 
 def ring_part(path: Path) -> RingPart | None:
-    """Where a file says at its beginning that it stands in a ring; None if it is no segment of one. Reads no further
-    than that, and raises nothing."""
+    """Where a file says at its beginning that it stands in a ring; None if it is no segment of one, or if what it says
+    there is damaged. Reads no further than that, and raises nothing."""
+    facts = _begun(path) or {}
     with suppress(msgspec.MsgspecError):
-        return _stated(_begun(path) or {}, "ring", RingPart)
+        return _stated(facts, "ring", RingPart) if facts_hold(facts) else None
     return None
 
 

@@ -517,6 +517,17 @@ def test_a_segment_of_a_ring(tmp_path: Path) -> None:
         assert summarise(after)["streams"]["words"]["lost"] == made.damage.lost["words"]
 
 
+def test_a_ring_leaves_a_segment_alone_whose_beginning_is_damaged(tmp_path: Path) -> None:
+    ring = Ring(tmp_path / "ring", 16 << 20)
+    RingWriter(ring, SessionInfo(session="s1", unix_ns=UNIX), 0, segment_ns=100).close()
+    (segment,) = (tmp_path / "ring").iterdir()
+    content = segment.read_bytes()
+    segment.write_bytes(flipped(content, content.index(b'"messages"') + 1).content)  # of what was deleted
+    again = Ring(tmp_path / "ring", 16 << 20)
+    again.close()
+    assert again.strangers == [segment.name]
+
+
 # Writing.
 
 

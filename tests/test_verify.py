@@ -167,8 +167,13 @@ def test_what_is_recovered_of_a_damaged_session_is_verified_again(whole: Path) -
     hurt, out = whole / "hurt.mcap", whole / "recovered.mcap"
     hurt.write_bytes(data)
     out.unlink(missing_ok=True)
+    refused = CliRunner().invoke(cli.app, ["replay", str(hurt), "--bundle", str(whole / "model")])
+    assert isinstance(refused.exception, RecordingError)
+    assert f"damaged in the chunk at byte {first}" in str(refused.exception)
+    assert f"sensorium recover {hurt} -o" in str(refused.exception)
     made = recover(hurt, out)
     assert made.damage.counted
+    assert CliRunner().invoke(cli.app, ["replay", str(out), "--bundle", str(whole / "model")]).exit_code == 0
     found = verify(out, load_bundle(whole / "model"))
     assert not found.differences, found.first_difference
     assert not found.holds
