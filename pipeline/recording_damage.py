@@ -195,6 +195,8 @@ def _places(read: Read, at: int, size: int) -> Iterator[int]:
 def chunk_data(body: bytes) -> memoryview:
     """What the chunk with this body holds. Raises one of ``DAMAGE``."""
     chunk = Chunk.read(ReadDataStream(BytesIO(body)))
+    if len(body) != _CHUNK_HEAD.size + len(chunk.compression) + 8 + len(chunk.data):
+        raise ValueError("its length contradicts what is in it")
     stream, length = get_chunk_data_stream(chunk, validate_crc=True)
     if length != chunk.uncompressed_size:
         raise ValueError(f"it holds {length} bytes where it says {chunk.uncompressed_size}")

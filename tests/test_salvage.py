@@ -467,6 +467,17 @@ def test_an_ordinary_reader_refuses_and_names_the_way_out(original: Original, tm
                 assert list(reader.messages(beats=True)), what
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_a_damaged_length_is_found_where_it_is(original: Original, tmp_path: Path, bits: int) -> None:
+    """And not where it leads to."""
+    start, _ = middle(original)
+    before = max(end for _, end in original.chunks if end <= start)
+    (tmp_path / "a.mcap").write_bytes(flipped(original.content, start + 2, bits).content)
+    with pytest.raises(RecordingError, match=r"is damaged (in the chunk at|from) byte \d+") as raised:
+        RecordingReader(tmp_path / "a.mcap")
+    assert before <= int(str(raised.value).split(" byte ")[1].split()[0].rstrip(":")) <= start
+
+
 def test_a_salvaged_recording_reads_as_the_recovered_one(original: Original, tmp_path: Path) -> None:
     start, _ = middle(original)
     out, _ = recovered(tmp_path, zeroed(original.content, start // BLOCK).content)
