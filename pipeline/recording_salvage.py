@@ -317,19 +317,15 @@ class SalvagedReader(RecordingReader):
 
     def _words(self, size: int) -> Piece | None:
         """The metadata that says whose session it is; None if there never was any. RecordingError if it is damaged."""
-        at = len(MAGIC)
-        found = next_piece(self._read, at, min(size, _BEGINNING))
+        found = next_piece(self._read, len(MAGIC), size)
         if found is not None and found.opcode == Opcode.METADATA and _metadata(found).name == SESSION:
             return found
-        ours = b"sensorium" in self._read(0, _BEGINNING)
-        if not ours and self._read(0, len(MAGIC)) == MAGIC:
-            return None
-        more = next_piece(self._read, len(MAGIC), size)
-        if more is None:
+        foreign = self._read(0, len(MAGIC)) == MAGIC and b"sensorium" not in self._read(0, _BEGINNING)
+        if found is None or foreign:
             return None
         raise RecordingError(
-            f"{self.path} is damaged where it says whose session it is and when that began, between bytes {at} and "
-            f"{more.start}. Without that its messages have no times, and nothing of it can be had"
+            f"{self.path} is damaged where it says whose session it is and when that began, between bytes {len(MAGIC)} "
+            f"and {found.start}. Without that its messages have no times, and nothing of it can be had"
         )
 
     def _walk(self, at: int, limit: int) -> int:

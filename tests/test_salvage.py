@@ -383,6 +383,16 @@ def test_a_chunk_in_the_bytes_of_a_lost_one_is_no_chunk(tmp_path: Path) -> None:
 # What refuses all.
 
 
+def test_however_much_a_recording_says_of_itself_it_is_read(tmp_path: Path) -> None:
+    said = SessionInfo(session="s1", unix_ns=UNIX, extra={"more": "x" * 100_000})
+    with RecordingWriter(tmp_path / "a.mcap", said) as writer:
+        writer.write(message(TextLayout(3), b"abc", stream="words"), 0)
+    out, made = recovered(tmp_path, flipped((tmp_path / "a.mcap").read_bytes(), 12).content)
+    assert made.saved == {"words": 1}
+    with RecordingReader(out) as reader:
+        assert reader.info.extra == said.extra | {"recovered_from": "damaged.mcap"}
+
+
 def test_damaged_words_of_the_session_refuse_all(original: Original, tmp_path: Path) -> None:
     (start, end), *_ = original.of(Opcode.METADATA)
     hurt = flipped(original.content, original.content.index(b"unix_ns") + 14)
