@@ -27,6 +27,7 @@ from pipeline.recording import (
     LABEL_TOPIC,
     MANIFEST_TOPIC,
     PREDICTION_TOPIC,
+    LostMessages,
     RecordingWriter,
     Ring,
     RingWriter,
@@ -54,16 +55,6 @@ class _Window(msgspec.Struct):
 
 
 _index = msgspec.json.Decoder(_Window)
-
-
-class LostMessages(msgspec.Struct, frozen=True):
-    """Messages of one stream that are not in the recording, both ends included."""
-
-    stream: str
-    epoch: int
-    first: int = msgspec.field(name="from")
-    last: int = msgspec.field(name="to")
-    cause: str = ""
 
 
 class Record:

@@ -1,7 +1,8 @@
 """``sensorium``: parses the command line and hands over to ``pipeline.commands``; nothing else.
 
-Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different, 130 interrupted (143 by
-SIGTERM). What a command needs is imported when it runs, so that ``--help`` and a typing error answer at once.
+Exit codes: 0 done, 1 it failed, 2 you asked wrongly, 3 verified and found different, or looked at and found damaged,
+130 interrupted (143 by SIGTERM). What a command needs is imported when it runs, so that ``--help`` and a typing error
+answer at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pipeline.errors import ConfigError, SensoriumError
 from pipeline.outside import discard_output, explained, lost_output, ready_streams, unwritable
 
 DIFFERENT = 3
-"""Exit code: verified, and found different."""
+"""Exit code: verified, and found different; or looked at, and found damaged."""
 
 app = typer.Typer(
     name="sensorium",
@@ -234,16 +235,17 @@ def info(recording: Recording, json: Json = False) -> None:
     """Show what a recording holds.
 
     When and by what it was recorded, how long each label was true (by X.labels.csv beside X.mcap, if that is there);
-    of every stream its rate, losses, delays; with --json also statistics of what was measured.
+    of every stream its rate, losses, delays; with --json also statistics of what was measured. Of a damaged recording
+    what can be read, and where it is damaged; exit code 3.
 
     \b
     Example:
       sensorium info recordings/demo.mcap
       sensorium info recordings/demo.mcap --json
     """
-    from pipeline import commands
+    from pipeline import commands_recorded
 
-    commands.info(recording, json=json)
+    raise typer.Exit(0 if commands_recorded.info(recording, json=json) else DIFFERENT)
 
 
 @app.command()
@@ -261,7 +263,8 @@ def explain(
     """Explain where every message of a session went.
 
     Per stream: sent, lost, used, superseded and so on; rates, jitter, delays; which stream the windows waited for, and
-    how long. With --window the messages that one window was made of, and why something is missing in it.
+    how long. With --window the messages that one window was made of, and why something is missing in it. A damaged
+    recording is explained as far as it can be read; exit code 3.
 
     Without a recording: of the session that runs here, once a second on a terminal or with --json, else once.
 
@@ -272,14 +275,38 @@ def explain(
       sensorium explain recordings/demo.mcap --bundle models/demo --json
       sensorium explain --session 20260105T101500-3fd1
     """
-    from pipeline import commands
+    from pipeline import commands, commands_recorded
 
     if recording is None:
         commands.explain_running(session, window=window, count=count, json=json)
     elif session is not None or count is not None:
         raise ConfigError("a recording is explained once, and is no session that runs; leave one of them out.")
     else:
-        commands.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
+        whole = commands_recorded.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
+        raise typer.Exit(0 if whole else DIFFERENT)
+
+
+@app.command()
+def recover(
+    recording: Recording,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="NEW", parser=_new_name, help="the MCAP file to write")],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="also without its rig, or other than messages, if that is lost")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Write what is intact of a damaged recording to a new one.
+
+    Every message that is left, bit for bit; what is lost becomes gaps, and the session incomplete, as if its recorder
+    had lost it. The damaged file stays. One that ends too early, for its recorder was killed, gets an end.
+
+    \b
+    Example:
+      sensorium recover damaged.mcap -o whole.mcap
+    """
+    from pipeline import commands_recorded
+
+    commands_recorded.recover(recording, out, partial=partial, json=json)
 
 
 @app.command()

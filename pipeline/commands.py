@@ -24,9 +24,7 @@ from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_ma
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
-    from pipeline.align import AlignSpec
     from pipeline.config import RecordEntry, RigFile
-    from pipeline.recording import RecordingReader
     from pipeline.status import SessionRef
 
 
@@ -132,7 +130,7 @@ def replay(
             _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
         to_file = None
         if out is not None:
-            _writable(out, "-o")
+            writable(out, "-o")
             to_file = Lines(stack.enter_context(out.open("wb")))
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
@@ -181,7 +179,7 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
         found = verifying.Verification(session="")  # what it says of itself cannot be relied on
         found.damaged(f"{error}; {text}")
     if json:
-        _print_json(msgspec.to_builtins(found) | {"holds": found.holds})
+        print_json(msgspec.to_builtins(found) | {"holds": found.holds})
     else:
         console(sys.stdout).print(verification_text(found))
     return found.holds
@@ -209,26 +207,9 @@ def faults(recording: Path, file: Path, bundle: Path | None, *, json: bool, allo
             progress=lambda run, window: status.update(f"{run}: window {window}"),
         )
     if json:
-        _print_json(found)
+        print_json(found)
     else:
         console(sys.stdout).print(fault_text(found))
-
-
-def explain(recording: Path, bundle: Path | None, *, window: int | None, json: bool, allow_code: bool) -> None:
-    """``sensorium explain``."""
-    from pipeline import explain as explaining
-    from pipeline.explain_window import explain_window
-    from pipeline.findings import explanation_text, window_text
-    from pipeline.recording import RecordingReader
-    from pipeline.terminal import console
-
-    with RecordingReader(existing(recording)) as reader, console(sys.stderr).status("reading"):
-        session = explaining.Session(reader, _aligned_by(reader, recording, bundle, allow_code))
-    found: Any = explaining.explain(session) if window is None else explain_window(session, window)
-    if json:
-        _print_json(found)
-    else:
-        console(sys.stdout).print(explanation_text(found) if window is None else window_text(found))
 
 
 def explain_running(session: str | None, *, window: int | None, count: int | None, json: bool) -> None:
@@ -248,7 +229,7 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
         live = stack.enter_context(Live(console=screen, auto_refresh=False)) if steady else None
         if window is not None:
             found = attached.window(window)
-            _print_json(found) if json else screen.print(window_text(found))
+            print_json(found) if json else screen.print(window_text(found))
             return
         shown = 0
         while Path(ref.dir).exists() and (count is None or shown < count):
@@ -269,22 +250,7 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
 EXPLAIN_EVERY_NS = 1_000_000_000
 
 
-def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, allow_code: bool) -> AlignSpec | None:
-    """The rules and limits of the session's windows, or of the bundle's that is named; None if nobody knows them."""
-    from pipeline.bundle import load_bundle
-    from pipeline.faultbench import limits_of
-    from pipeline.plan import live_spec
-
-    if bundle is None:
-        try:
-            bundle = own_bundle(recording, reader.info)
-        except ConfigError:
-            return None
-    model = load_bundle(bundle, allow_code)
-    return live_spec(model, limits_of(reader), recorded_mapping(reader.info, recording, model), reader.streams)
-
-
-def _writable(out: Path, option: str, what: str = "file") -> Path:
+def writable(out: Path, option: str, what: str = "file") -> Path:
     """``out``, absolute, if it can be written and destroys nothing. ConfigError, before there is anything to lose."""
     whole = new_file(out, what)
     if why := uncreatable(out):
@@ -391,7 +357,7 @@ def evaluate(
     from pipeline.terminal import console
 
     if html is not None:
-        _writable(html, "--html")
+        writable(html, "--html")
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Bar(*columns, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task("checking what was named", total=None)
@@ -400,7 +366,7 @@ def evaluate(
             progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
         )  # fmt: skip
     if json:
-        _print_json(found)
+        print_json(found)
     else:
         from pipeline.evaluate_text import evaluation_text
 
@@ -416,29 +382,7 @@ def print_schema(name: str) -> None:
     """``sensorium schema``."""
     from pipeline.schemas import schema
 
-    _print_json(schema(name))
-
-
-def info(recording: Path, *, json: bool) -> None:
-    """``sensorium info``."""
-    from pipeline.explain import latency_ms, recorded_predictions
-    from pipeline.labels import told_labels
-    from pipeline.recording import RecordingReader, about, seconds_of, summarise
-
-    with RecordingReader(existing(recording)) as reader:
-        found = summarise(reader) | about(reader)
-        end_ns = max((stream["end_ns"] for stream in found["streams"].values()), default=0)
-        if labels := seconds_of(told_labels(reader), end_ns):
-            found["labels_s"] = labels
-        if latency := latency_ms(recorded_predictions(reader)):
-            found["latency_ms"] = latency
-    if json:
-        _print_json(found)
-        return
-    from pipeline.reports import recording_table
-    from pipeline.terminal import console
-
-    console(sys.stdout).print(recording_table(found))
+    print_json(schema(name))
 
 
 def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
@@ -456,7 +400,7 @@ def check(rig: str | None, *, json: bool, allow_code: bool) -> None:
     absent = absences({s.name: (classes[s.name], decode_settings(classes[s.name], s.settings)) for s in plan.sources})
     if json:
         found = {"rig": rig_file.rig.name, "streams": plan.streams, "mapping": plan.mapping}
-        _print_json(found | {"warnings": warnings, "absent": absent})
+        print_json(found | {"warnings": warnings, "absent": absent})
         return
     from pipeline.reports import plan_table
     from pipeline.terminal import console
@@ -473,7 +417,7 @@ def devices(*, json: bool) -> None:
     with console(sys.stderr).status("looking"):
         places = look()
     if json:
-        _print_json({"places": places})
+        print_json({"places": places})
     else:
         console(sys.stdout).print(devices_text(places), soft_wrap=True)
 
@@ -509,7 +453,7 @@ def calibrate(
         recorded = recorded_offsets(reader)
     solution = calibrating.solve(pairs, reference)
     if json:
-        _print_json(report(pairs, solution, recorded))
+        print_json(report(pairs, solution, recorded))
     else:
         lines = rig_lines(solution, recorded)
         console(sys.stdout).print(calibration_text(pairs, lines, solution.reference, solution.contradiction))
@@ -543,12 +487,12 @@ def recalibrate(recording: Path, out: Path, offsets: list[str], *, find: bool, r
         shifts = asked_shifts(reader, offsets, refit, found)
         if not shifts:
             raise ConfigError("say what to correct: --offset STREAM=MS, --find, --refit STREAM, or several of them.")
-        _writable(out, "-o")
+        writable(out, "-o")
         made = recalibrating(
             reader, out.resolve(), shifts, lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s")
         )
     if json:
-        _print_json(made)
+        print_json(made)
     else:
         console(sys.stdout).print(recalibration_text(made))
 
@@ -575,7 +519,7 @@ def train(
         raise ConfigError(f"training needs {listed(absent)}, not installed here. {install('learn')}")
     from pipeline import learn
 
-    out = _writable(out, "-o", "folder")
+    out = writable(out, "-o", "folder")
     config = learn.read_config(file)
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
@@ -662,7 +606,7 @@ def import_file(
     counts: Counter[str] = Counter()
     wanted = tuple(entry.strip() for entry in (streams or "").split(",") if entry.strip())
     if file.exists():  # else that is what to say
-        _writable(out, "-o")
+        writable(out, "-o")
     with screen.status(f"reading {file.name}") as status:
         info = importing.import_file(
             file,
@@ -674,7 +618,7 @@ def import_file(
         )
     left_out = info.extra.get("left_out", "")
     if json:
-        _print_json({"recording": str(out), "streams": dict(sorted(counts.items())), "complete": info.complete,
+        print_json({"recording": str(out), "streams": dict(sorted(counts.items())), "complete": info.complete,
                      "note": info.note, "left_out": left_out})  # fmt: skip
         return
     for stream, count in sorted(counts.items()):
@@ -746,7 +690,7 @@ def simulate(
         with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
-                file = _writable(out, "-o")
+                file = writable(out, "-o")
                 written.append(
                     generate.record_session(
                         file, seed, ranges, duration_s, progress=lambda s: bar.update(task, completed=s)
@@ -769,7 +713,7 @@ def simulate(
         done = _sessions_there(out, range(seed, seed + count), ranges)
         raise _interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
     if json:
-        _print_json(written[0] if count is None else written)
+        print_json(written[0] if count is None else written)
         return
     room = f", {size(sum(session.bytes for session in written))}" if written else ""
     stays = "was there already and is left as it is" if there == 1 else "were there already and are left as they are"
@@ -797,5 +741,6 @@ def node(kind: str, spec: Path) -> None:
     run_node(spec)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """What ``--json`` asks for."""
     _print_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2))

@@ -66,7 +66,7 @@ def explain_window(session: Session, window: int) -> WindowExplanation:
     """What window ``window`` was made of. ConfigError if the recording does not have it."""
     manifest = next((m for m in session.manifests if m.step == window), None)
     if manifest is None:
-        raise ConfigError(f"the recording has no window {window}; {_windows(session)}")
+        raise ConfigError(f"the recording has no window {window}; {_windows(session)}{_why_lost(session, window)}")
     prediction = session.predictions.get(window)
     names = waited_for(session, manifest)
     masked = {n: r.masked for n, r in prediction.streams.items()} if prediction is not None else {}
@@ -96,6 +96,14 @@ def _windows(session: Session) -> str:
         return "it has none, for its session ran without a model; name one with --bundle"
     steps = [manifest.step for manifest in session.manifests]
     return f"it has those from {steps[0]} to {steps[-1]}"
+
+
+def _why_lost(session: Session, window: int) -> str:
+    """What the recording says itself of a window that it lacks."""
+    for gap in session.gaps:
+        if "stream" not in gap and gap.get("of", "window") == "window" and gap["from"] <= window <= gap["to"]:
+            return f", but not those from {gap['from']} to {gap['to']}: {gap.get('cause', '')}"
+    return ""
 
 
 def _stream(session: Session, manifest: Manifest, name: str, why: str) -> StreamWindow:

@@ -2,8 +2,8 @@
 
 ``log_time`` is the arrival and ``publish_time`` the capture of a message, both in Unix time; our own times are read
 back on the session clock. How a message lies in the file stands in ``recording_schemas``, when bytes reach the disk in
-``recording_writer``, what survives of a file that was cut off in ``recording_reader``, and how a folder of recordings
-is kept below a limit in ``recording_ring``.
+``recording_writer``, what survives of a file that was cut off in ``recording_reader``, and of one that is damaged in
+``recording_salvage``; how a folder of recordings is kept below a limit in ``recording_ring``.
 
 Topics: a stream's messages under its own name, all beats under ``/beat``, JSON objects under ``/manifest``,
 ``/prediction``, ``/label``, ``/log``, ``/gap`` and whatever else begins with a slash.
@@ -17,6 +17,7 @@ from pipeline.recording_writer import (
     Compression,
     Deleted,
     Label,
+    LostMessages,
     RecordingWriter,
     RingPart,
     SessionInfo,
@@ -34,6 +35,7 @@ __all__ = [
     "Compression",
     "Deleted",
     "Label",
+    "LostMessages",
     "RecordingReader",
     "RecordingWriter",
     "Ring",

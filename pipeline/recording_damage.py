@@ -1,22 +1,41 @@
-"""Whether the bytes of a recording are those that were written, by the sums that lie in the file.
+"""Whether the bytes of a recording are those that were written, by the sums that lie in the file; and where in a
+damaged one the next record lies that is certain to be one.
 
-Chunks carry sums of their own, which every reader checks. What lies between them (schemas, attachments, metadata) and
-the index at the end have one sum each, which only who wants to be certain works out: every byte is read for it.
+Chunks, attachments, what a recording says of its session and the index at the end carry sums of their own, which every
+reader checks. All that comes before the index has one sum, too, which only who wants to be certain works out: every
+byte is read for it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
+
+import zstandard
+from mcap.data_stream import ReadDataStream
+from mcap.exceptions import McapError
+from mcap.opcode import Opcode
+from mcap.records import Chunk, Metadata
+from mcap.stream_reader import get_chunk_data_stream
+
+from pipeline.recording_writer import END, SESSION, SUM, facts_sum
 
 _MAGIC = b"\x89MCAP0\r\n"
+DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)
+"""What decoding damaged bytes may raise."""
 _HEAD = struct.Struct("<BQ")
 _FOOTER = struct.Struct("<BQQQI")
 _DATA_END = struct.Struct("<BQI")
 _BLOCK = 1 << 20
+
+Read = Callable[[int, int], bytes]
+"""Of a file: so many bytes from a place on, fewer at its end."""
 
 
 def damage(path: str | Path) -> str | None:
@@ -67,3 +86,147 @@ def _sum(file: BinaryIO, start: int, end: int) -> int:
         result = zlib.crc32(data, result)
         left -= len(data)
     return result
+
+
+class Index(NamedTuple):
+    """The index at the end of a file: where it lies, its footer included, where it says that it lies, its bytes."""
+
+    start: int
+    end: int
+    stated: int
+    body: bytes
+
+
+def whole_index(read: Read, size: int) -> Index | None:
+    """The index of a file, wherever damage has moved it to, if it matches its sum."""
+    tail = max(size - _BLOCK // 16, 0)
+    data = read(tail, size - tail)
+    at = data.rfind(_FOOTER_HEAD)
+    while at >= 0:
+        if at + _FOOTER.size <= len(data):
+            _, _, start, offsets, stated = _FOOTER.unpack_from(data, at)
+            footer = tail + at
+            # Where bytes before it are gone it does not lie where it says; its length tells, by how many groups it has.
+            for place in (footer - (offsets - start) - groups * _SUMMARY_OFFSET_BYTES for groups in range(8)):
+                if len(_MAGIC) <= place < footer and stated:
+                    body = read(place, footer + _FOOTER.size - 4 - place)
+                    if zlib.crc32(body) == stated:
+                        return Index(place, footer + _FOOTER.size, start, body[: footer - place])
+        at = data.rfind(_FOOTER_HEAD, 0, at)
+    return None
+
+
+_FOOTER_HEAD = _HEAD.pack(2, _FOOTER.size - 9)
+_SUMMARY_OFFSET_BYTES = 26
+
+
+class Piece(NamedTuple):
+    """A record of a file, from ``start`` to ``end``; ``data`` is what a chunk holds."""
+
+    opcode: int
+    start: int
+    end: int
+    body: bytes
+    data: memoryview
+
+
+_CHUNK_HEAD = struct.Struct("<QQQII")
+_INDEX_HEAD = struct.Struct("<HI")
+_SURE = re.compile(
+    rb"\x06.{5}\x00{3}.{16}.{5}\x00{3}.{4}(?:\x04\x00{3}zstd|\x03\x00{3}lz4|\x00{4}).{5}\x00{3}"
+    rb"|\x09.{5}\x00{3}.{8}\x00{8}"
+    rb"|\x0c.{4}\x00{4}(?:\x09\x00{3}sensorium|\x0d\x00{3}sensorium\.end)",
+    re.DOTALL,
+)
+"""How the records begin that can be told from anything else: chunks, attachments, metadata."""
+_LONGEST = 64
+"""No match of it is longer."""
+
+
+def piece(read: Read, at: int, size: int) -> Piece | None:
+    """The record at ``at`` if nothing speaks against it: chunks and attachments match their sums, what a recording says
+    of itself does if it has one, and others have the form of their kind."""
+    if at + _HEAD.size > size:
+        return None
+    opcode, length = _HEAD.unpack(read(at, _HEAD.size))
+    body_at, end = at + _HEAD.size, at + _HEAD.size + length
+    if end > size or opcode not in _FORMS:
+        return None
+    if opcode == Opcode.CHUNK and chunk_end(read, at, size) != end:
+        return None
+    body, data = read(body_at, length), memoryview(b"")
+    try:
+        if opcode == Opcode.CHUNK:
+            data = chunk_data(body)
+        holds = zlib.crc32(data) == _CHUNK_HEAD.unpack_from(body)[3] if len(data) else _FORMS[opcode](body)
+    except DAMAGE:
+        return None
+    return Piece(opcode, at, end, body, data) if holds else None
+
+
+def chunk_end(read: Read, at: int, size: int) -> int | None:
+    """Where the chunk at ``at`` ends by its head, if that does not contradict itself. What it holds may be damaged."""
+    head = read(at, _HEAD.size + _CHUNK_HEAD.size + 4 + 8)
+    if len(head) < _HEAD.size + _CHUNK_HEAD.size + 8:
+        return None
+    opcode, length = _HEAD.unpack_from(head)
+    *_, name = _CHUNK_HEAD.unpack_from(head, _HEAD.size)
+    if opcode != Opcode.CHUNK or name > 4 or at + _HEAD.size + length > size:
+        return None
+    (inside,) = struct.unpack_from("<Q", head, _HEAD.size + _CHUNK_HEAD.size + name)
+    return at + _HEAD.size + length if length == _CHUNK_HEAD.size + name + 8 + inside else None
+
+
+def next_piece(read: Read, at: int, size: int) -> Piece | None:
+    """The first chunk, attachment or metadata at or behind ``at`` that is certain to be one."""
+    return next((found for place in _places(read, at, size) if (found := piece(read, place, size)) is not None), None)
+
+
+def _places(read: Read, at: int, size: int) -> Iterator[int]:
+    while at < size:
+        block = read(at, _BLOCK + _LONGEST)
+        match = _SURE.search(block)
+        while match is not None and match.start() < _BLOCK:
+            yield at + match.start()
+            match = _SURE.search(block, match.start() + 1)
+        at += _BLOCK
+
+
+def chunk_data(body: bytes) -> memoryview:
+    """What the chunk with this body holds. Raises one of ``DAMAGE``."""
+    chunk = Chunk.read(ReadDataStream(BytesIO(body)))
+    if len(body) != _CHUNK_HEAD.size + len(chunk.compression) + 8 + len(chunk.data):
+        raise ValueError("its length contradicts what is in it")
+    stream, length = get_chunk_data_stream(chunk, validate_crc=True)
+    if length != chunk.uncompressed_size:
+        raise ValueError(f"it holds {length} bytes where it says {chunk.uncompressed_size}")
+    return memoryview(stream.read(length))
+
+
+def attachment_holds(body: bytes) -> bool:
+    """Whether an attachment matches its sum."""
+    return len(body) > 4 and zlib.crc32(memoryview(body)[:-4]) == int.from_bytes(body[-4:], "little")
+
+
+def facts_hold(facts: dict[str, str]) -> bool:
+    """Whether what a recording says of itself matches its sum; those of older versions have none."""
+    return SUM not in facts or facts[SUM] == facts_sum(facts)
+
+
+def _metadata_holds(body: bytes) -> bool:
+    metadata = Metadata.read(ReadDataStream(BytesIO(body)))
+    return metadata.name in (SESSION, END) and facts_hold(metadata.metadata)
+
+
+def _message_index_holds(body: bytes) -> bool:
+    _, length = _INDEX_HEAD.unpack_from(body)
+    return length % 16 == 0 and len(body) == _INDEX_HEAD.size + int(length)
+
+
+_FORMS: dict[int, Callable[[bytes], bool]] = {
+    Opcode.CHUNK: lambda body: False,  # one that holds nothing
+    Opcode.MESSAGE_INDEX: _message_index_holds,
+    Opcode.ATTACHMENT: attachment_holds,
+    Opcode.METADATA: _metadata_holds,
+    Opcode.DATA_END: lambda body: len(body) == 4,
+}

@@ -20,35 +20,33 @@ from types import TracebackType
 from typing import BinaryIO, TypeVar
 
 import msgspec
-import zstandard
 from mcap.data_stream import ReadDataStream
-from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Attachment, Channel, Chunk, ChunkIndex, Metadata, Schema
-from mcap.stream_reader import get_chunk_data_stream
+from mcap.records import Attachment, Channel, ChunkIndex, Metadata, Schema
 
 from pipeline.errors import RecordingError
 from pipeline.messages import Header, Message, Payload
+from pipeline.recording_damage import DAMAGE, attachment_holds, chunk_data, facts_hold, next_piece, whole_index
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
 from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
 
 MAGIC = b"\x89MCAP0\r\n"
 _HEAD = struct.Struct("<BQ")
 _CHUNK_TIMES = struct.Struct("<QQ")
-_MESSAGE_HEAD = struct.Struct("<HIQQ")
+MESSAGE_HEAD = struct.Struct("<HIQQ")
 _KEPT = {Opcode.SCHEMA, Opcode.CHANNEL, Opcode.METADATA, Opcode.ATTACHMENT, Opcode.CHUNK_INDEX}
-_DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)
 
+_BEGINNING = 1 << 16
 _HEAD_RECORDS = 4
 """Within so many records of its beginning a recording says whose it is."""
 
 Stated = TypeVar("Stated")
 
 # log time, chunk, index in the chunk, channel, publish time, bytes
-_Record = tuple[int, int, int, int, int, memoryview]
+Record = tuple[int, int, int, int, int, memoryview]
 
 
-class _ChunkPlace(msgspec.Struct, frozen=True, gc=False):
+class ChunkPlace(msgspec.Struct, frozen=True, gc=False):
     """Where a chunk lies in the file and which log times it spans."""
 
     offset: int
@@ -68,9 +66,11 @@ class RecordingReader:
         self.path = Path(path)
         self._schemas: dict[int, Schema] = {}
         self._channels: dict[int, Channel] = {}
-        self._chunks: list[_ChunkPlace] = []
+        self._chunks: list[ChunkPlace] = []
         self._chunk_channels: dict[int, frozenset[int]] = {}
         self._metadata: dict[str, dict[str, str]] = {}
+        self._sure = len(MAGIC)
+        """Where the last record ends that is not damaged, as far as this is known."""
         self.attachments: dict[str, bytes] = {}
         try:
             self._file: BinaryIO = self.path.open("rb", buffering=0)
@@ -167,6 +167,12 @@ class RecordingReader:
     def _read(self, offset: int, length: int) -> bytes:
         return os.pread(self._file.fileno(), length, offset)
 
+    def _damaged(self, where: str) -> RecordingError:
+        return RecordingError(
+            f"{self.path} is damaged{where}. What can be read is shown by: sensorium info {self.path}; and written to "
+            f"a new recording by: sensorium recover {self.path} -o NEW.mcap"
+        )
+
     def _scan(self) -> bool:
         """Notes where everything lies. True if the file has its end."""
         size = os.fstat(self._file.fileno()).st_size
@@ -182,13 +188,24 @@ class RecordingReader:
                 return False
             if opcode == Opcode.CHUNK:
                 start, end = _CHUNK_TIMES.unpack(self._read(body, _CHUNK_TIMES.size))
-                self._chunks.append(_ChunkPlace(at, length, start, end))
+                self._chunks.append(ChunkPlace(at, length, start, end))
             elif opcode in _KEPT:
                 self._keep(opcode, self._read(body, length))
             elif opcode == Opcode.FOOTER:
-                return self._read(body + length, len(MAGIC)) == MAGIC
+                return self._ended(body + length, size)
             at = body + length
+            if opcode in (Opcode.ATTACHMENT, Opcode.METADATA):
+                self._sure = at
         return False
+
+    def _ended(self, at: int, size: int) -> bool:
+        """Whether the end, behind the footer, is there, too. Raises RecordingError if something else is."""
+        end = self._read(at, len(MAGIC))
+        if not MAGIC.startswith(end):
+            raise self._damaged(f": its end is not at byte {at}, where its footer ends")
+        if end == MAGIC and SESSION in self._metadata and whole_index(self._read, at + len(MAGIC)) is None:
+            raise self._damaged(": its index does not match its sum")
+        return end == MAGIC
 
     def _keep(self, opcode: int, body: bytes) -> None:
         stream = ReadDataStream(BytesIO(body))
@@ -202,27 +219,41 @@ class RecordingReader:
                     self._channels[channel.id] = channel
                 case Opcode.METADATA:
                     metadata = Metadata.read(stream)
+                    if not facts_hold(metadata.metadata):
+                        raise ValueError(f"what `{metadata.name}` says does not match its sum")
                     self._metadata[metadata.name] = metadata.metadata
                 case Opcode.ATTACHMENT:
                     attachment = Attachment.read(stream)
+                    if not attachment_holds(body):
+                        raise ValueError(f"its attachment `{attachment.name}` does not match its sum")
                     self.attachments[attachment.name] = attachment.data
                 case Opcode.CHUNK_INDEX:
                     index = ChunkIndex.read(stream)
                     self._chunk_channels[index.chunk_start_offset] = frozenset(index.message_index_offsets)
-        except _DAMAGE as error:
-            raise RecordingError(f"{self.path} is damaged: {error}") from None
+        except DAMAGE as error:
+            raise self._damaged(f": {error}") from None
 
     def _salvage(self) -> None:
-        """Keeps the chunks up to the first that is not whole; learns the channels, which the lost end would list."""
+        """Keeps the chunks up to the last, which may not be whole; learns the channels, which the lost end would list.
+        RecordingError if the file goes on behind what can be followed: a writer that was killed leaves nothing behind
+        the record that it was in the midst of."""
         for position, chunk in enumerate(self._chunks):
             try:
                 data = self._chunk_data(chunk)
-                for opcode, body in _split(data):
+                for opcode, body in split(data):
                     if opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
                         self._keep(opcode, bytes(body))
+                self._sure = max(self._sure, chunk.offset + _HEAD.size + chunk.length)
             except (RecordingError, struct.error):
+                if position + 1 < len(self._chunks):
+                    raise
                 del self._chunks[position:]
-                return
+        size = os.fstat(self._file.fileno()).st_size
+        ours = SESSION in self._metadata or b"sensorium" in self._read(0, _BEGINNING)
+        if ours and (more := next_piece(self._read, self._sure, size)) is not None:
+            raise self._damaged(f" from byte {self._sure} on, and goes on at byte {more.start}")
+        if ours and size > 2 * len(MAGIC) and self._read(size - len(MAGIC), len(MAGIC)) == MAGIC:
+            raise self._damaged(f" from byte {self._sure} on, before its end")
 
     def _session(self, whole: bool) -> SessionInfo:
         facts = self._metadata.get(SESSION)
@@ -256,9 +287,9 @@ class RecordingReader:
 
     # Reading.
 
-    def _records(self, channels: Collection[int]) -> Iterator[_Record]:
+    def _records(self, channels: Collection[int]) -> Iterator[Record]:
         """Records of ``channels`` in log order, ties by chunk and index in the chunk."""
-        pending: list[_Record] = []
+        pending: list[Record] = []
         for ordinal, chunk in sorted(enumerate(self._chunks), key=lambda entry: (entry[1].start, entry[0])):
             inside = self._chunk_channels.get(chunk.offset)
             if inside is not None and not inside.intersection(channels):
@@ -270,34 +301,32 @@ class RecordingReader:
             pending.sort(key=_order)
         yield from pending
 
-    def _chunk_records(self, ordinal: int, chunk: _ChunkPlace, channels: Collection[int]) -> Iterator[_Record]:
+    def _chunk_records(self, ordinal: int, chunk: ChunkPlace, channels: Collection[int]) -> Iterator[Record]:
         data = self._chunk_data(chunk)
         try:
-            for index, (opcode, body) in enumerate(_split(data)):
+            for index, (opcode, body) in enumerate(split(data)):
                 if opcode == Opcode.MESSAGE:
-                    channel, _, log, publish = _MESSAGE_HEAD.unpack_from(body)
+                    channel, _, log, publish = MESSAGE_HEAD.unpack_from(body)
+                    if not chunk.start <= log <= chunk.end:
+                        raise ValueError("it holds what lies outside of its times")
                     if channel in channels:
-                        yield log, ordinal, index, channel, publish, body[_MESSAGE_HEAD.size :]
-        except struct.error as error:
-            raise RecordingError(f"{self.path} is damaged in the chunk at byte {chunk.offset}: {error}") from None
+                        yield log, ordinal, index, channel, publish, body[MESSAGE_HEAD.size :]
+        except (struct.error, ValueError) as error:
+            raise self._damaged(f" in the chunk at byte {chunk.offset}: {error}") from None
 
-    def _chunk_data(self, place: _ChunkPlace) -> memoryview:
-        body = self._read(place.offset + _HEAD.size, place.length)
+    def _chunk_data(self, place: ChunkPlace) -> memoryview:
         try:
-            chunk = Chunk.read(ReadDataStream(BytesIO(body)))
-            stream, length = get_chunk_data_stream(chunk, validate_crc=True)
-            if length != chunk.uncompressed_size:
-                raise ValueError(f"it holds {length} bytes where it says {chunk.uncompressed_size}")
-            return memoryview(stream.read(length))
-        except _DAMAGE as error:
-            raise RecordingError(f"{self.path} is damaged in the chunk at byte {place.offset}: {error}") from None
+            return chunk_data(self._read(place.offset + _HEAD.size, place.length))
+        except DAMAGE as error:
+            raise self._damaged(f" in the chunk at byte {place.offset}: {error}") from None
 
 
 def ring_part(path: Path) -> RingPart | None:
-    """Where a file says at its beginning that it stands in a ring; None if it is no segment of one. Reads no further
-    than that, and raises nothing."""
+    """Where a file says at its beginning that it stands in a ring; None if it is no segment of one, or if what it says
+    there is damaged. Reads no further than that, and raises nothing."""
+    facts = _begun(path) or {}
     with suppress(msgspec.MsgspecError):
-        return _stated(_begun(path) or {}, "ring", RingPart)
+        return _stated(facts, "ring", RingPart) if facts_hold(facts) else None
     return None
 
 
@@ -319,7 +348,7 @@ def _begun(path: Path) -> dict[str, str] | None:
                     if metadata.name == SESSION:
                         return dict(metadata.metadata)
                 at += _HEAD.size + length
-    except (*_DAMAGE, OSError):
+    except (*DAMAGE, OSError):
         pass
     return None
 
@@ -328,15 +357,15 @@ def _stated(facts: dict[str, str], name: str, type_: type[Stated]) -> Stated | N
     return msgspec.json.decode(facts[name], type=type_) if name in facts else None
 
 
-def _log_time(record: _Record) -> int:
+def _log_time(record: Record) -> int:
     return record[0]
 
 
-def _order(record: _Record) -> tuple[int, int, int]:
+def _order(record: Record) -> tuple[int, int, int]:
     return record[:3]
 
 
-def _split(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def split(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     """The records in a chunk: opcode and body."""
     at = 0
     while at < len(data):

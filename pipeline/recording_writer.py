@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ _COMPRESSION = {"zstd": CompressionType.ZSTD, "lz4": CompressionType.LZ4, "none"
 
 SESSION, END = "sensorium", "sensorium.end"
 """Names of the metadata records: written first, and at a clean close."""
+SUM = "sum"
+"""Under what such a record has a sum over the rest of it: MCAP gives it none of its own."""
 RIG, CALIBRATION = "rig.yaml", "calibration/"
 """Names of the attachments."""
 
@@ -109,6 +112,16 @@ class Label(msgspec.Struct, frozen=True, gc=False):
     label: str
 
 
+class LostMessages(msgspec.Struct, frozen=True):
+    """Messages of one stream that are not in the recording, both ends included: a gap record of messages."""
+
+    stream: str
+    epoch: int
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+    cause: str = ""
+
+
 class RecordingWriter:
     """Writes one recording. Not thread-safe. Memory is bounded by a chunk: ``chunk_bytes`` or ``chunk_ns`` of arrival.
 
@@ -174,11 +187,14 @@ class RecordingWriter:
             facts["since"] = msgspec.json.encode(session.since).decode()
         if session.ring is not None:
             facts["ring"] = msgspec.json.encode(session.ring).decode()
-        self._writer.add_metadata(SESSION, facts | {f"extra.{k}": v for k, v in session.extra.items()})
+        self._add_facts(SESSION, facts | {f"extra.{k}": v for k, v in session.extra.items()})
         if session.rig is not None:
             self.attach(RIG, session.rig.encode(), "application/yaml")
         for name, text in session.calibrations.items():
             self.attach(CALIBRATION + name, text.encode(), "text/plain")
+
+    def _add_facts(self, name: str, facts: dict[str, str]) -> None:
+        self._writer.add_metadata(name, facts | {SUM: facts_sum(facts)})
 
     def write(self, message: Message, arrival_ns: int) -> None:
         """Records one message or beat that arrived at ``arrival_ns`` of session time."""
@@ -197,6 +213,16 @@ class RecordingWriter:
         session time, ``publish_ns`` is ``log_ns`` by default."""
         channel = self._channel(topic, TOPIC_SCHEMAS.get(topic, ANY_OBJECT), {})
         self._add(channel, data, log_ns, log_ns if publish_ns is None else publish_ns, 0)
+
+    def copy(
+        self, topic: str, schema: Schema, metadata: dict[str, str], data: bytes | memoryview,
+        log_ns: int, publish_ns: int, sequence: int,
+    ) -> None:  # fmt: skip
+        """Records what lies in another recording, as it lies there; times are session time."""
+        self._add(self._channel(topic, schema, metadata), bytes(data), log_ns, publish_ns, sequence)
+        if "payload" in metadata:
+            self.messages += 1
+            self._counts[topic] += 1
 
     def write_label(self, label: Label, log_ns: int) -> None:
         """Records what was true for a while."""
@@ -228,7 +254,7 @@ class RecordingWriter:
             self.flush()
             counts = msgspec.json.encode(self._counts).decode()
             facts = {"complete": "true" if complete else "false", "note": note, "messages": counts}
-            self._writer.add_metadata(END, facts)
+            self._add_facts(END, facts)
             self._writer.finish()
             self._output.sync()
             self._output.check_place()
@@ -284,6 +310,12 @@ class RecordingWriter:
             channel = self._writer.register_channel(topic, schema.message_encoding, self._schemas[identity], metadata)
             self._channels[topic, schema.name] = channel
         return channel
+
+
+def facts_sum(facts: dict[str, str]) -> str:
+    """The sum over what a recording says of itself, the sum aside."""
+    stated = sorted((name, text) for name, text in facts.items() if name != SUM)
+    return f"{zlib.crc32(msgspec.json.encode(stated)):08x}"
 
 
 def _kind(layout: Any) -> Any:
@@ -371,13 +403,15 @@ class _Output:
 
 
 @contextlib.contextmanager
-def whole_file(out: Path) -> Iterator[Path]:
+def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """Where a recording is written that is to appear as ``out`` only when it is whole, which it is when the block is
-    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full."""
+    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full; ConfigError
+    where ``out`` has come to be meanwhile, if that is not to be overwritten."""
     part = out.with_name(out.name + ".tmp")
     try:
         yield part
-        os.replace(part, out)
+        if overwrite or not _linked(part, out):
+            os.replace(part, out)
     except NoRoomError as error:
         raise RecordingError(
             f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
@@ -385,6 +419,19 @@ def whole_file(out: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _linked(part: Path, out: Path) -> bool:
+    """Gives a file a second name, which must be free. False where files have only one."""
+    try:
+        os.link(part, out)
+    except OSError:
+        if os.path.lexists(out):
+            raise ConfigError(
+                f"{out} exists already, and is not overwritten: choose another name, or remove it"
+            ) from None
+        return False
+    return True
 
 
 def free_path(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what is reported on is not loaded to report on something el
     from pipeline.devices import Place
     from pipeline.plan import Plan
     from pipeline.recalibrate import Recalibration
+    from pipeline.recording_salvage import Damage, Hole, Recovery
     from pipeline.verify import Verification
 
 
@@ -170,6 +172,47 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
         head.append(f"deleted before it began: {deleted_text(gone)}" if gone.segments else "nothing was deleted before")
     said = Text(GAPS, style="dim")
     return Group(head, Text(), table, said, *((Text(), latency_table(latency)) if latency else ()))
+
+
+def damage_text(found: Damage, recording: Path) -> RenderableType:
+    """Where a recording is damaged, what is lacking, and what to do."""
+    from pipeline.recording_salvage import lost_text
+
+    lines = [_hole(hole) for hole in found.holes[:_LABELS]]
+    lines += [f"and {counted(len(found.holes) - _LABELS, 'place')} more"] if len(found.holes) > _LABELS else []
+    lines += [f"lost: {name}" for name in found.unreadable]
+    said = Text(f"\n{recording} is damaged; what is shown is what can be read", style="yellow")
+    said.append("".join(f"\n  {line}" for line in lines))
+    said.append(f"\nlacking in all: {lost_text(found)}")
+    partial = " --partial" if found.unreadable else ""
+    said.append(f"\nwhat is intact goes into a new recording with: sensorium recover {recording} -o NEW.mcap{partial}")
+    return said
+
+
+def _hole(hole: Hole) -> str:
+    """A damaged stretch in words."""
+    from pipeline.recording_salvage import counts_text
+
+    said = f"bytes {hole.from_byte} to {hole.to_byte}: {hole.what}"
+    if hole.from_ns is not None:
+        end = "the end" if hole.to_ns is None else f"{hole.to_ns / 1e9:.3f} s"
+        said += f", which came from {hole.from_ns / 1e9:.3f} s to {end}"
+    return f"{said}; by their numbers {counts_text(hole.lost)}" if hole.lost else said
+
+
+def recovery_text(made: Recovery, recording: Path, out: Path) -> RenderableType:
+    """What ``recover`` says to a person: what was saved, what was lost, and where that was."""
+    from pipeline.recording_salvage import name_of
+
+    table = numbers("messages", ("saved", "lost"))
+    lost, counted_all = made.damage.lost, made.damage.counted
+    for name in sorted(made.saved.keys() | lost.keys(), key=lambda name: (name[0] == "/", name)):
+        known = str(lost.get(name, 0)) if counted_all else f"≥ {lost[name]}" if name in lost else "–"
+        table.add_row(name_of(name), str(made.saved.get(name, 0)), known)
+    lines = [f"damaged: {_hole(hole)}" for hole in made.damage.holes]
+    lines += [f"left out, for it is lost: {name}" for name in made.damage.unreadable]
+    state = "complete" if made.complete else f"incomplete: {made.note}"
+    return Group(table, Text(), *map(Text, lines), Text(f"{out}: done, and {state}; {recording} is as it was"))
 
 
 GAPS = "gaps: places in its numbering where messages were lost; a pause without a gap: the source sent nothing"

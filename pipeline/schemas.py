@@ -14,6 +14,7 @@ import msgspec
 from pipeline.errors import ConfigError, listed, nearest
 from pipeline.messages import Payload
 from pipeline.recording import RingPart
+from pipeline.recording_salvage import Damage
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -87,6 +88,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     """How long each label was true, in seconds: by the recording, or by X.labels.csv beside X.mcap."""
     ring: RingPart | msgspec.UnsetType = msgspec.UNSET
     """Where the recording stands in its ring, if it is a segment of one."""
+    damage: Damage | msgspec.UnsetType = msgspec.UNSET
+    """If the recording is damaged; all else is of what is intact."""
 
 
 def _info() -> dict[str, Any]:

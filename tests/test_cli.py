@@ -30,8 +30,8 @@ from tests.conftest import ROOT
 from tests.test_recording import message
 
 SENSORIUM = str(Path(sys.executable).with_name("sensorium"))
-COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "calibrate", "recalibrate",
-            "train", "import", "simulate", "evaluate", "schema", "keys", "node")  # fmt: skip
+COMMANDS = ("run", "record", "replay", "subscribe", "check", "devices", "info", "explain", "recover", "calibrate",
+            "recalibrate", "train", "import", "simulate", "evaluate", "schema", "keys", "node")  # fmt: skip
 PATIENCE_S = 60
 
 RIG = f"""

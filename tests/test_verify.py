@@ -27,6 +27,7 @@ from pipeline.messages import Header, Message, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, RecordingWriter
 from pipeline.recording_damage import damage
+from pipeline.recording_salvage import lost_text, recover
 from pipeline.recording_writer import Deleted, RingPart
 from pipeline.verify import _Held, verify
 from tests.rigs import STREAMS
@@ -155,6 +156,39 @@ def test_any_changed_bit_is_found(whole: Path, data: st.DataObject) -> None:
         assert not verify(changed, load_bundle(whole / "model")).holds
     except RecordingError:
         assert damage(changed) is not None
+
+
+@pytest.mark.slow
+def test_what_is_recovered_of_a_damaged_session_is_verified_again(whole: Path) -> None:
+    data = bytearray((whole / "session.mcap").read_bytes())
+    spans = [(first, end) for opcode, first, end in records(data) if opcode == 0x06]
+    first, end = spans[len(spans) // 2]
+    data[(first + 9 + end) // 2] ^= 1
+    hurt, out = whole / "hurt.mcap", whole / "recovered.mcap"
+    hurt.write_bytes(data)
+    out.unlink(missing_ok=True)
+    refused = CliRunner().invoke(cli.app, ["replay", str(hurt), "--bundle", str(whole / "model")])
+    assert isinstance(refused.exception, RecordingError)
+    assert f"damaged in the chunk at byte {first}" in str(refused.exception)
+    assert f"sensorium recover {hurt} -o" in str(refused.exception)
+    made = recover(hurt, out)
+    assert made.damage.counted
+    assert CliRunner().invoke(cli.app, ["replay", str(out), "--bundle", str(whole / "model")]).exit_code == 0
+    found = verify(out, load_bundle(whole / "model"))
+    assert not found.differences, found.first_difference
+    assert not found.holds
+    assert found.windows > len(steps(whole)) // 2
+    assert any(f"what is lost: {lost_text(made.damage)}" in text for text in found.unverifiable)
+    shown = CliRunner().invoke(cli.app, ["explain", str(hurt)])
+    assert shown.exit_code == 3
+    assert f"damaged at bytes {first} to" in shown.stdout
+    with RecordingReader(out) as reader:
+        there = {msgspec.json.decode(data, type=Manifest).step for data, _, _ in reader.json(MANIFEST_TOPIC)}
+    for step in (min(there), max(there)):
+        assert CliRunner().invoke(cli.app, ["explain", str(hurt), "--window", str(step)]).exit_code == 3
+    for step in {manifest.step for manifest in steps(whole)} - there:
+        with pytest.raises(ConfigError, match=rf"no window {step}; .*but not those from .*damaged at bytes {first} to"):
+            explain_window(Session(out), step)
 
 
 @pytest.mark.slow
