@@ -143,27 +143,35 @@ def nbytes_of(layout: Layout) -> int | None:
     return _BYTES[type(layout)](layout)
 
 
+def form_of(layout: Layout) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Type and shape of the array that ``view`` gives; the size of a compressed frame, which varies, is -1."""
+    match layout:
+        case FrameLayout(format="jpeg"):
+            return np.dtype("u1"), (-1,)
+        case FrameLayout(format="gray8", height=h, width=w):
+            return np.dtype("u1"), (h, w)
+        case FrameLayout(height=h, width=w):
+            return np.dtype("u1"), (h, w, 3)
+        case AudioLayout(channels=c, samples=n):
+            return np.dtype("<i2"), (n, c)
+        case ImuLayout(samples=n):
+            return IMU_DTYPE, (n,)
+        case SignalLayout(samples=n, channels=names):
+            return signal_dtype(len(names)), (n,)
+        case SweepLayout(points=n):
+            return POINT_DTYPE, (n,)
+        case TextLayout(bytes=n):
+            return np.dtype("u1"), (n,)
+
+
 def view(layout: Layout, data: Any) -> np.ndarray[Any, Any]:
     """The buffer ``data`` as the array that ``layout`` describes, without a copy. ValueError if the size is wrong."""
     raw = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
     expected = nbytes_of(layout)
     if expected is not None and raw.nbytes != expected:
         raise ValueError(f"the payload has {raw.nbytes} bytes where its layout {layout} needs {expected}")
-    match layout:
-        case FrameLayout(format="jpeg") | TextLayout():
-            return raw
-        case FrameLayout(format="gray8", height=h, width=w):
-            return raw.reshape(h, w)
-        case FrameLayout(height=h, width=w):
-            return raw.reshape(h, w, 3)
-        case AudioLayout(channels=c, samples=n):
-            return raw.view("<i2").reshape(n, c)
-        case ImuLayout():
-            return raw.view(IMU_DTYPE)
-        case SignalLayout(channels=names):
-            return raw.view(signal_dtype(len(names)))
-        case SweepLayout():
-            return raw.view(POINT_DTYPE)
+    dtype, shape = form_of(layout)
+    return raw.view(dtype).reshape(shape)
 
 
 def array(message: Message) -> np.ndarray[Any, Any]:

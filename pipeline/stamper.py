@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+import numpy as np
 
 from pipeline.errors import SensorError
-from pipeline.messages import Header, payload_of
+from pipeline.messages import IMU_DTYPE, POINT_DTYPE, Header, Layout, SignalLayout, form_of, nbytes_of, payload_of
 from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
@@ -25,6 +28,7 @@ class Stamper:
         self.epoch, self.seq, self.bound_ns = -1, 0, 0
         self._unbound = True  # nothing was promised in this epoch yet
         self._stragglers = 0
+        self._layout: Layout | None = None  # the last that was checked
 
     def open(self, now_ns: int) -> None:
         """Opens an epoch at session time ``now_ns``."""
@@ -91,10 +95,16 @@ class Stamper:
         )
 
     def _check(self, reading: Reading) -> None:
+        if not isinstance(reading, Reading):
+            raise SensorError(
+                f"`read` gave {_kind(reading)}, where it gives a Reading, a list of them, or None; this is a fault of "
+                "the source."
+            )
+        if reading.layout != self._layout:
+            self._check_layout(reading.layout)
+            self._layout = reading.layout
         wrong = None
-        if (payload := payload_of(reading.layout)) != self.payload:
-            wrong = f"a payload of type {payload} on a stream of type {self.payload}"
-        elif not (
+        if not (
             isinstance(reading.t_capture_ns, int)
             and isinstance(reading.t_end_ns, int)
             and isinstance(reading.t_receipt_ns, int)
@@ -107,5 +117,59 @@ class Stamper:
             wrong = f"an uncertainty of {reading.uncertainty_ns} ns"
         elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
             wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
+        else:
+            wrong = _wrong_data(reading.layout, reading.data)
         if wrong:
-            raise SensorError(f"{self.stream}: the source gave a reading with {wrong}; this is a fault of the source.")
+            raise _fault(wrong)
+
+    def _check_layout(self, layout: Layout) -> None:
+        """Only one that differs from the last is checked: a struct takes whatever it is made of."""
+        try:
+            payload = payload_of(layout)
+        except KeyError:
+            raise _fault(f"{_kind(layout)} as its layout; layouts are in pipeline.messages") from None
+        try:
+            msgspec.convert(msgspec.to_builtins(layout), type(layout))
+        except (TypeError, msgspec.ValidationError) as error:  # a TypeError is numpy's: np.int64 is no int
+            raise _fault(f"the layout {layout}, which is none: {error}") from None
+        if payload != self.payload:
+            raise _fault(f"a payload of type {payload} on a stream of type {self.payload}")
+
+
+def _wrong_data(layout: Layout, data: Any) -> str | None:
+    """What is wrong with ``data`` as a payload of ``layout``. Plain bytes may be anything of the right size; an array
+    says what it is, and one that only has the right size would be taken for something else."""
+    if not isinstance(data, np.ndarray | bytes | bytearray | memoryview):
+        return f"data of the type {_kind(data)}, where data are an array or bytes"
+    size = nbytes_of(layout)
+    if isinstance(data, np.ndarray):
+        dtype, shape = form_of(layout)
+        if size is None and data.dtype == dtype:
+            return None
+        plain = data.dtype == np.uint8 and data.ndim == 1
+        shaped = plain or (data.dtype == dtype and (data.ndim == 1 or _long(data.shape) == _long(shape)))
+        if shaped and data.nbytes == size:
+            return None
+        found = f"an array {data.dtype if data.dtype.names is None else 'of a structured type'} {list(data.shape)}"
+        return f"{found} as data, where its layout {layout} needs {_type_name(layout, dtype)} {list(shape)}"
+    nbytes = memoryview(data).nbytes
+    return None if size is None or nbytes == size else f"{nbytes} bytes of data, where its layout {layout} needs {size}"
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    """The lengths that are not 1, which alone decide how a buffer is read."""
+    return [n for n in shape if n != 1]
+
+
+def _type_name(layout: Layout, dtype: np.dtype[Any]) -> str:
+    if isinstance(layout, SignalLayout):
+        return f"signal_dtype({len(layout.channels)})"
+    return "IMU_DTYPE" if dtype == IMU_DTYPE else "POINT_DTYPE" if dtype == POINT_DTYPE else str(dtype)
+
+
+def _kind(value: object) -> str:
+    return f"`{type(value).__name__}`"
+
+
+def _fault(wrong: str) -> SensorError:
+    return SensorError(f"`read` gave a reading with {wrong}; this is a fault of the source.")
