@@ -251,7 +251,7 @@ def check_class(kind: str, source_class: type[Source]) -> None:
     if source_class.read is Source.read:
         wrong.append("it has no method `read(self)`, which returns a Reading, a list of them, or None")
     elif inspect.isgeneratorfunction(source_class.read) or inspect.iscoroutinefunction(source_class.read):
-        wrong.append("its `read` yields or is async; it returns a Reading, a list of them, or None, and is called again")
+        wrong.append("its `read` yields or is async; it returns a Reading, a list of them, or None, each time anew")
     try:
         inspect.signature(source_class).bind(None, None)
     except TypeError:
