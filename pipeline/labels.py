@@ -18,6 +18,8 @@ from pipeline.recording import Label, RecordingReader, reading
 
 SIDECAR = ".labels.csv"
 SESSIONS = "sessions.csv"
+REACH_NS = 1_000_000_000
+"""So much later than the last that was recorded a label may begin, for whoever labels rounds."""
 
 
 def session_labels(recording: str | Path | RecordingReader, known: Collection[str] | None = None) -> list[Label]:
@@ -37,7 +39,23 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
                 f"{where} has no labels{lost}. Write {sidecar.name} beside the recording: a line start_s,end_s,label, "
                 "then one line an interval"
             )
+        if where == sidecar and reader.info.complete and reader.end_ns:
+            _check_reach(labels, sidecar, reader.end_ns)
         return checked(labels, str(where), known)
+
+
+def _check_reach(labels: Collection[Label], sidecar: Path, end_ns: int) -> None:
+    """Raises RecordingError for a label that somebody wrote for a time that the session does not reach: the unit or the
+    file is another one, and then no label of it is where it was meant to be."""
+    far = [label for label in labels if label.start_ns > end_ns + REACH_NS]
+    if not far:
+        return
+    fits = max(label.start_ns for label in labels) <= 1000 * (end_ns + REACH_NS)
+    hint = "; times are in seconds, are these milliseconds?" if fits and len(labels) > 1 else ""
+    raise RecordingError(
+        f"{sidecar}: the label `{far[0].label}` from {_s(far[0].start_ns)} to {_s(far[0].end_ns)} begins after the "
+        f"session's end at {_s(end_ns)}; correct its times, or name the file after its own session{hint}"
+    )
 
 
 def told_labels(reader: RecordingReader) -> list[Label]:
