@@ -90,6 +90,40 @@ def checked(
     return ordered
 
 
+def look_alike(sessions: Mapping[str, Collection[Label]]) -> list[tuple[str, str, str]]:
+    """(label, another, session) for each label that one session alone has and that differs from a more usual one by a
+    letter, by two that changed places, or by case and separators: most likely a slip, which would be learnt as a class
+    of its own. ``sessions``: name -> labels."""
+    where: dict[str, set[str]] = {}
+    for name, labels in sessions.items():
+        for label in labels:
+            where.setdefault(label.label, set()).add(name)
+    alone = [label for label, names in sorted(where.items()) if len(names) == 1]
+    pairs = [(one, other) for one in alone for other in sorted(where) if len(where[other]) > 1 and _near(one, other)]
+    return [(one, other, next(iter(where[one]))) for one, other in pairs]
+
+
+def _near(a: str, b: str) -> bool:
+    if _plain(a) == _plain(b):
+        return True
+    prefix = _shared(a, b)
+    rest_a, rest_b = a[prefix:], b[prefix:]
+    suffix = _shared(rest_a[::-1], rest_b[::-1])
+    one, other = rest_a[: len(rest_a) - suffix], rest_b[: len(rest_b) - suffix]
+    if min(len(a), len(b)) < 4 or any(map(str.isdigit, one + other)):  # `left1` and `left2` are meant
+        return False
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
+
+
+def _shared(a: str, b: str) -> int:
+    """How many letters both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _plain(label: str) -> str:
+    return "".join(filter(str.isalnum, label.casefold()))
+
+
 def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str]:
     """What is known of a session beside its streams. Raises RecordingError; ConfigError for a wrong table."""
     with reading(recording) as reader:

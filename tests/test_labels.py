@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, RecordingError
-from pipeline.labels import checked, read_sessions, session_attributes, session_labels
+from pipeline.labels import checked, look_alike, read_sessions, session_attributes, session_labels
 from pipeline.messages import Header, Message
 from pipeline.recording import Label, RecordingWriter, SessionInfo
 
@@ -110,6 +110,19 @@ def test_what_passes_has_one_truth_at_every_moment(spans: list[tuple[int, int]])
     else:
         assert alone
         assert found == sorted(labels, key=lambda label: label.start_ns)
+
+
+def test_labels_that_are_nearly_the_same_are_found() -> None:
+    def spans(*names: str) -> list[Label]:
+        return [Label(i * NS, (i + 1) * NS, name) for i, name in enumerate(names)]
+
+    usual = {f"s{i}": spans("clear", "left1", "mop", "wash_hands", "Run") for i in (1, 2)}
+    for slip, meant in {"claer": "clear", "cleer": "clear", "Clear": "clear", "clears": "clear", "cler": "clear",
+                        "wash hands": "wash_hands", "run": "Run"}.items():  # fmt: skip
+        assert look_alike(usual | {"s3": spans(slip, meant)}) == [(slip, meant, "s3")]
+    for other in ("left2", "mow", "clean_up", "tilt"):
+        assert look_alike(usual | {"s3": spans(other)}) == []
+    assert look_alike(usual | {"s3": spans("claer"), "s4": spans("claer")}) == []  # twice is no slip
 
 
 def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:
