@@ -115,8 +115,8 @@ def prepare_all(
         names = [session.name for session in sessions]
         for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
             watch.note(
-                f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If it "
-                "is a slip correct it; `labels` in the training file says which there are"
+                f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If "
+                "it is a slip correct it; `labels` in the training file says which there are"
             )
     made = []
     for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
