@@ -26,7 +26,7 @@ import msgspec
 from pipeline.align import Aligner, AlignSpec, Step, StreamManifest, digest
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, ConfigError
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Header, Message
 from pipeline.prediction import Prediction
@@ -310,6 +310,8 @@ def replay_predictions(
 
     ``note`` is told which streams are missing or left out. RecordingError, BundleError, ConfigError.
     """
+    if not isinstance(bundle, Bundle):
+        raise ConfigError(f"a bundle is what load_bundle gives, not {bundle!r}: write load_bundle({str(bundle)!r}).")
     with reading(recording) as reader:
         plan = plan_replay(reader, bundle, streams)
         for text in plan.notes:

@@ -8,7 +8,19 @@ import msgspec
 import numpy as np
 
 from pipeline.errors import SensorError
-from pipeline.messages import IMU_DTYPE, POINT_DTYPE, Header, Layout, SignalLayout, form_of, nbytes_of, payload_of
+from pipeline.messages import (
+    IMU_DTYPE,
+    POINT_DTYPE,
+    AudioLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    SignalLayout,
+    form_of,
+    nbytes_of,
+    payload_of,
+    view,
+)
 from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
@@ -118,7 +130,7 @@ class Stamper:
         elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
             wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
         else:
-            wrong = _wrong_data(reading.layout, reading.data)
+            wrong = _wrong_data(reading.layout, reading.data) or _wrong_samples(reading)
         if wrong:
             raise _fault(wrong)
 
@@ -154,6 +166,24 @@ def _wrong_data(layout: Layout, data: Any) -> str | None:
         return f"{found} as data, where its layout {layout} needs {_type_name(layout, dtype)} {list(shape)}"
     nbytes = memoryview(data).nbytes
     return None if size is None or nbytes == size else f"{nbytes} bytes of data, where its layout {layout} needs {size}"
+
+
+def _wrong_samples(reading: Reading) -> str | None:
+    """What is wrong with the times of a batch's samples, which an aligner would reject."""
+    if isinstance(reading.layout, AudioLayout) and reading.t_end_ns == reading.t_capture_ns:
+        return "sound that ends when it begins; `t_end_ns` is where the next block begins"
+    if not isinstance(reading.layout, ImuLayout | SignalLayout):
+        return None
+    offsets = view(reading.layout, reading.data)["offset_ns"]
+    if not len(offsets):
+        return "no samples"
+    first, last, span = int(offsets[0]), int(offsets[-1]), reading.t_end_ns - reading.t_capture_ns
+    if first < 0 or last > span or (offsets[1:] < offsets[:-1]).any():
+        return (
+            f"samples whose `offset_ns` goes from {first} to {last}, where it is the time after `t_capture_ns`, never less "
+            f"than that of the sample before, and at most {span} here, which is `t_end_ns`"
+        )
+    return None
 
 
 def _long(shape: tuple[int, ...]) -> list[int]:

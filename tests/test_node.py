@@ -220,6 +220,20 @@ def test_data_that_are_not_what_the_layout_says_are_the_sources_fault(layout: La
         stamper.stamp(reading, 1)
 
 
+@pytest.mark.parametrize("offsets", [[-1, 0], [0, 11], [5, 3], []])
+def test_samples_out_of_their_batch_are_the_sources_fault(offsets: list[int]) -> None:
+    stamper, data = Stamper("load", "signal"), np.zeros(len(offsets), signal_dtype(1))
+    stamper.open(0)
+    data["offset_ns"] = offsets
+    reading = Reading(layout=SignalLayout(len(offsets), ("load",)), data=data, t_capture_ns=0, t_end_ns=10,
+                      t_receipt_ns=10)  # fmt: skip
+    with pytest.raises(SensorError, match="at most 10 here" if offsets else "no samples"):
+        stamper.stamp(reading, 10)
+    data["offset_ns"] = range(len(offsets))
+    if offsets:
+        assert stamper.stamp(reading, 10) is not None
+
+
 RIGHT_DATA: list[tuple[Layout, Any]] = [
     (AudioLayout(100, 1, 5), np.zeros(5, np.int16)),
     (AudioLayout(100, 1, 5), np.zeros((1, 5), np.int16)),
@@ -237,8 +251,16 @@ RIGHT_DATA: list[tuple[Layout, Any]] = [
 def test_data_that_are_what_the_layout_says_pass(layout: Layout, data: Any) -> None:
     stamper = Stamper("s", payload_of(layout))
     stamper.open(0)
-    reading = Reading(layout=layout, data=data, t_capture_ns=0, t_end_ns=0, t_receipt_ns=0)
-    assert stamper.stamp(reading, 1) is not None
+    reading = Reading(layout=layout, data=data, t_capture_ns=0, t_end_ns=10, t_receipt_ns=10)
+    assert stamper.stamp(reading, 10) is not None
+
+
+def test_sound_without_length_is_the_sources_fault() -> None:
+    stamper = Stamper("microphone", "audio")
+    stamper.open(0)
+    block = Reading(layout=AudioLayout(100, 1, 1), data=bytes(2), t_capture_ns=5, t_end_ns=5, t_receipt_ns=5)
+    with pytest.raises(SensorError, match="`t_end_ns` is where the next block begins"):
+        stamper.stamp(block, 6)
 
 
 readings = st.lists(

@@ -287,3 +287,8 @@ def test_real_footage_in_steps(shared_data: Path, tmp_path: Path) -> None:
     grids = np.concatenate([step.grids["imu"] for step in steps[:104]])
     assert np.linalg.norm(np.nanmean(grids[:, :3], axis=0)) == pytest.approx(9.8, abs=0.2)
     assert steps[50].grids["microphone"].shape == (1600, 2)
+
+
+def test_a_path_in_place_of_a_bundle_is_told_what_loads_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not 'models/demo': write load_bundle\('models/demo'\)"):
+        next(replay_predictions(tmp_path / "x.mcap", "models/demo"))  # type: ignore[arg-type]
