@@ -47,6 +47,9 @@ RETRY_NS = (200_000_000, 1_000_000_000)
 FAILURES = 30
 """So many failures in a row without a reading end the process; a fresh one may help where a driver is wedged."""
 
+IDLE_NS = 1_000_000
+"""A source that has nothing is not asked again sooner than this after it was asked."""
+
 FUTURE_NS = 1_000_000_000
 """A time further in the future than this, and than its uncertainty, is of another clock."""
 
@@ -224,9 +227,13 @@ class SourceShell:
         self._report()
 
     def _read(self) -> None:
+        clock = self.life.clock
+        asked_ns = clock.now_ns()
         try:
             readings = self.source.read()
-            if readings is None:
+            if readings is None or readings == []:
+                if clock.now_ns() - asked_ns < IDLE_NS:  # a source that does not wait would take a whole core
+                    clock.wait_until(asked_ns + IDLE_NS, self.life.stop)
                 return
             if isinstance(readings, list):
                 for reading in readings:

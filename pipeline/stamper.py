@@ -180,8 +180,8 @@ def _wrong_samples(reading: Reading) -> str | None:
     first, last, span = int(offsets[0]), int(offsets[-1]), reading.t_end_ns - reading.t_capture_ns
     if first < 0 or last > span or (offsets[1:] < offsets[:-1]).any():
         return (
-            f"samples whose `offset_ns` goes from {first} to {last}, where it is the time after `t_capture_ns`, never less "
-            f"than that of the sample before, and at most {span} here, which is `t_end_ns`"
+            f"samples whose `offset_ns` goes from {first} to {last}, where it is the time after `t_capture_ns`, never "
+            f"less than that of the sample before, and at most {span} here, which is `t_end_ns`"
         )
     return None
 

@@ -329,6 +329,18 @@ def test_what_is_no_reading_is_the_sources_fault(given: Any) -> None:
     assert made.failures == 2
 
 
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_source_that_has_nothing_and_does_not_wait_takes_no_core(nothing: Any) -> None:
+    made, sender, clock = shell([])
+    made.source.read = lambda: nothing  # type: ignore[method-assign]
+    made.turn()  # opens it
+    start_ns = clock.now_ns()
+    for _ in range(250):
+        made.turn()
+    assert clock.now_ns() - start_ns == 250 * MS
+    assert len(sender.beats) >= 3
+
+
 def test_a_promise_moves_the_bound_while_silent() -> None:
     made, sender, _clock = shell([line(1020 * MS), *[None] * 20])
     turn_until(made, lambda: sender.messages)
