@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
-import numpy as np
 
 from pipeline.errors import SensorError
-from pipeline.messages import (
-    IMU_DTYPE,
-    POINT_DTYPE,
-    AudioLayout,
-    Header,
-    ImuLayout,
-    Layout,
-    SignalLayout,
-    form_of,
-    nbytes_of,
-    payload_of,
-    view,
-)
+from pipeline.messages import AudioLayout, Header, ImuLayout, Layout, SignalLayout, payload_of, view, wrong_data
 from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
@@ -130,7 +115,7 @@ class Stamper:
         elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
             wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
         else:
-            wrong = _wrong_data(reading.layout, reading.data) or _wrong_samples(reading)
+            wrong = wrong_data(reading.layout, reading.data) or _wrong_samples(reading)
         if wrong:
             raise _fault(wrong)
 
@@ -146,26 +131,6 @@ class Stamper:
             raise _fault(f"the layout {layout}, which is none: {error}") from None
         if payload != self.payload:
             raise _fault(f"a payload of type {payload} on a stream of type {self.payload}")
-
-
-def _wrong_data(layout: Layout, data: Any) -> str | None:
-    """What is wrong with ``data`` as a payload of ``layout``. Plain bytes may be anything of the right size; an array
-    says what it is, and one that only has the right size would be taken for something else."""
-    if not isinstance(data, np.ndarray | bytes | bytearray | memoryview):
-        return f"data of the type {_kind(data)}, where data are an array or bytes"
-    size = nbytes_of(layout)
-    if isinstance(data, np.ndarray):
-        dtype, shape = form_of(layout)
-        if size is None and data.dtype == dtype:
-            return None
-        plain = data.dtype == np.uint8 and data.ndim == 1
-        shaped = plain or (data.dtype == dtype and (data.ndim == 1 or _long(data.shape) == _long(shape)))
-        if shaped and data.nbytes == size:
-            return None
-        found = f"an array {data.dtype if data.dtype.names is None else 'of a structured type'} {list(data.shape)}"
-        return f"{found} as data, where its layout {layout} needs {_type_name(layout, dtype)} {list(shape)}"
-    nbytes = memoryview(data).nbytes
-    return None if size is None or nbytes == size else f"{nbytes} bytes of data, where its layout {layout} needs {size}"
 
 
 def _wrong_samples(reading: Reading) -> str | None:
@@ -184,17 +149,6 @@ def _wrong_samples(reading: Reading) -> str | None:
             f"less than that of the sample before, and at most {span} here, which is `t_end_ns`"
         )
     return None
-
-
-def _long(shape: tuple[int, ...]) -> list[int]:
-    """The lengths that are not 1, which alone decide how a buffer is read."""
-    return [n for n in shape if n != 1]
-
-
-def _type_name(layout: Layout, dtype: np.dtype[Any]) -> str:
-    if isinstance(layout, SignalLayout):
-        return f"signal_dtype({len(layout.channels)})"
-    return "IMU_DTYPE" if dtype == IMU_DTYPE else "POINT_DTYPE" if dtype == POINT_DTYPE else str(dtype)
 
 
 def _kind(value: object) -> str:
