@@ -128,8 +128,11 @@ def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str
     """What is known of a session beside its streams. Raises RecordingError; ConfigError for a wrong table."""
     with reading(recording) as reader:
         table = reader.path.parent / SESSIONS
-        row = read_sessions(table).get(reader.path.name, {}) if table.is_file() else {}
-        return {**reader.info.extra, **row}
+        rows = read_sessions(table) if table.is_file() else {}
+        name, stem = reader.path.name, reader.path.stem
+        if name not in rows and stem in rows:
+            raise ConfigError(f"{table} has a line for `{stem}`, and no file is called so; write `{name}`")
+        return {**reader.info.extra, **rows.get(name, {})}
 
 
 def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:

@@ -112,6 +112,12 @@ def test_what_passes_has_one_truth_at_every_moment(spans: list[tuple[int, int]])
         assert found == sorted(labels, key=lambda label: label.start_ns)
 
 
+def test_a_line_without_the_ending_of_its_file(recording: Path) -> None:
+    recording.with_name("sessions.csv").write_text("file,person\nwalk,bob\n")
+    with pytest.raises(ConfigError, match=r"sessions.csv has a line for `walk`, .* write `walk.mcap`"):
+        session_attributes(recording)
+
+
 def test_labels_that_are_nearly_the_same_are_found() -> None:
     def spans(*names: str) -> list[Label]:
         return [Label(i * NS, (i + 1) * NS, name) for i, name in enumerate(names)]
