@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, RecordingError, listed, nearest
-from pipeline.importing.labels import read_labels
 from pipeline.recording import Label, RecordingReader, reading
 
 SIDECAR = ".labels.csv"
@@ -39,14 +38,27 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
                 f"{where} has no labels{lost}. Write {sidecar.name} beside the recording: a line start_s,end_s,label, "
                 "then one line an interval"
             )
-        if where == sidecar and reader.info.complete and reader.end_ns:
-            _check_reach(labels, sidecar, reader.end_ns)
+        _check_reach(labels, reader)
         return checked(labels, str(where), known)
 
 
-def _check_reach(labels: Collection[Label], sidecar: Path, end_ns: int) -> None:
-    """Raises RecordingError for a label that somebody wrote for a time that the session does not reach: the unit or the
-    file is another one, and then no label of it is where it was meant to be."""
+def known_labels(reader: RecordingReader) -> list[Label]:
+    """What is known of a session to compare predictions with, as somebody has told it; none where nobody has.
+    RecordingError, ConfigError."""
+    sidecar = reader.path.with_suffix(SIDECAR)
+    if not sidecar.is_file():
+        return reader.labels()
+    labels = _read(sidecar)
+    _check_reach(labels, reader)
+    return checked(labels, str(sidecar))
+
+
+def _check_reach(labels: Collection[Label], reader: RecordingReader) -> None:
+    """Raises RecordingError for a label of the sidecar for a time that the session does not reach: the unit or the file
+    is another one, and then no label of it is where it was meant to be."""
+    sidecar, end_ns = reader.path.with_suffix(SIDECAR), reader.end_ns
+    if not sidecar.is_file() or not reader.info.complete or not end_ns:
+        return
     far = [label for label in labels if label.start_ns > end_ns + REACH_NS]
     if not far:
         return
@@ -61,7 +73,13 @@ def _check_reach(labels: Collection[Label], sidecar: Path, end_ns: int) -> None:
 def told_labels(reader: RecordingReader) -> list[Label]:
     """The labels of a session as somebody has told them; none where nobody has. RecordingError, ConfigError."""
     sidecar = reader.path.with_suffix(SIDECAR)
-    return read_labels(sidecar) if sidecar.is_file() else reader.labels()
+    return _read(sidecar) if sidecar.is_file() else reader.labels()
+
+
+def _read(sidecar: Path) -> list[Label]:
+    from pipeline.importing.labels import read_labels  # its package brings what decodes videos, and takes its time
+
+    return read_labels(sidecar)
 
 
 def checked(

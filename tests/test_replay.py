@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.align import Aligner, AlignSpec, All, Latest, Nearest, Resample, Step, StreamSpec
 from pipeline.bundle import load_bundle
 from pipeline.clock import ManualClock
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, RecordingError
 from pipeline.importing import ImportOptions, import_file
 from pipeline.messages import Message, array
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
@@ -211,6 +211,16 @@ def test_predictions_are_the_same_at_every_run(bundle: Any, tmp_path: Path) -> N
     assert notes == []
     assert first[10].streams["camera"].verdict == "ok"
     assert first[10].streams["camera"].masked is None
+
+
+def test_the_truth_is_the_sidecars_where_there_is_one(bundle: Any, tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mcap", session(3), (Label(0, 10**9, "still"),))
+    sidecar = tmp_path / "a.labels.csv"
+    sidecar.write_text("start_s,end_s,label\n0.0,0.5,wave\n")
+    assert [p.truth for p in replay_predictions(path, bundle)][:6] == ["wave"] * 5 + [None]
+    sidecar.write_text("start_s,end_s,label\n0,500,wave\n500,900,still\n")
+    with pytest.raises(RecordingError, match="are these milliseconds"):
+        list(replay_predictions(path, bundle))
 
 
 def strip(prediction: Any) -> Any:
