@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from pipeline.messages import Message as Message
     from pipeline.messages import array as array
     from pipeline.prediction import Prediction as Prediction
+    from pipeline.recording import Label as Label
     from pipeline.recording import RecordingReader as RecordingReader
     from pipeline.recording import RecordingWriter as RecordingWriter
+    from pipeline.recording import SessionInfo as SessionInfo
     from pipeline.replay import replay_predictions as replay_predictions
     from pipeline.source import Reading as Reading
     from pipeline.source import Source as Source
@@ -38,12 +40,14 @@ _MODULES = {
     "Aligner": "align",
     "Fuser": "inference",
     "Header": "messages",
+    "Label": "recording",
     "Message": "messages",
     "Prediction": "prediction",
     "Reading": "source",
     "RecordingReader": "recording",
     "RecordingWriter": "recording",
     "SensoriumError": "errors",
+    "SessionInfo": "recording",
     "Source": "source",
     "StreamSpec": "align",
     "array": "messages",
@@ -58,12 +62,14 @@ __all__ = [
     "Aligner",
     "Fuser",
     "Header",
+    "Label",
     "Message",
     "Prediction",
     "Reading",
     "RecordingReader",
     "RecordingWriter",
     "SensoriumError",
+    "SessionInfo",
     "Source",
     "StreamSpec",
     "array",

@@ -167,11 +167,20 @@ def _read_files(folder: Path, model: ModelFile) -> dict[str, bytes]:
     used = [*encoders, _fusion_file(model)]
     for name in used:
         if name not in model.lineage.files:
+            file = folder / name
+            write = f" Add the line `{name}: {_sha256(file)}` to it." if file.is_file() else ""
             raise BundleError(
                 f"{folder / MODEL_FILE}, lineage.files: the model uses `{name}`, whose SHA-256 is not listed; listed "
-                f"are {listed(model.lineage.files) or 'none'}.{nearest(name, model.lineage.files)}"
+                f"are {listed(model.lineage.files) or 'none'}.{nearest(name, model.lineage.files) or write}"
             )
     return {name: _read_file(folder, name, digest) for name, digest in model.lineage.files.items()}
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return "…"
 
 
 def _read_file(folder: Path, name: str, digest: str) -> bytes:

@@ -59,6 +59,7 @@ class Child:
         file = Path(self.spec.session_dir) / f"{self.name}.json"
         file.write_bytes(msgspec.json.encode(self.spec))
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(file)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, process_group=0, env=_environment(),
@@ -181,11 +182,13 @@ class Child:
         return True
 
     def tail(self) -> str:
-        """The last lines that the node wrote before it died."""
+        """The last lines that the node wrote before it died, of this life alone."""
         try:
-            lines = self.log.read_text("utf-8", "replace").splitlines()
+            said = self.log.read_bytes()
         except OSError:
             return ""
+        own = said[self._log_start :] if len(said) >= self._log_start else said  # else it was trimmed meanwhile
+        lines = own.decode("utf-8", "replace").splitlines()
         return "\n".join(lines[-TAIL_LINES:])
 
 

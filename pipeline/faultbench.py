@@ -20,6 +20,7 @@ from pipeline.config import AlignEntry, check_rig
 from pipeline.errors import ConfigError
 from pipeline.faults import Fault, FaultFile, Item, deaths, faulty, runs, unordered
 from pipeline.inference import FuseOptions, Fuser, content_of
+from pipeline.labels import known_labels
 from pipeline.plan import live_spec
 from pipeline.prediction import Prediction
 from pipeline.recording import RecordingReader
@@ -82,7 +83,7 @@ def fault_bench(
         heard = reader.messages([s.name for s in spec.streams if s.name in reader.streams], beats=True)
         known = [s.name for s in spec.streams]
         fuser = Fuser(bundle, options, reader.info.session, streams=plan.streams)
-        truth = Truth(reader.labels())
+        truth = Truth(known_labels(reader))
         for step in live_steps(faulty(heard, faults, file.seed), spec, deaths(faults.values(), known), result.counters):
             prediction = fuser.step(step.manifest, content_of(step))
             result.add(msgspec.structs.replace(prediction, truth=truth.at(step.manifest.end_ns)))

@@ -25,6 +25,10 @@ from pipeline.wire import decode_frame
 Array = np.ndarray[Any, Any]
 
 
+ROUNDING = 1e-3
+"""So far a probability may lie outside of 0 to 1."""
+
+
 class Part(Protocol):
     """One stream's part of the window: tokens f4 [steps, token], mask f4 [steps]."""
 
@@ -113,6 +117,12 @@ class WholeGraph:
             found.append(_run(self.session, self._output, some, shape, self._where))
         result: Array = np.concatenate(found)
         if self._whole.gives == "probabilities":
+            if (result < -ROUNDING).any() or (result > 1 + ROUNDING).any():
+                raise BundleError(
+                    f"{self._where}: the output `{self._output}` reaches from {np.nanmin(result):.3g} to "
+                    f"{np.nanmax(result):.3g}, and probabilities lie between 0 and 1. Write `gives: logits` under "
+                    "`model` in model.yaml, or let the model end with a softmax."
+                )
             result = np.log(np.maximum(result, np.float32(1e-12)))
         return result
 
@@ -125,6 +135,34 @@ class WholeGraph:
         newest = np.flatnonzero(part.mask)
         picture: Array = part.tokens[newest[-1] if len(newest) else -1].reshape(*self._sizes[given.stream], 3)
         return picture.transpose(2, 0, 1) if given.layout == "bchw" else picture
+
+
+class _Noise:
+    """A stream of noise around a value."""
+
+    def __init__(self, stream: BundleStream, steps: int, rng: np.random.Generator, value: float) -> None:
+        self.tokens: Array = rng.standard_normal((steps, stream.token), np.float32) + np.float32(value)
+        self.mask: Array = np.ones(steps, np.float32)
+
+
+def doubt(bundle: Bundle) -> str:
+    """What is doubtful about a user's own model, in a sentence; "" if nothing is. A few windows of noise tell. Raises
+    BundleError where the model cannot do what its file says."""
+    if bundle.whole is None:
+        return ""
+    graph, rng = make_fusion(bundle, 1, ("cpu",)), np.random.default_rng(0)
+    members = np.ones((1, len(bundle.streams)), bool)
+    rows = []
+    for value in (0.0, 100.0, -100.0):
+        parts = {name: _Noise(stream, bundle.window.steps, rng, value) for name, stream in bundle.streams.items()}
+        rows.append(graph.logits(parts, members)[0])
+    found = np.array(rows)
+    if bundle.whole.gives == "probabilities" or (found < 0).any() or not np.allclose(found.sum(axis=1), 1, atol=1e-4):
+        return ""
+    return (
+        f"what {bundle.fusion} gives lies between 0 and 1 and sums to 1, as probabilities do, and is taken for logits, "
+        "which flattens it. If it ends with a softmax write `gives: probabilities` under `model` in its model.yaml"
+    )
 
 
 class RawGrid:

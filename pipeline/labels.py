@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, RecordingError, listed, nearest
-from pipeline.importing.labels import read_labels
 from pipeline.recording import Label, RecordingReader, reading
 
 SIDECAR = ".labels.csv"
 SESSIONS = "sessions.csv"
+REACH_NS = 1_000_000_000
+"""So much later than the last that was recorded a label may begin, for whoever labels rounds."""
 
 
 def session_labels(recording: str | Path | RecordingReader, known: Collection[str] | None = None) -> list[Label]:
@@ -37,13 +38,48 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
                 f"{where} has no labels{lost}. Write {sidecar.name} beside the recording: a line start_s,end_s,label, "
                 "then one line an interval"
             )
+        _check_reach(labels, reader)
         return checked(labels, str(where), known)
+
+
+def known_labels(reader: RecordingReader) -> list[Label]:
+    """What is known of a session to compare predictions with, as somebody has told it; none where nobody has.
+    RecordingError, ConfigError."""
+    sidecar = reader.path.with_suffix(SIDECAR)
+    if not sidecar.is_file():
+        return reader.labels()
+    labels = _read(sidecar)
+    _check_reach(labels, reader)
+    return checked(labels, str(sidecar))
+
+
+def _check_reach(labels: Collection[Label], reader: RecordingReader) -> None:
+    """Raises RecordingError for a label of the sidecar for a time that the session does not reach: the unit or the file
+    is another one, and then no label of it is where it was meant to be."""
+    sidecar, end_ns = reader.path.with_suffix(SIDECAR), reader.end_ns
+    if not sidecar.is_file() or not reader.info.complete or not end_ns:
+        return
+    far = [label for label in labels if label.start_ns > end_ns + REACH_NS]
+    if not far:
+        return
+    fits = max(label.start_ns for label in labels) <= 1000 * (end_ns + REACH_NS)
+    hint = "; times are in seconds, are these milliseconds?" if fits and len(labels) > 1 else ""
+    raise RecordingError(
+        f"{sidecar}: the label `{far[0].label}` from {_s(far[0].start_ns)} to {_s(far[0].end_ns)} begins after the "
+        f"session's end at {_s(end_ns)}; correct its times, or name the file after its own session{hint}"
+    )
 
 
 def told_labels(reader: RecordingReader) -> list[Label]:
     """The labels of a session as somebody has told them; none where nobody has. RecordingError, ConfigError."""
     sidecar = reader.path.with_suffix(SIDECAR)
-    return read_labels(sidecar) if sidecar.is_file() else reader.labels()
+    return _read(sidecar) if sidecar.is_file() else reader.labels()
+
+
+def _read(sidecar: Path) -> list[Label]:
+    from pipeline.importing.labels import read_labels  # its package brings what decodes videos, and takes its time
+
+    return read_labels(sidecar)
 
 
 def checked(
@@ -72,12 +108,49 @@ def checked(
     return ordered
 
 
+def look_alike(sessions: Mapping[str, Collection[Label]]) -> list[tuple[str, str, str]]:
+    """(label, another, session) for each label that one session alone has and that differs from a more usual one by a
+    letter, by two that changed places, or by case and separators: most likely a slip, which would be learnt as a class
+    of its own. ``sessions``: name -> labels."""
+    where: dict[str, set[str]] = {}
+    for name, labels in sessions.items():
+        for label in labels:
+            where.setdefault(label.label, set()).add(name)
+    alone = [label for label, names in sorted(where.items()) if len(names) == 1]
+    pairs = [(one, other) for one in alone for other in sorted(where) if len(where[other]) > 1 and _near(one, other)]
+    return [(one, other, next(iter(where[one]))) for one, other in pairs]
+
+
+def _near(a: str, b: str) -> bool:
+    if _plain(a) == _plain(b):
+        return True
+    prefix = _shared(a, b)
+    rest_a, rest_b = a[prefix:], b[prefix:]
+    suffix = _shared(rest_a[::-1], rest_b[::-1])
+    one, other = rest_a[: len(rest_a) - suffix], rest_b[: len(rest_b) - suffix]
+    if min(len(a), len(b)) < 4 or any(map(str.isdigit, one + other)):  # `left1` and `left2` are meant
+        return False
+    return max(len(one), len(other)) <= 1 or (len(one) == 2 and one == other[::-1])
+
+
+def _shared(a: str, b: str) -> int:
+    """How many letters both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _plain(label: str) -> str:
+    return "".join(filter(str.isalnum, label.casefold()))
+
+
 def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str]:
     """What is known of a session beside its streams. Raises RecordingError; ConfigError for a wrong table."""
     with reading(recording) as reader:
         table = reader.path.parent / SESSIONS
-        row = read_sessions(table).get(reader.path.name, {}) if table.is_file() else {}
-        return {**reader.info.extra, **row}
+        rows = read_sessions(table) if table.is_file() else {}
+        name, stem = reader.path.name, reader.path.stem
+        if name not in rows and stem in rows:
+            raise ConfigError(f"{table} has a line for `{stem}`, and no file is called so; write `{name}`")
+        return {**reader.info.extra, **rows.get(name, {})}
 
 
 def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:

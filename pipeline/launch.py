@@ -28,6 +28,7 @@ import msgspec
 from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
+from pipeline.fusing import doubt
 from pipeline.life import AlignReport, SourceReport
 from pipeline.pacing import odd_paces
 from pipeline.plan import Place, Plan, make_plan, taken
@@ -49,6 +50,8 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         notes += [f"the model does not use the stream `{name}`; it can only be recorded." for name in unused]
         left_out = sorted(set(plan.bundle.streams if plan.bundle else ()) - set(plan.mapping))
         notes += [f"the model's stream `{name}` is left out and will always be masked." for name in left_out]
+        if plan.bundle is not None and (said := doubt(plan.bundle)):
+            notes.append(f"{rig_file.document.place(('bundle',))}: {said}.")
     elif plan.record is None:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
     if said := taken(rig_file, plan.record):

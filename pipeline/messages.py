@@ -143,27 +143,35 @@ def nbytes_of(layout: Layout) -> int | None:
     return _BYTES[type(layout)](layout)
 
 
+def form_of(layout: Layout) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Type and shape of the array that ``view`` gives; the size of a compressed frame, which varies, is -1."""
+    match layout:
+        case FrameLayout(format="jpeg"):
+            return np.dtype("u1"), (-1,)
+        case FrameLayout(format="gray8", height=h, width=w):
+            return np.dtype("u1"), (h, w)
+        case FrameLayout(height=h, width=w):
+            return np.dtype("u1"), (h, w, 3)
+        case AudioLayout(channels=c, samples=n):
+            return np.dtype("<i2"), (n, c)
+        case ImuLayout(samples=n):
+            return IMU_DTYPE, (n,)
+        case SignalLayout(samples=n, channels=names):
+            return signal_dtype(len(names)), (n,)
+        case SweepLayout(points=n):
+            return POINT_DTYPE, (n,)
+        case TextLayout(bytes=n):
+            return np.dtype("u1"), (n,)
+
+
 def view(layout: Layout, data: Any) -> np.ndarray[Any, Any]:
     """The buffer ``data`` as the array that ``layout`` describes, without a copy. ValueError if the size is wrong."""
     raw = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
     expected = nbytes_of(layout)
     if expected is not None and raw.nbytes != expected:
         raise ValueError(f"the payload has {raw.nbytes} bytes where its layout {layout} needs {expected}")
-    match layout:
-        case FrameLayout(format="jpeg") | TextLayout():
-            return raw
-        case FrameLayout(format="gray8", height=h, width=w):
-            return raw.reshape(h, w)
-        case FrameLayout(height=h, width=w):
-            return raw.reshape(h, w, 3)
-        case AudioLayout(channels=c, samples=n):
-            return raw.view("<i2").reshape(n, c)
-        case ImuLayout():
-            return raw.view(IMU_DTYPE)
-        case SignalLayout(channels=names):
-            return raw.view(signal_dtype(len(names)))
-        case SweepLayout():
-            return raw.view(POINT_DTYPE)
+    dtype, shape = form_of(layout)
+    return raw.view(dtype).reshape(shape)
 
 
 def array(message: Message) -> np.ndarray[Any, Any]:
@@ -171,3 +179,34 @@ def array(message: Message) -> np.ndarray[Any, Any]:
     if message.header.layout is None or message.data is None:
         raise ValueError(f"message {message.header.stream}/{message.header.seq} carries no payload")
     return view(message.header.layout, message.data)
+
+
+def wrong_data(layout: Layout, data: Any) -> str | None:
+    """What is wrong with ``data`` as a payload of ``layout``. Plain bytes may be anything of the right size; an array
+    says what it is, and one that only has the right size would be taken for something else."""
+    if not isinstance(data, np.ndarray | bytes | bytearray | memoryview):
+        return f"data of the type `{type(data).__name__}`, where data are an array or bytes"
+    size = nbytes_of(layout)
+    if isinstance(data, np.ndarray):
+        dtype, shape = form_of(layout)
+        if size is None and data.dtype == dtype:
+            return None
+        plain = data.dtype == np.uint8 and data.ndim == 1
+        shaped = plain or (data.dtype == dtype and (data.ndim == 1 or _long(data.shape) == _long(shape)))
+        if shaped and data.nbytes == size:
+            return None
+        found = f"an array {data.dtype if data.dtype.names is None else 'of a structured type'} {list(data.shape)}"
+        return f"{found} as data, where its layout {layout} needs {_type_name(layout, dtype)} {list(shape)}"
+    nbytes = memoryview(data).nbytes
+    return None if size is None or nbytes == size else f"{nbytes} bytes of data, where its layout {layout} needs {size}"
+
+
+def _long(shape: tuple[int, ...]) -> list[int]:
+    """The lengths that are not 1, which alone decide how a buffer is read."""
+    return [n for n in shape if n != 1]
+
+
+def _type_name(layout: Layout, dtype: np.dtype[Any]) -> str:
+    if isinstance(layout, SignalLayout):
+        return f"signal_dtype({len(layout.channels)})"
+    return "IMU_DTYPE" if dtype == IMU_DTYPE else "POINT_DTYPE" if dtype == POINT_DTYPE else str(dtype)

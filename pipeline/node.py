@@ -47,6 +47,12 @@ RETRY_NS = (200_000_000, 1_000_000_000)
 FAILURES = 30
 """So many failures in a row without a reading end the process; a fresh one may help where a driver is wedged."""
 
+IDLE_NS = 1_000_000
+"""A source that has nothing is not asked again sooner than this after it was asked."""
+
+FUTURE_NS = 1_000_000_000
+"""A time further in the future than this, and than its uncertainty, is of another clock."""
+
 EXIT_SENSOR = 4
 """Exit status of a node whose device failed for so long; the launcher restarts it without counting that as a crash."""
 
@@ -221,9 +227,13 @@ class SourceShell:
         self._report()
 
     def _read(self) -> None:
+        clock = self.life.clock
+        asked_ns = clock.now_ns()
         try:
             readings = self.source.read()
-            if readings is None:
+            if readings is None or readings == []:
+                if clock.now_ns() - asked_ns < IDLE_NS:  # a source that does not wait would take a whole core
+                    clock.wait_until(asked_ns + IDLE_NS, self.life.stop)
                 return
             if isinstance(readings, list):
                 for reading in readings:
@@ -242,7 +252,9 @@ class SourceShell:
         self._report()
 
     def _publish(self, reading: Reading) -> None:
-        reading = self.place.reading(reading)
+        if isinstance(reading, Reading):  # else the stamper says so
+            reading = self.place.reading(reading)
+            self._check_clock(reading)
         header = self.stamper.stamp(reading, self.place.now_ns())
         if header is None:
             self.context.count("order")
@@ -255,6 +267,18 @@ class SourceShell:
         self.published += 1
         self.newest_ns = header.t_end_ns
         self._last_sent_ns = self.life.clock.now_ns()
+
+    def _check_clock(self, reading: Reading) -> None:
+        """Raises SensorError for a time that cannot be the session clock's: no reader could do anything with it."""
+        now = self.place.now_ns()
+        for name in ("t_end_ns", "t_receipt_ns"):
+            time = getattr(reading, name)
+            if isinstance(time, int) and time > now + reading.uncertainty_ns + FUTURE_NS:
+                raise SensorError(
+                    f"`read` gave a reading whose `{name}` lies {(time - now) / 1e9:.1f} s in the future; times are "
+                    "nanoseconds on the session clock, which is `self.context.clock.now_ns()` and begins near 0 with "
+                    "the session; this is a fault of the source."
+                )
 
     def _failed(self, error: SensorError) -> None:
         self.source.close()

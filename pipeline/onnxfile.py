@@ -46,7 +46,10 @@ class Tensor(NamedTuple):
     shape: tuple[Dim, ...]
 
 
-_TYPES = {"tensor(float)": "f4", "tensor(uint8)": "u1", "tensor(double)": "f8", "tensor(int64)": "i8"}
+_TYPES = {
+    "tensor(float)": "f4", "tensor(float16)": "f2", "tensor(double)": "f8",
+    "tensor(uint8)": "u1", "tensor(int32)": "i4", "tensor(int64)": "i8",
+}  # fmt: skip
 
 
 def open_session(
@@ -54,6 +57,7 @@ def open_session(
 ) -> ort.InferenceSession:
     """A session on the model ``data``; ``where`` names it in errors. Raises BundleError, ConfigError (providers)."""
     check_opsets(data, where)
+    _check_one_file(data, where)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -129,10 +133,12 @@ def _check_tensor(what: str, found: Any, expected: Tensor) -> None:
     if fits and not all(map(_dim_fits, shape, expected.shape)):
         fits = False
     if not fits:
+        remedy = "Correct model.yaml or export the model again."
+        if kind != expected.type:
+            remedy = f"This type is always {expected.type}: convert it inside the model, and export it again."
         raise BundleError(
             f"{what} is {kind} {_shape(shape)}, but model.yaml needs {expected.type} {_shape(expected.shape)}"
-            f"{' (* must be a dynamic dimension)' if '*' in expected.shape else ''}. Correct model.yaml or export the "
-            "model again."
+            f"{' (* must be a dynamic dimension)' if '*' in expected.shape else ''}. {remedy}"
         )
 
 
@@ -164,6 +170,54 @@ def check_opsets(data: bytes, where: str) -> None:
                 f"{where}: the model has opset {version}; supported are {OPSETS[0]} to {OPSETS[-1]}. Export it with "
                 f"one of these (opset_version={OPSETS[-1]})."
             )
+
+
+def _check_one_file(data: bytes, where: str) -> None:
+    """Raises BundleError for weights in another file: onnxruntime would take whatever lies under that name in the
+    current folder, whose digest nobody has checked."""
+    try:
+        found = next(_outside(memoryview(data), _MODEL), None)
+    except (IndexError, ValueError):
+        return  # which onnxruntime says better
+    if found is not None:
+        tensor, file = found
+        raise BundleError(
+            f"{where}: weights of this model (`{tensor}`) lie in another file, `{file}`, and each model of a bundle is "
+            "one file with all of its weights. Export it so (torch.onnx.export(…, external_data=False)), or load and "
+            "save it with the package onnx."
+        )
+
+
+_TENSOR: dict[int, Any] = {}
+_GRAPH: dict[int, Any] = {}
+_SPARSE = {1: _TENSOR, 2: _TENSOR}
+_ATTRIBUTE = {5: _TENSOR, 6: _GRAPH, 10: _TENSOR, 11: _GRAPH, 22: _SPARSE, 23: _SPARSE}
+_NODE = {5: _ATTRIBUTE}
+_GRAPH |= {1: _NODE, 5: _TENSOR, 15: _SPARSE}
+_MODEL = {7: _GRAPH, 25: {7: _NODE, 11: _ATTRIBUTE}}
+"""Where the tensors of a ModelProto lie: number of a field -> what it holds."""
+
+
+def _outside(message: memoryview, parts: dict[int, Any]) -> Iterator[tuple[str, str]]:
+    """(name, file) of each tensor in ``message`` whose data lie in another file."""
+    if parts is _TENSOR:
+        name, file, elsewhere = "", "", False
+        for number, value in _protobuf(message):
+            if number == 8 and isinstance(value, memoryview):  # TensorProto.name
+                name = bytes(value).decode("utf-8", "replace")
+            elif number == 13 and isinstance(value, memoryview):  # TensorProto.external_data: a key and a value
+                entry = {key: bytes(text) for key, text in _protobuf(value) if isinstance(text, memoryview)}
+                if entry.get(1) == b"location":
+                    file = entry.get(2, b"").decode("utf-8", "replace")
+                elsewhere = True
+            elif number == 14:  # TensorProto.data_location
+                elsewhere = elsewhere or value == 1
+        if elsewhere:
+            yield name, file
+        return
+    for number, value in _protobuf(message):
+        if number in parts and isinstance(value, memoryview):
+            yield from _outside(value, parts[number])
 
 
 def _opsets(data: bytes) -> Iterator[tuple[str, int]]:

@@ -34,7 +34,7 @@ from pipeline.life import NodeSpec
 from pipeline.messages import Payload
 from pipeline.outside import uncreatable
 from pipeline.recording import free_path, message_limit
-from pipeline.source import CORE_KINDS, KINDS, Pace, Source, load_kind
+from pipeline.source import CORE_KINDS, KINDS, Pace, Source, check_class, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Document, Where, listed, nearest
 
@@ -146,7 +146,10 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
     is_source = issubclass(node_class, Source)
     if not is_source and not hasattr(node_class, "streams_of"):
         raise document.error((*at, "kind"), f"the class of `{entry.kind}` is no Source: let it inherit from "
-                             "pipeline.node.Source.")  # fmt: skip
+                             "pipeline.Source.")  # fmt: skip
+    if is_source:
+        with placed(rig_file, (*at, "kind")):
+            check_class(entry.kind, node_class)
     settings, wrong = document.read(node_class.Settings, at, entry.settings, extra=OF_EVERY_SOURCE)
     if not is_source and (entry.offset_ms or entry.offset_uncertainty_ms):
         wrong.add(document.error((*at, "offset_ms"), f"a source of kind `{entry.kind}` publishes times that were made "

@@ -13,15 +13,17 @@ import stat
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 import msgspec
+import numpy as np
 from mcap.writer import CompressionType, IndexType, Writer
 
-from pipeline.errors import ConfigError, RecordingError
-from pipeline.messages import Message, payload_of
+from pipeline.errors import ConfigError, RecordingError, WireError
+from pipeline.messages import Message, payload_of, wrong_data
 from pipeline.recording_schemas import ANY_OBJECT, BEAT_TOPIC, LABEL_TOPIC, TOPIC_SCHEMAS, Schema, encode, schema_of
 
 Compression = Literal["zstd", "lz4", "none"]
@@ -198,6 +200,10 @@ class RecordingWriter:
 
     def write(self, message: Message, arrival_ns: int) -> None:
         """Records one message or beat that arrived at ``arrival_ns`` of session time."""
+        header, data = message.header, message.data
+        if header.layout is not None and isinstance(data, np.ndarray) and (wrong := wrong_data(header.layout, data)):
+            raise WireError(f"message {header.stream}/{header.seq} has {wrong}")
+        _check_time("arrival_ns", arrival_ns)
         self.write_encoded(message, encode(message, self.session.unix_ns), arrival_ns)
 
     def write_encoded(self, message: Message, data: bytes, arrival_ns: int) -> None:
@@ -226,6 +232,8 @@ class RecordingWriter:
 
     def write_label(self, label: Label, log_ns: int) -> None:
         """Records what was true for a while."""
+        for name, time in (("start_ns", label.start_ns), ("end_ns", label.end_ns), ("log_ns", log_ns)):
+            _check_time(name, time)
         self.write_json(LABEL_TOPIC, msgspec.json.encode(label), log_ns, label.start_ns)
 
     def attach(self, name: str, data: bytes, media_type: str = "application/octet-stream") -> None:
@@ -321,6 +329,11 @@ def facts_sum(facts: dict[str, str]) -> str:
 def _kind(layout: Any) -> Any:
     """What a channel's schema depends on."""
     return type(layout), getattr(layout, "format", None) == "jpeg", isinstance(getattr(layout, "channels", None), tuple)
+
+
+def _check_time(name: str, value: object) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"`{name}` is {value!r}, where times are whole numbers of nanoseconds")
 
 
 class _Output:

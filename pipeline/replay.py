@@ -26,8 +26,9 @@ import msgspec
 from pipeline.align import Aligner, AlignSpec, Step, StreamManifest, digest
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock
-from pipeline.errors import BundleError
+from pipeline.errors import BundleError, ConfigError
 from pipeline.inference import FuseOptions, Fuser, content_of
+from pipeline.labels import known_labels
 from pipeline.messages import Header, Message
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, reading
@@ -306,16 +307,18 @@ def replay_predictions(
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Prediction]:
     """The predictions of ``bundle`` on a recording, one a step, by event time: the same at every run and every speed,
-    but for ``timing``. ``truth`` is what the recording's labels say at the end of the window.
+    but for ``timing``. ``truth`` is what the session's labels say at the end of the window.
 
     ``note`` is told which streams are missing or left out. RecordingError, BundleError, ConfigError.
     """
+    if not isinstance(bundle, Bundle):
+        raise ConfigError(f"a bundle is what load_bundle gives, not {bundle!r}: write load_bundle({str(bundle)!r}).")
     with reading(recording) as reader:
         plan = plan_replay(reader, bundle, streams)
         for text in plan.notes:
             note(text)
         fuser = Fuser(bundle, options, reader.info.session, streams=plan.streams, clock=clock)
-        truth = Truth(reader.labels())
+        truth = Truth(known_labels(reader))
         for step in replay_steps(reader, plan.spec):
             prediction = fuser.step(step.manifest, content_of(step))
             yield msgspec.structs.replace(prediction, truth=truth.at(step.manifest.end_ns))

@@ -150,11 +150,13 @@ def _recorded(recorder: NodeStatus, lives: list[RecordReport]) -> tuple[str, lis
 
 
 def _amounts(name: str, stream: StreamStatus, lives: list[RecordReport]) -> dict[str, int]:
-    """How much was sent of a stream, and how much of that the recording has."""
+    """How much was sent of a stream, and how much of that the recording has. A source that died or hung sent more than
+    it had said: what is recorded was sent."""
     amounts = {"sent": stream.total}
     if any(name in life.messages for life in lives):
-        amounts["recorded"] = sum(life.messages.get(name, 0) for life in lives)
-        amounts["not recorded"] = max(stream.total - amounts["recorded"], 0)
+        recorded = sum(life.messages.get(name, 0) for life in lives)
+        sent = max(stream.total, recorded)
+        amounts = {"sent": sent, "recorded": recorded, "not recorded": sent - recorded}
     return amounts
 
 

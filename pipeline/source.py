@@ -19,6 +19,7 @@ and in a rig ``sources: {water: {kind: "my_package.thermometer:Thermometer", por
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ import numpy as np
 
 from pipeline.clock import Clock
 from pipeline.errors import ConfigError, listed, nearest
-from pipeline.messages import AudioLayout, ImuLayout, Layout, Payload, SignalLayout
+from pipeline.messages import PAYLOADS, AudioLayout, ImuLayout, Layout, Payload, SignalLayout
 
 KINDS: dict[str, str] = {
     "camera": "nodes.camera:Camera",
@@ -215,9 +216,10 @@ def load_kind(kind: str, paths: Iterable[Path | str] = ()) -> type[Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may fail in any way while it is imported
+        missing = isinstance(error, ModuleNotFoundError) and error.name in _parents(module_name)
+        hint = " It must be installed, or lie beside the rig or in the current folder." if missing else ""
         raise ConfigError(
-            f"the module `{module_name}` of kind `{kind}` cannot be imported: {type(error).__name__}: {error}. "
-            "It must be installed, or lie beside the rig or in the current folder."
+            f"the module `{module_name}` of kind `{kind}` cannot be imported: {type(error).__name__}: {error}.{hint}"
         ) from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
@@ -227,3 +229,33 @@ def load_kind(kind: str, paths: Iterable[Path | str] = ()) -> type[Any]:
             f"Its classes are {listed(classes) or 'none'}."
         )
     return found
+
+
+def _parents(module_name: str) -> set[str]:
+    parts = module_name.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+
+
+def check_class(kind: str, source_class: type[Source]) -> None:
+    """Raises ConfigError, which says all of it, if ``source_class`` lacks what its shell needs: what can be known of a
+    class without a device."""
+    wrong = []
+    if not issubclass(source_class.Settings, msgspec.Struct):
+        wrong.append("its `Settings` is no msgspec.Struct: write `class Settings(msgspec.Struct, frozen=True, "
+                     "forbid_unknown_fields=True, kw_only=True)`")  # fmt: skip
+    if source_class.payload_of.__func__ is Source.payload_of.__func__:  # type: ignore[attr-defined]
+        payload = getattr(source_class, "payload", None)
+        if payload not in PAYLOADS:
+            said = "it has no `payload`" if payload is None else f"its `payload` is {payload!r}"
+            wrong.append(f"{said}; allowed are {listed(PAYLOADS)}")
+    if source_class.read is Source.read:
+        wrong.append("it has no method `read(self)`, which returns a Reading, a list of them, or None")
+    elif inspect.isgeneratorfunction(source_class.read) or inspect.iscoroutinefunction(source_class.read):
+        wrong.append("its `read` yields or is async; it returns a Reading, a list of them, or None, each time anew")
+    try:
+        inspect.signature(source_class).bind(None, None)
+    except TypeError:
+        wrong.append("its `__init__` does not take `(self, settings, context)`; leave it out, or take these and begin "
+                     "with `super().__init__(settings, context)`")  # fmt: skip
+    if wrong:
+        raise ConfigError(f"the class of `{kind}` cannot be a source: {'; '.join(wrong)}.")

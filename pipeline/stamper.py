@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pipeline.errors import SensorError
-from pipeline.messages import Header, payload_of
+from pipeline.messages import AudioLayout, Header, ImuLayout, Layout, SignalLayout, payload_of, view, wrong_data
 from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
@@ -25,6 +25,7 @@ class Stamper:
         self.epoch, self.seq, self.bound_ns = -1, 0, 0
         self._unbound = True  # nothing was promised in this epoch yet
         self._stragglers = 0
+        self._layout: Layout | None = None  # the last that was checked
 
     def open(self, now_ns: int) -> None:
         """Opens an epoch at session time ``now_ns``."""
@@ -91,10 +92,16 @@ class Stamper:
         )
 
     def _check(self, reading: Reading) -> None:
+        if not isinstance(reading, Reading):
+            raise SensorError(
+                f"`read` gave {_kind(reading)}, where it gives a Reading, a list of them, or None; this is a fault of "
+                "the source."
+            )
+        if reading.layout != self._layout:
+            self._check_layout(reading.layout)
+            self._layout = reading.layout
         wrong = None
-        if (payload := payload_of(reading.layout)) != self.payload:
-            wrong = f"a payload of type {payload} on a stream of type {self.payload}"
-        elif not (
+        if not (
             isinstance(reading.t_capture_ns, int)
             and isinstance(reading.t_end_ns, int)
             and isinstance(reading.t_receipt_ns, int)
@@ -107,5 +114,46 @@ class Stamper:
             wrong = f"an uncertainty of {reading.uncertainty_ns} ns"
         elif reading.bound_ns is not None and reading.bound_ns < reading.t_capture_ns:
             wrong = f"a bound ({reading.bound_ns} ns) before its own beginning ({reading.t_capture_ns} ns)"
+        else:
+            wrong = wrong_data(reading.layout, reading.data) or _wrong_samples(reading)
         if wrong:
-            raise SensorError(f"{self.stream}: the source gave a reading with {wrong}; this is a fault of the source.")
+            raise _fault(wrong)
+
+    def _check_layout(self, layout: Layout) -> None:
+        """Only one that differs from the last is checked: a struct takes whatever it is made of."""
+        try:
+            payload = payload_of(layout)
+        except KeyError:
+            raise _fault(f"{_kind(layout)} as its layout; layouts are in pipeline.messages") from None
+        try:
+            msgspec.convert(msgspec.to_builtins(layout), type(layout))
+        except (TypeError, msgspec.ValidationError) as error:  # a TypeError is numpy's: np.int64 is no int
+            raise _fault(f"the layout {layout}, which is none: {error}") from None
+        if payload != self.payload:
+            raise _fault(f"a payload of type {payload} on a stream of type {self.payload}")
+
+
+def _wrong_samples(reading: Reading) -> str | None:
+    """What is wrong with the times of a batch's samples, which an aligner would reject."""
+    if isinstance(reading.layout, AudioLayout) and reading.t_end_ns == reading.t_capture_ns:
+        return "sound that ends when it begins; `t_end_ns` is where the next block begins"
+    if not isinstance(reading.layout, ImuLayout | SignalLayout):
+        return None
+    offsets = view(reading.layout, reading.data)["offset_ns"]
+    if not len(offsets):
+        return "no samples"
+    first, last, span = int(offsets[0]), int(offsets[-1]), reading.t_end_ns - reading.t_capture_ns
+    if first < 0 or last > span or (offsets[1:] < offsets[:-1]).any():
+        return (
+            f"samples whose `offset_ns` goes from {first} to {last}, where it is the time after `t_capture_ns`, never "
+            f"less than that of the sample before, and at most {span} here, which is `t_end_ns`"
+        )
+    return None
+
+
+def _kind(value: object) -> str:
+    return f"`{type(value).__name__}`"
+
+
+def _fault(wrong: str) -> SensorError:
+    return SensorError(f"`read` gave a reading with {wrong}; this is a fault of the source.")

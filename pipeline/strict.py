@@ -325,6 +325,8 @@ class Document:
             hint = f" The unit stands in the key's name; write the number alone: {number[1]}."
         elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
             hint = f" Write it without quotes: {value}."
+        elif written is not None and expected.startswith(("text", "a path")) and isinstance(value, int | float):
+            hint = f' YAML reads it as a number; write "{written}" if you mean text.'
         elif isinstance(value, float) and not math.isfinite(value):
             hint = " Write a finite number." if "number" in expected and "finite" not in expected else ""
         elif isinstance(value, float) and 0 < value < 1e9 and str((at or ("",))[-1]).endswith("_ms"):

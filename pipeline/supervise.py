@@ -323,7 +323,8 @@ class Supervisor:
     def _say_why_killed(self, child: Child) -> None:
         """Of each node that it does not stop; once for all of them that nobody waits any longer for that."""
         if not self.hard.is_set():
-            self._tell(child, "hung", "does not stop, and is killed")
+            why = "; the `read` of a source returns within about 50 ms" if child.name in self.rig.sources else ""
+            self._tell(child, "hung", f"does not stop, and is killed{why}")
         elif not self._hurried:
             self._hurried = True
             text = "every node that still runs is killed at once, for to stop was asked for again (Ctrl-C)"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from onnx import TensorProto
@@ -96,7 +97,7 @@ def test_a_file_without_a_digest(folder: Path) -> None:
     text = yaml.safe_load((folder / "model.yaml").read_text())
     del text["lineage"]["files"]["fusion.onnx"]
     (folder / "model.yaml").write_text(yaml.safe_dump(text))
-    refused(folder, "`fusion.onnx`", "not listed", "`encoder.imu.onnx`")
+    refused(folder, "`fusion.onnx`", "not listed", "`encoder.imu.onnx`", "Add the line `fusion.onnx: ")
 
 
 def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
@@ -272,6 +273,42 @@ def test_operators_of_somebodys_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"\x00", b"not a model at all", b"\xff" * 40])
 def test_a_file_that_is_no_model(tmp_path: Path, data: bytes) -> None:
     refused(write_bundle(tmp_path, {"imu": GRID}, encoders={"imu": data}), "encoder.imu.onnx", "no ONNX model")
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant", "subgraph"])
+def test_weights_in_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    import onnx
+
+    (tmp_path / "weights.bin").write_bytes(bytes(4))  # there, in the current folder, where onnxruntime looks
+    monkeypatch.chdir(tmp_path)
+    weight = onnx.numpy_helper.from_array(np.zeros(1, np.float32), "w")
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="weights.bin")
+    plain = model([node("ReduceMean", ["x"], ["m"], keepdims=0), node("Add", ["m", "w"], ["token"])],
+                  {"x": ("f4", [10, 6])}, {"token": [1]}, {"w": np.zeros(1, np.float32)})  # fmt: skip
+    made = onnx.load_from_string(plain)
+    del made.graph.initializer[:]
+    if where == "initializer":
+        made.graph.initializer.append(weight)
+    elif where == "constant":
+        made.graph.node.insert(0, node("Constant", [], ["w"], value=weight))
+    else:
+        out = onnx.helper.make_tensor_value_info("out", TensorProto.FLOAT, [1])
+        branch = onnx.helper.make_graph([node("Identity", ["w"], ["out"])], "branch", [], [out], [weight])
+        made.graph.node[1].input[1] = "chosen"
+        yes = onnx.numpy_helper.from_array(np.array(True), "yes")
+        made.graph.initializer.append(yes)
+        made.graph.node.insert(0, node("If", ["yes"], ["chosen"], then_branch=branch, else_branch=branch))
+    folder = write_bundle(tmp_path / "b", {"imu": GRID}, encoders={"imu": made.SerializeToString()})
+    refused(folder, "`w`", "another file, `weights.bin`", "external_data=False")
+
+
+def test_an_input_of_another_type_says_what_can_be_changed(tmp_path: Path) -> None:
+    nodes = [node("Cast", ["x"], ["f"], to=TensorProto.FLOAT), node("ReduceMean", ["f"], ["m"], keepdims=0),
+             node("Reshape", ["m", "s"], ["token"])]  # fmt: skip
+    wrong = model(nodes, {"x": ("u1", [10, 6])}, {"token": [1]}, {"s": [1]})
+    refused(write_bundle(tmp_path, {"imu": GRID}, encoders={"imu": wrong}), "always f4: convert it inside the model")
 
 
 def test_a_model_that_is_broken_inside(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "record: {path: a, compression: zip}\n", 4, ("'zip'", "`zstd`, `lz4`, `none`")),
     (RIG + "record: {path: a, streams: [camera, 1]}\n", 4, ("record.streams[1]", "1 (a whole number)", "text")),
     (RIG + "record: {}\n", 4, ("`path` is missing", "needs text")),
+    (RIG + "bundle: {path: 5}\n", 4, ("bundle.path: found 5 (a whole number)", 'a number; write "5" if you mean text')),
     (RIG + "bundle: {path: no}\n", 4, ("bundle.path", 'YAML reads no without quotes as false; write "no"')),
     (RIG + "name: again\n", 4, ("`name` stands here twice", "line 1")),
     (RIG + "align:\n\tmax_delay_ms: 1\n", 5, ("tab",)),

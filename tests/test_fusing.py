@@ -15,6 +15,7 @@ import yaml
 from pipeline.bundle import load_bundle
 from pipeline.clock import ManualClock
 from pipeline.errors import BundleError
+from pipeline.fusing import doubt
 from pipeline.inference import Fuser
 from pipeline.messages import FrameLayout, Message
 from pipeline.prediction import Prediction
@@ -104,6 +105,25 @@ def test_what_is_missing_is_zeros(tmp_path: Path) -> None:
 def test_probabilities_are_taken_as_such(tmp_path: Path) -> None:
     folder = imu_bundle(tmp_path, model={"gives": "probabilities", "output": "y"})
     assert logit(run(folder, [(ok(k), ramp(k)) for k in (1, 2, 3)])) == pytest.approx(2.92, abs=1e-4)
+
+
+def test_logits_that_are_called_probabilities_are_refused(tmp_path: Path) -> None:
+    data = probe({"x": LAST["btc"]}, {"x": [29, 2]})
+    more = {"model": {"gives": "probabilities"}}
+    folder = write(tmp_path, {"imu": GRID}, data, {"x": {"stream": "imu", "layout": "btc"}}, **more)
+    with pytest.raises(BundleError, match=r"reaches from 0 to 1.92, .* `gives: logits`"):
+        run(folder, [(ok(k), ramp(k)) for k in (1, 2, 3)])
+    with pytest.raises(BundleError, match="probabilities lie between 0 and 1"):
+        doubt(load_bundle(folder))
+
+
+def test_probabilities_that_are_called_logits_are_pointed_out(tmp_path: Path) -> None:
+    data = probe({"x": LAST["btc"]}, {"x": [29, 2]}, normalise=True)
+    inputs = {"x": {"stream": "imu", "layout": "btc"}}
+    doubtful = write(tmp_path / "doubtful", {"imu": GRID}, data, inputs)
+    assert "write `gives: probabilities`" in doubt(load_bundle(doubtful))
+    assert doubt(load_bundle(imu_bundle(tmp_path / "logits"))) == ""
+    assert doubt(load_bundle(imu_bundle(tmp_path / "said", model={"gives": "probabilities"}))) == ""
 
 
 def test_a_model_for_one_window_at_a_time(tmp_path: Path) -> None:

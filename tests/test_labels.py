@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, RecordingError
-from pipeline.labels import checked, read_sessions, session_attributes, session_labels
+from pipeline.labels import checked, look_alike, read_sessions, session_attributes, session_labels
+from pipeline.messages import Header, Message
 from pipeline.recording import Label, RecordingWriter, SessionInfo
 
 NS = 1_000_000_000
@@ -54,6 +55,36 @@ def test_the_sidecar_wins(recording: Path) -> None:
         session_labels(recording)
 
 
+def test_a_sidecar_of_another_unit_or_session(recording: Path) -> None:
+    beat = Header(stream="a", seq=0, epoch=0, t_capture_ns=0, t_end_ns=0, bound_ns=0, t_receipt_ns=0)
+    with RecordingWriter(recording, SessionInfo(session="walk"), overwrite=True) as writer:
+        writer.write(Message(beat), 3 * NS)
+    sidecar = recording.with_name("walk.labels.csv")
+    sidecar.write_text("start_s,end_s,label\n0,2000,walk\n2000,3000,stand\n")
+    with pytest.raises(
+        RecordingError,
+        match=r"walk.labels.csv: the label `stand` from 2000.000 s to 3000.000 s begins after the session's end at "
+        r"3.000 s; correct .* are these milliseconds\?",
+    ):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n0,2,walk\n1795914110,1795914112,stand\n")
+    with pytest.raises(RecordingError, match=r"after the session's end at 3.000 s; .* its own session$"):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n0,2,walk\n2,99,stand\n")  # till the end, whenever that is
+    assert session_labels(recording)[-1] == Label(2 * NS, 99 * NS, "stand")
+    sidecar.write_text("start_s,end_s,label\n0,3,walk\n3.0,3.1,stand\n")
+    assert len(session_labels(recording)) == 2
+
+
+def test_a_decimal_comma_is_no_label(recording: Path) -> None:
+    sidecar = recording.with_name("walk.labels.csv")
+    sidecar.write_text("start_s,end_s,label\n0,2,5,walk\n")
+    with pytest.raises(ConfigError, match=r"row 1 of .*walk.labels.csv has more values .* with a point"):
+        session_labels(recording)
+    sidecar.write_text('start_s, end_s, label\n0, 2.5, "walk, slow"\n')
+    assert session_labels(recording) == [Label(0, 5 * NS // 2, "walk, slow")]
+
+
 @pytest.mark.parametrize(
     ("label", "said"),
     [
@@ -79,6 +110,25 @@ def test_what_passes_has_one_truth_at_every_moment(spans: list[tuple[int, int]])
     else:
         assert alone
         assert found == sorted(labels, key=lambda label: label.start_ns)
+
+
+def test_a_line_without_the_ending_of_its_file(recording: Path) -> None:
+    recording.with_name("sessions.csv").write_text("file,person\nwalk,bob\n")
+    with pytest.raises(ConfigError, match=r"sessions.csv has a line for `walk`, .* write `walk.mcap`"):
+        session_attributes(recording)
+
+
+def test_labels_that_are_nearly_the_same_are_found() -> None:
+    def spans(*names: str) -> list[Label]:
+        return [Label(i * NS, (i + 1) * NS, name) for i, name in enumerate(names)]
+
+    usual = {f"s{i}": spans("clear", "left1", "mop", "wash_hands", "Run") for i in (1, 2)}
+    for slip, meant in {"claer": "clear", "cleer": "clear", "Clear": "clear", "clears": "clear", "cler": "clear",
+                        "wash hands": "wash_hands", "run": "Run"}.items():  # fmt: skip
+        assert look_alike(usual | {"s3": spans(slip, meant)}) == [(slip, meant, "s3")]
+    for other in ("left2", "mow", "clean_up", "tilt"):
+        assert look_alike(usual | {"s3": spans(other)}) == []
+    assert look_alike(usual | {"s3": spans("claer"), "s4": spans("claer")}) == []  # twice is no slip
 
 
 def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:

@@ -204,6 +204,27 @@ class Noting(Silent):
         self.notes.append(text)
 
 
+def test_a_label_that_is_nearly_another_is_said(
+    sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, told = configured(sessions), learn.Recorded.labels
+
+    def slipped(self: learn.Recorded, known: Any) -> Any:
+        labels = told(self, known)
+        renamed = [msgspec.structs.replace(one, label="clam") for one in labels if one.label == "calm"]
+        return [*renamed[:1], *labels[1:]] if self.name == first and labels[0].label == "calm" else labels
+
+    found = recorded(config)
+    first = next(session.name for session in found if session.labels(None)[0].label == "calm")
+    watch = Noting()
+    prepare_all(config, found, tmp_path, watch)
+    assert watch.notes == []
+    monkeypatch.setattr(learn.Recorded, "labels", slipped)
+    assert "clam" in prepare_all(config, found, tmp_path, watch).labels
+    assert len(watch.notes) == 1
+    assert watch.notes[0].startswith(f"the label `clam`, which only {first} has, is nearly `calm`, and becomes a class")
+
+
 def test_windows_that_no_session_fills_are_said(sessions: Path) -> None:
     steps = round(SECONDS * 10)  # of 100 ms
     for given, said in ((steps - 3, False), (steps + 3, True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,20 @@ from pipeline.checks import CheckContext, check_source
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.life import Life, Mark, NodeSpec, Order, Report, read_spec
-from pipeline.messages import AudioLayout, FrameLayout, Header, ImuLayout, Message, Payload, TextLayout
+from pipeline.messages import (
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    Payload,
+    SignalLayout,
+    SweepLayout,
+    TextLayout,
+    payload_of,
+    signal_dtype,
+)
 from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
 from pipeline.source import KINDS, Reading, Source, load_kind
 from pipeline.stamper import STRAGGLERS, Stamper
@@ -127,11 +141,11 @@ def test_readings_are_numbered_and_bounded_by_their_kind() -> None:
     assert (second.epoch, second.seq, second.bound_ns) == (5, 1, 21)
     audio = Stamper("microphone", "audio")
     audio.open(0)
-    block = Reading(layout=AudioLayout(100, 1, 1), data=b"", t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
+    block = Reading(layout=AudioLayout(100, 1, 1), data=bytes(2), t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
     assert audio.stamp(block, 11).bound_ns == 10  # type: ignore[union-attr]
     imu = Stamper("imu", "imu")
     imu.open(0)
-    batch = Reading(layout=ImuLayout(1), data=b"", t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
+    batch = Reading(layout=ImuLayout(1), data=bytes(32), t_capture_ns=0, t_end_ns=10, t_receipt_ns=11)
     assert imu.stamp(batch, 11).bound_ns == 11  # type: ignore[union-attr]
 
 
@@ -168,6 +182,87 @@ def test_a_reading_that_contradicts_itself_is_the_sources_fault() -> None:
         stamper.stamp(line(5, bound_ns=4), 5)
 
 
+def test_a_layout_that_is_none_is_the_sources_fault() -> None:
+    stamper = Stamper("camera", "frame")
+    stamper.open(0)
+    layout = FrameLayout(48, 64, "rgb8")  # type: ignore[arg-type]
+    swapped = Reading(layout=layout, data=b"", t_capture_ns=0, t_end_ns=0, t_receipt_ns=0)
+    with pytest.raises(SensorError, match=r"layout FrameLayout\(format=48.* which is none: "):
+        stamper.stamp(swapped, 1)
+    with pytest.raises(SensorError, match="`dict` as its layout"):
+        stamper.stamp(msgspec.structs.replace(swapped, layout={"format": "rgb8"}), 1)  # type: ignore[arg-type]
+    numpys = TextLayout(np.int64(2))  # type: ignore[arg-type]
+    with pytest.raises(SensorError, match="int64"):
+        Stamper("text", "text").stamp(msgspec.structs.replace(line(5), layout=numpys), 6)
+
+
+WRONG_DATA: list[tuple[Layout, Any, str]] = [
+    (SignalLayout(1, ("load",)), np.zeros(1), r"array float64 \[1\] as data, .* needs signal_dtype\(1\) \[1\]"),
+    (SignalLayout(2, ("load",)), np.zeros(3), r"array float64 \[3\]"),  # of the right size, and would be rubbish
+    (SignalLayout(1, ("load",)), np.zeros(1, signal_dtype(2)), r"a structured type \[1\] .* signal_dtype\(1\)"),
+    (SignalLayout(1, ("load",)), [1.0], "data of the type `list`"),
+    (SignalLayout(1, ("load",)), bytes(8), "8 bytes of data, .* needs 12"),
+    (FrameLayout("rgb8", 4, 6), np.zeros((4, 6, 3), np.float32), r"float32 \[4, 6, 3\] .* uint8 \[4, 6, 3\]"),
+    (FrameLayout("rgb8", 6, 4), np.zeros((4, 6, 3), np.uint8), r"uint8 \[4, 6, 3\] .* uint8 \[6, 4, 3\]"),
+    (AudioLayout(100, 2, 5), np.zeros((2, 5), np.int16), r"int16 \[2, 5\] .* int16 \[5, 2\]"),
+    (AudioLayout(100, 1, 5), np.zeros((5, 1), np.float32), r"float32 \[5, 1\] .* int16 \[5, 1\]"),
+    (ImuLayout(1), np.zeros((1, 6), np.float32), "IMU_DTYPE"),
+    (SweepLayout(2), np.zeros((2, 4), np.float32), "POINT_DTYPE"),
+]
+
+
+@pytest.mark.parametrize(("layout", "data", "words"), WRONG_DATA)
+def test_data_that_are_not_what_the_layout_says_are_the_sources_fault(layout: Layout, data: Any, words: str) -> None:
+    stamper = Stamper("s", payload_of(layout))
+    stamper.open(0)
+    reading = Reading(layout=layout, data=data, t_capture_ns=0, t_end_ns=0, t_receipt_ns=0)
+    with pytest.raises(SensorError, match=words):
+        stamper.stamp(reading, 1)
+
+
+@pytest.mark.parametrize("offsets", [[-1, 0], [0, 11], [5, 3], []])
+def test_samples_out_of_their_batch_are_the_sources_fault(offsets: list[int]) -> None:
+    stamper, data = Stamper("load", "signal"), np.zeros(len(offsets), signal_dtype(1))
+    stamper.open(0)
+    data["offset_ns"] = offsets
+    reading = Reading(layout=SignalLayout(len(offsets), ("load",)), data=data, t_capture_ns=0, t_end_ns=10,
+                      t_receipt_ns=10)  # fmt: skip
+    with pytest.raises(SensorError, match="at most 10 here" if offsets else "no samples"):
+        stamper.stamp(reading, 10)
+    data["offset_ns"] = range(len(offsets))
+    if offsets:
+        assert stamper.stamp(reading, 10) is not None
+
+
+RIGHT_DATA: list[tuple[Layout, Any]] = [
+    (AudioLayout(100, 1, 5), np.zeros(5, np.int16)),
+    (AudioLayout(100, 1, 5), np.zeros((1, 5), np.int16)),
+    (AudioLayout(100, 2, 5), np.zeros(20, np.uint8)),
+    (FrameLayout("gray8", 4, 6), np.zeros((4, 6, 1), np.uint8)),
+    (FrameLayout("rgb8", 4, 6), np.zeros((4, 6, 3), np.uint8)[:, :, ::-1]),
+    (FrameLayout("jpeg", 4, 6), np.zeros(17, np.uint8)),
+    (FrameLayout("jpeg", 4, 6), np.zeros((17, 1), np.uint8)),
+    (FrameLayout("jpeg", 4, 6), memoryview(bytes(17))),
+    (SignalLayout(2, ("load",)), np.zeros(2, signal_dtype(1))),
+]
+
+
+@pytest.mark.parametrize(("layout", "data"), RIGHT_DATA)
+def test_data_that_are_what_the_layout_says_pass(layout: Layout, data: Any) -> None:
+    stamper = Stamper("s", payload_of(layout))
+    stamper.open(0)
+    reading = Reading(layout=layout, data=data, t_capture_ns=0, t_end_ns=10, t_receipt_ns=10)
+    assert stamper.stamp(reading, 10) is not None
+
+
+def test_sound_without_length_is_the_sources_fault() -> None:
+    stamper = Stamper("microphone", "audio")
+    stamper.open(0)
+    block = Reading(layout=AudioLayout(100, 1, 1), data=bytes(2), t_capture_ns=5, t_end_ns=5, t_receipt_ns=5)
+    with pytest.raises(SensorError, match="`t_end_ns` is where the next block begins"):
+        stamper.stamp(block, 6)
+
+
 readings = st.lists(
     st.tuples(st.integers(0, 200), st.integers(0, 20), st.booleans(), st.none() | st.integers(0, 50), st.booleans())
 )
@@ -184,8 +279,8 @@ def test_whatever_a_source_says_its_stream_keeps_its_promises(said: list[Any]) -
             header: Header | None = stamper.beat(now, promise, "")
         else:
             extra = None if promise is None else t + promise
-            reading = Reading(layout=ImuLayout(1), data=b"", t_capture_ns=t, t_end_ns=t + length, t_receipt_ns=now,
-                              new_epoch=new_epoch, bound_ns=extra)  # fmt: skip
+            reading = Reading(layout=ImuLayout(1), data=bytes(32), t_capture_ns=t, t_end_ns=t + length,
+                              t_receipt_ns=now, new_epoch=new_epoch, bound_ns=extra)  # fmt: skip
             header = stamper.stamp(reading, now)
         if header is None:
             continue
@@ -214,6 +309,38 @@ def test_silence_is_filled_with_beats_that_state_the_next_number() -> None:
     assert {header.bound_ns for header in sender.beats[1:]} == {1020 * MS + 1}
 
 
+def test_a_reading_of_another_clock_is_refused_and_said() -> None:
+    made, sender, _clock = shell([line(clock_ns) for clock_ns in (1_795_914_110 * 10**9, 1020 * MS)])
+    turn_until(made, lambda: sender.messages)
+    assert [header.t_capture_ns for header in sender.messages] == [1020 * MS]
+    said = next(header.health for header in sender.beats if header.health)
+    assert re.search(r"`t_end_ns` lies 17959\d+\.\d s in the future; .*session clock", said)
+    made, sender, _clock = shell([lambda context: line(context.clock.now_ns() + 900 * MS)])
+    turn_until(made, lambda: sender.messages)
+    assert made.failures == 0
+
+
+@pytest.mark.parametrize("given", [(TextLayout(2), b"hi"), 0, "hi", iter([])], ids=["pair", "int", "text", "iterator"])
+def test_what_is_no_reading_is_the_sources_fault(given: Any) -> None:
+    made, sender, _clock = shell([given, [given], line(1020 * MS)])
+    turn_until(made, lambda: sender.messages)
+    said = next(header.health for header in sender.beats if header.health)
+    assert said.startswith(f"`read` gave `{type(given).__name__}`, where it gives a Reading")
+    assert made.failures == 2
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_source_that_has_nothing_and_does_not_wait_takes_no_core(nothing: Any) -> None:
+    made, sender, clock = shell([])
+    made.source.read = lambda: nothing  # type: ignore[method-assign]
+    made.turn()  # opens it
+    start_ns = clock.now_ns()
+    for _ in range(250):
+        made.turn()
+    assert clock.now_ns() - start_ns == 250 * MS
+    assert len(sender.beats) >= 3
+
+
 def test_a_promise_moves_the_bound_while_silent() -> None:
     made, sender, _clock = shell([line(1020 * MS), *[None] * 20])
     turn_until(made, lambda: sender.messages)
@@ -224,7 +351,8 @@ def test_a_promise_moves_the_bound_while_silent() -> None:
 
 def test_a_device_that_fails_is_opened_again_in_a_new_epoch() -> None:
     failing = [SensorError("unplugged"), SensorError("still away")]
-    made, sender, _clock = shell([line(1020 * MS), SensorError("unplugged"), line(9000 * MS)], [None, *failing, None])
+    script = [line(1020 * MS), SensorError("unplugged"), lambda context: line(context.clock.now_ns())]
+    made, sender, _clock = shell(script, [None, *failing, None])
     said: list[Report] = []
     made.say = said.append
     turn_until(made, lambda: len(sender.messages) == 2)

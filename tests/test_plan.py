@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,33 @@ PLACES = [
     ", line 9, sources.imu.rate_khz", ", line 14, sources.pi.offset_ms", ", line 16, sources.pi.sources.far.paylod",
     ", line 17, sources.pi.sources.text.kind", ", line 18, bundle.path",
 ]  # fmt: skip
+
+
+SOURCES = """\
+import msgspec
+from pipeline import Source
+
+class Empty(Source):
+    pass
+
+class Loose(Source):
+    payload = "temperature"
+    class Settings:
+        rate_hz = 20
+    def __init__(self):
+        self.n = 0
+    def read(self):
+        yield 1
+
+class Whole(Source):
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        kind_of_data: str = "imu"
+    @classmethod
+    def payload_of(cls, settings):
+        return settings.kind_of_data
+    def read(self):
+        return None
+"""
 
 
 def refused(file: Path) -> list[str]:
@@ -125,3 +153,29 @@ def test_where_only_the_model_is_at_fault_it_is_so_of_several_faults_too(tmp_pat
     assert caught.value.exit_code == 1
     assert len(caught.value.parts) > 1
     assert all(str(part).startswith(f"{tmp_path / 'rig.yaml'}, line ") for part in caught.value.parts)
+
+
+def test_a_class_that_cannot_be_a_source_is_told_all_that_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "own_sources.py").write_text(SOURCES)
+    file = tmp_path / "rig.yaml"
+    kinds = {name.lower(): {"kind": f"own_sources:{name}"} for name in ("Empty", "Loose", "Whole")}
+    file.write_text(json.dumps({"name": "own", "sources": kinds}))
+    empty, loose = refused(file)
+    assert empty.startswith(", line 1, sources.empty.kind: the class of `own_sources:Empty` cannot be a source: ")
+    assert "it has no `payload`; allowed are `frame`, `audio`" in empty
+    assert "no method `read(self)`" in empty
+    assert "Settings" not in empty
+    assert "__init__" not in empty
+    assert "`payload` is 'temperature'; allowed are `frame`" in loose
+    for words in ("its `Settings` is no msgspec.Struct", "`read` yields", "`__init__` does not take"):
+        assert words in loose
+
+
+def test_where_to_put_a_module_is_said_of_the_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import a_module_that_is_not_there\n")
+    file = tmp_path / "rig.yaml"
+    sources = {"a": {"kind": "needs_more:A"}, "b": {"kind": "nowhere_at_all:B"}}
+    file.write_text(json.dumps({"name": "own", "sources": sources}))
+    a, b = refused(file)
+    assert a.endswith("cannot be imported: ModuleNotFoundError: No module named 'a_module_that_is_not_there'.")
+    assert b.endswith("It must be installed, or lie beside the rig or in the current folder.")

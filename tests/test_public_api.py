@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,14 @@ PUBLIC = [
     "Aligner",
     "Fuser",
     "Header",
+    "Label",
     "Message",
     "Prediction",
     "Reading",
     "RecordingReader",
     "RecordingWriter",
     "SensoriumError",
+    "SessionInfo",
     "Source",
     "StreamSpec",
     "array",
@@ -45,6 +48,13 @@ def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
 def test_an_unknown_name_says_which_there_are() -> None:
     with pytest.raises(AttributeError, match=r"no public name 'subscribers'; it has .*subscribe"):
         _ = pipeline.subscribers
+
+
+def test_a_recording_is_written_and_read_with_public_names(tmp_path: Path) -> None:
+    with pipeline.RecordingWriter(tmp_path / "x.mcap", pipeline.SessionInfo(session="s")) as writer:
+        writer.write_label(pipeline.Label(0, 10, "still"), 10)
+    with pipeline.RecordingReader(tmp_path / "x.mcap") as reader:
+        assert reader.labels() == [pipeline.Label(0, 10, "still")]
 
 
 def run(code: str) -> str:

@@ -620,3 +620,18 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "afile").touch()
     with pytest.raises(RecordingError, match=r"cannot be created: \S+afile is no folder"):
         RecordingWriter(tmp_path / "afile" / "x.mcap", SessionInfo(session="s"))
+
+
+def test_what_a_writer_is_given_is_held_against_what_it_says(tmp_path: Path) -> None:
+    layout = SignalLayout(2, ("load",))
+    said = Header(stream="a", seq=0, epoch=0, t_capture_ns=0, t_end_ns=0, bound_ns=0, t_receipt_ns=0, layout=layout)
+    with RecordingWriter(tmp_path / "x.mcap", SessionInfo(session="s")) as writer:
+        with pytest.raises(WireError, match=r"message a/0 has an array float64 \[3\] .* needs signal_dtype\(1\) \[2\]"):
+            writer.write(Message(said, np.zeros(3)), 0)  # as many bytes as the layout says
+        with pytest.raises(TypeError, match=r"`arrival_ns` is 0.5, where times are whole numbers of nanoseconds"):
+            writer.write(Message(said, bytes(24)), 0.5)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"`end_ns` is 3.5"):
+            writer.write_label(Label(0, 3.5, "x"), 0)  # type: ignore[arg-type]
+        writer.write(Message(said, np.zeros(2, signal_dtype(1))), np.int64(5))  # type: ignore[arg-type]
+    with RecordingReader(tmp_path / "x.mcap") as reader:
+        assert [at for _, at in reader.messages()] == [5]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.align import Aligner, AlignSpec, All, Latest, Nearest, Resample, Step, StreamSpec
 from pipeline.bundle import load_bundle
 from pipeline.clock import ManualClock
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, RecordingError
 from pipeline.importing import ImportOptions, import_file
 from pipeline.messages import Message, array
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
@@ -213,6 +213,16 @@ def test_predictions_are_the_same_at_every_run(bundle: Any, tmp_path: Path) -> N
     assert first[10].streams["camera"].masked is None
 
 
+def test_the_truth_is_the_sidecars_where_there_is_one(bundle: Any, tmp_path: Path) -> None:
+    path = record(tmp_path / "a.mcap", session(3), (Label(0, 10**9, "still"),))
+    sidecar = tmp_path / "a.labels.csv"
+    sidecar.write_text("start_s,end_s,label\n0.0,0.5,wave\n")
+    assert [p.truth for p in replay_predictions(path, bundle)][:6] == ["wave"] * 5 + [None]
+    sidecar.write_text("start_s,end_s,label\n0,500,wave\n500,900,still\n")
+    with pytest.raises(RecordingError, match="are these milliseconds"):
+        list(replay_predictions(path, bundle))
+
+
 def strip(prediction: Any) -> Any:
     return msgspec.structs.replace(prediction, timing=None)
 
@@ -287,3 +297,8 @@ def test_real_footage_in_steps(shared_data: Path, tmp_path: Path) -> None:
     grids = np.concatenate([step.grids["imu"] for step in steps[:104]])
     assert np.linalg.norm(np.nanmean(grids[:, :3], axis=0)) == pytest.approx(9.8, abs=0.2)
     assert steps[50].grids["microphone"].shape == (1600, 2)
+
+
+def test_a_path_in_place_of_a_bundle_is_told_what_loads_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not 'models/demo': write load_bundle\('models/demo'\)"):
+        next(replay_predictions(tmp_path / "x.mcap", "models/demo"))  # type: ignore[arg-type]

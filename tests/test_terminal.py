@@ -392,6 +392,14 @@ def summed_up(seen: Status, model: bool = True) -> RenderableType:
     return closing(summary)
 
 
+def test_what_is_recorded_of_a_source_that_hung_was_sent() -> None:
+    seen = recorded(RecordReport(path="/there/x.mcap", messages={"camera": 9}))
+    seen.streams["camera"].total = 5  # what it had said before it hung
+    summary = Summary(expected=False)
+    print_summary(summary, True, seen)
+    assert summary.streams["camera"] == {"sent": 9, "recorded": 9, "not recorded": 0}
+
+
 def test_the_summary_says_what_the_recording_lacks_and_why() -> None:
     life = RecordReport(path="/there/x.mcap", messages={"camera": 1737, "imu": 5},
                         lost={"camera": {QUEUE_FULL: 3500, ON_THE_WAY: 53}}, lost_beats=2)  # fmt: skip

@@ -34,7 +34,7 @@ def read_labels(path: Path) -> list[Label]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterable[Any]:
-    rows = csv.DictReader(text.splitlines())
+    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
     if rows.fieldnames is not None and not set(_COLUMNS) <= set(rows.fieldnames):
         raise ConfigError(
             f"the first line of {path} is `{','.join(rows.fieldnames)}`; it must be the heading, "
@@ -56,6 +56,11 @@ def _json_rows(path: Path, text: str) -> Iterable[Any]:
 def _label(path: Path, number: int, row: Any) -> Label:
     if not isinstance(row, dict) or any(row.get(column) is None for column in _COLUMNS):
         raise ConfigError(f"row {number} of {path} is {row!r}; every row needs {', '.join(_COLUMNS)}")
+    if None in row:  # csv's key for what the heading has no column for
+        raise ConfigError(
+            f"row {number} of {path} has more values than the heading has columns; write decimals with a point (0.5), "
+            'and a label with a comma in quotes ("a, b")'
+        )
     try:
         start_s, end_s = float(row["start_s"]), float(row["end_s"])
     except (TypeError, ValueError):

@@ -303,8 +303,8 @@ def _group(session: _Grouped, by: str) -> str:
     if by not in session.attributes:
         raise ConfigError(
             f"split: {session.name} has no attribute `{by}`; it has "
-            f"{listed(sorted(session.attributes)) or 'none'}. Write a sessions.csv beside the sessions, with "
-            f"the columns file and {by}."
+            f"{listed(sorted(session.attributes)) or 'none'}. Write it into sessions.csv beside the sessions: the "
+            f"columns file and {by}, and a line for each session, as `{session.name},…`."
         )
     return session.attributes[by]
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
+from pipeline.labels import look_alike
 from pipeline.learn.begin import begin_from
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
 from pipeline.learn.dataset import (
@@ -110,6 +111,13 @@ def prepare_all(
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     stated = [session.labels(known) for session in sessions]
+    if file.labels is None:
+        names = [session.name for session in sessions]
+        for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
+            watch.note(
+                f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If "
+                "it is a slip correct it; `labels` in the training file says which there are"
+            )
     made = []
     for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
         made.append(one)
