@@ -16,6 +16,7 @@ import msgspec
 from pipeline.clock import Clock
 from pipeline.config import RestartEntry
 from pipeline.life import NodeSpec, Order, RecordReport, Report, SourceReport
+from pipeline.refusals import Repeated
 from pipeline.shm import COPY_ENVIRONMENT
 
 NodeState = Literal["starting", "loaded", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
@@ -42,6 +43,8 @@ class Child:
         """What a recorder's earlier lives said last."""
         self.before: dict[str, tuple[int, dict[str, int]]] = {}
         """By stream what earlier lives of a source published, and what they dropped by reason."""
+        self.warned = Repeated(clock)
+        """What it has warned of, in all its lives."""
         self.rates: dict[str, deque[tuple[int, int]]] = {}
         self._rest = b""
         self._deaths: deque[int] = deque()

@@ -307,6 +307,7 @@ def subscribe(
 ) -> None:
     """``sensorium subscribe``."""
     from pipeline.clock import SystemClock
+    from pipeline.refusals import Repeated
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.subscriber import Subscription
     from pipeline.summary import Summary
@@ -314,7 +315,7 @@ def subscribe(
     title, endpoint, folder = _session(endpoint, session)
     summary, waiting = Summary(), SystemClock()
     summary.endpoint = endpoint if folder is None else ""
-    told = folder is not None
+    told, refusals = folder is not None, Repeated()
     with Subscription(endpoint, key=key, hub_key=hub_key) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)
         try:
@@ -323,6 +324,9 @@ def subscribe(
                     told = True
                     if not summary.predictions:
                         _say(f"nothing has come from {endpoint} yet; if no session publishes there, {_begin(endpoint)}")
+                for refusal in refusals.new([subscription.refusal] if subscription.refusal else []):
+                    told = True
+                    _say(refusal)
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)

@@ -139,6 +139,8 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     counters: dict[str, float] = {}
     ended: dict[str, tuple[int, int]] = {}
     recording: RecordReport | None = None
+    warnings: list[str] = []
+    """What is wrong now and does not keep the node from working, in sentences; said once, and at the session's end."""
 
 
 class Order(msgspec.Struct, omit_defaults=True, kw_only=True):

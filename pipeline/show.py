@@ -171,7 +171,7 @@ def _missed(streams: dict[str, dict[str, int]], lives: list[RecordReport]) -> li
 
 
 def _warnings(status: Status) -> list[str]:
-    """What is wrong with sources: those that gave nothing, and those that died."""
+    """What is wrong with sources, those that gave nothing and those that died, and what nodes have warned of."""
     said = []
     for name, stream in status.streams.items():
         if not stream.total:
@@ -186,7 +186,7 @@ def _warnings(status: Status) -> list[str]:
         elif node.restarts:
             away = " and had not come back" if node.state == "restarting" else ""
             said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}")
-    return said
+    return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -184,6 +184,8 @@ class Supervisor:
                 if child.name == "align" and report.state == "ready":
                     self._close_what_is_gone()
             state = report.state
+            for warning in child.warned.new(report.warnings):
+                self._tell(child, "warning", warning)
         if not alive:
             self._died(child)
 

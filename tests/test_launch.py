@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
-from pipeline.transport import subscribe_json
+from pipeline.transport import LinkClient, make_curve_keys, subscribe_json
 from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
 from tests.tiny_bundle import GRID, write_bundle
 
@@ -484,6 +484,28 @@ def test_a_required_device_that_is_not_there_ends_the_start(tmp_path: Path) -> N
             session.start()
         assert not session.dir.exists()
         assert not nodes_of(session.dir)
+
+
+def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tmp_path: Path) -> None:
+    public, secret = make_curve_keys(tmp_path, "hub")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    pi = {
+        "kind": "remote", "listen": address, "sources": {"imu": SOURCES["imu"]},
+        "curve": {"secret": str(secret), "allow": [str(public)]},
+    }  # fmt: skip
+    events: list[Event] = []
+    with (
+        short_folder() as root,
+        Session(make_rig(tmp_path, {"pi": pi}, bundle=False), events.append, root=root) as session,
+        contextlib.closing(LinkClient(address)) as stranger,
+    ):
+        while not any(event.kind == "warning" for event in events):
+            stranger.receive(20)
+        warnings = session.status().nodes["pi"].warnings
+    assert [event.text for event in events if event.kind == "warning"] == warnings
+    assert f"somebody without keys was refused at {address}" in warnings[0]
 
 
 def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:

@@ -434,8 +434,10 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert "warning: imu gave no message: waiting for /dev/i2c-1" in shown
     assert "warning: the source imu died 2 times and had not come back" in shown
     assert "camera gave no message" not in shown
-    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], state="failed")
-    assert "warning: the source imu died, and was given up" in text(summed_up(seen))
+    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], state="failed", warnings=["a stranger knocked."])
+    shown = text(summed_up(seen))
+    assert "warning: the source imu died, and was given up" in shown
+    assert "warning: imu: a stranger knocked.\n" in shown
 
 
 def test_the_summary_has_what_sources_dropped_themselves() -> None:

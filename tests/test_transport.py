@@ -779,6 +779,9 @@ def test_a_key_file_that_is_none_is_refused(folder: Path) -> None:
         load_curve_client(public, public)
     with pytest.raises(ConfigError, match="no readable CURVE key"):
         load_curve_client(secret, folder / "absent.key")
+    secret.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"others on this machine can read.*chmod 600"):
+        load_curve_client(secret, public)
 
 
 def test_closing_never_waits_for_those_who_do_not_listen(folder: Path) -> None:
