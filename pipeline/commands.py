@@ -352,8 +352,11 @@ def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path 
     Raises ConfigError."""
     if endpoint is not None:
         return endpoint, endpoint, None
+    from pipeline.transport import endpoint_path
+
     found = _live(session, "subscribe")
-    return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
+    # Inside the session, where no keys are asked for.
+    return f"{found.rig}   session {found.id}", endpoint_path(Path(found.dir), "fusion"), Path(found.dir)
 
 
 def _live(session: str | None, command: str) -> SessionRef:

@@ -16,6 +16,7 @@ from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
 from pipeline.summary import Summary, drops, lacking
 from pipeline.terminal import Lines, Output, Screen, console
+from pipeline.transport import endpoint_path
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Session, Status, StreamStatus
@@ -84,12 +85,10 @@ class Show:
         """Until the session is over, and then what was sent before its end."""
         last = False
         try:
-            with Subscription(self._session.predictions) as subscription:
+            with Subscription(endpoint_path(self._session.dir, "fusion")) as subscription:  # which asks for no keys
                 while not last:
                     last = self._last_round.is_set()
                     for prediction in subscription.receive(POLL_MS):
-                        if prediction.session != self._session.id:
-                            continue  # another session's, at an address that this one could not have
                         with self._lock:
                             self.summary.add(prediction)
                             self._output.prediction(prediction)

@@ -17,12 +17,14 @@ import msgspec
 import pytest
 import yaml
 
+from pipeline import commands
 from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
+from pipeline.show import Show
 from pipeline.transport import LinkClient, make_curve_keys, subscribe_json
 from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
 from tests.tiny_bundle import GRID, write_bundle
@@ -506,6 +508,24 @@ def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tm
         warnings = session.status().nodes["pi"].warnings
     assert [event.text for event in events if event.kind == "warning"] == warnings
     assert f"somebody without keys was refused at {address}" in warnings[0]
+
+
+def test_on_its_own_host_a_session_is_seen_without_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    public, secret = make_curve_keys(tmp_path, "hub")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    curve = {"secret": str(secret), "allow": [str(public)]}
+    with short_folder() as root:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(root))
+        session = Session(make_rig(tmp_path, transport={"predictions": address, "curve": curve}))
+        with session, Show(session, json=True) as show:
+            commands.subscribe(None, None, json=True, count=2)
+            until(lambda: show.summary.predictions, "the session's own table has predictions")
+            assert session.status().nodes["fusion"].warnings == []
+    assert capfdbinary.readouterr().out.count(b'"schema"') >= 2
 
 
 def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:

@@ -377,6 +377,18 @@ def test_a_rig_of_several_hosts_is_checked_like_any_other(tmp_path: Path, more: 
     )
 
 
+def test_keys_that_are_not_there_are_missed_before_anything_starts(tmp_path: Path) -> None:
+    curve = {"secret": "no.key_secret", "allow": []}
+    pi = {"kind": "remote", "listen": "tcp://127.0.0.1:5600", "sources": {"imu": SOURCES["imu"]}, "curve": curve}
+    rig = make_rig(tmp_path, {"pi": pi}, bundle=False, transport={"curve": curve})
+    with pytest.raises(ConfigError) as wrong:
+        check_rig_file(rig)
+    said = str(wrong.value)
+    assert said.count(f"there is no key file {tmp_path}/no.key_secret") == 2
+    assert "sources.pi.curve" in said
+    assert "transport.curve" in said
+
+
 class Bus:
     """What the hub's node publishes."""
 
