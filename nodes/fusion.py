@@ -182,7 +182,8 @@ class Fusion:
                 if self.mark.value >= step.manifest.step:
                     return
                 if gap is None and self.life.spec.life and not self.counters["predictions"] and not self.waiting:
-                    gap = Gap(max(self.mark.value, 0) + 1, step.manifest.step - 1, "the fusion node was restarted")
+                    first, last = max(self.mark.value, 0) + 1, step.manifest.step - 1
+                    gap = Gap(first, last, "the fusion node was restarted", "prediction")
                 if gap is not None and gap.first <= gap.last:
                     self.publisher.publish_json(GAP, msgspec.json.encode(gap))
                 self.waiting.append((step, self.clock.now_ns()))

@@ -436,7 +436,7 @@ def _fusion_settings(plan: Plan, align: AlignSpec) -> dict[str, Any]:
 def _record_settings(plan: Plan, record: RecordEntry, place: Place) -> dict[str, Any]:
     topics = {source.name: ["label"] for source in plan.sources if source.labels}
     if plan.bundle is not None:
-        topics |= {"align": [GAP, STEP], "fusion": ["prediction"]}
+        topics |= {"align": [GAP, STEP], "fusion": [GAP, "prediction"]}
     return {
         "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": _wiring(plan, _recorded(plan)),
         "topics": topics, "queue_bytes": record.queue_mib << 20, "compression": record.compression,
