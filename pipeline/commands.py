@@ -20,7 +20,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
 from pipeline.outside import naming, uncreatable
-from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
+from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -130,16 +130,17 @@ def replay(
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
             _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
-        to_file = None
+        kept = to_file = None
         if out is not None:
             _writable(out, "-o")
-            to_file = Lines(stack.enter_context(out.open("wb")))
+            kept = stack.enter_context(NewFile(out))
+            to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
             reader, model, streams=recorded_mapping(reader.info, recording, model), note=_say
         )
         shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
-        refreshed = SystemClock()
+        refreshed, interrupted = SystemClock(), True
         with suppress(KeyboardInterrupt):
             for prediction, _ in shown:
                 summary.add(prediction)
@@ -150,7 +151,10 @@ def replay(
                 if refreshed.now_ns() > POLL_MS * 1_000_000:
                     output.refresh()
                     refreshed = SystemClock()
+            interrupted = False
         output.refresh()
+        if kept is not None and (place := kept.end(interrupted)) != kept.path:
+            _say(f"interrupted, so that {out} is not made; the predictions until then are in {place}")
     print_summary(summary, json)
 
 

@@ -29,6 +29,7 @@ from pipeline.recording import (
     RecordingWriter,
     SessionInfo,
     free_path,
+    summarise,
 )
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.summary import lacking, not_whole
@@ -489,6 +490,7 @@ def test_windows_and_predictions_that_the_recorder_lost_make_the_recording_incom
         assert reader.info.note == "3 windows could not be recorded; 1 predictions could not be recorded"
         gaps = [msgspec.json.decode(data, type=Gap) for data, _, _ in reader.json(GAP_TOPIC)]
         assert not reader.info.complete
+        assert summarise(reader)["note"] == reader.info.note
     assert {(g.first, g.last, g.of) for g in gaps} == {
         (3, 4, "window"), (7, 9, "window"), (13, 13, "window"), (2, 2, "prediction"), (11, 11, "prediction"),
     }  # fmt: skip
