@@ -175,16 +175,20 @@ def _warnings(status: Status) -> list[str]:
     for name, stream in status.streams.items():
         if not stream.total:
             dropped = ", all that it had were dropped" if stream.total_dropped else ""
-            said.append(f"{name} gave no message{dropped}" + (f": {stream.note}" if stream.note else ""))
+            node = status.nodes.get(stream.node)
+            alive = node is not None and node.state != "failed" and not node.restarts  # else its death is told below
+            why = stream.note or (node.trouble if node is not None and alive else "")
+            said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):
         node = status.nodes.get(name)
         if node is None:
             continue
+        why = f": {node.trouble}" if node.trouble else ""
         if node.state == "failed":
-            said.append(f"the source {name} died, and was given up")
+            said.append(f"the source {name} died, and was given up" + why)
         elif node.restarts:
             away = " and had not come back" if node.state == "restarting" else ""
-            said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}")
+            said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}" + why)
     return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
 
 

@@ -64,6 +64,8 @@ class NodeStatus(msgspec.Struct, kw_only=True):
     note: str
     log: str
     counters: dict[str, float]
+    trouble: str = ""
+    """Why it waited last, or how it died."""
     warnings: list[str] = []
     """What it has warned of until now."""
 
@@ -100,7 +102,7 @@ def node_status(child: Child) -> NodeStatus:
         node=child.name, kind=child.spec.kind, state=child.state,
         pid=None if child.process is None else child.process.pid, restarts=child.restarts,
         note=child.report.note, log=str(child.log), counters=child.report.counters,
-        warnings=child.warned.all,
+        trouble=child.trouble, warnings=child.warned.all,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
-from pipeline.show import Show
+from pipeline.show import Show, print_summary
 from pipeline.transport import LinkClient, make_curve_keys, subscribe_json
 from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
 from tests.tiny_bundle import GRID, write_bundle
@@ -508,6 +508,54 @@ def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tm
         warnings = session.status().nodes["pi"].warnings
     assert [event.text for event in events if event.kind == "warning"] == warnings
     assert f"somebody without keys was refused at {address}" in warnings[0]
+
+
+def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "idle.py").write_text(IDLE)
+    monkeypatch.setattr("pipeline.supervise.SILENT_NS", 500_000_000)
+    sources = {"imu": SOURCES["imu"]} | {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead")}
+    events: list[Event] = []
+    with short_folder() as root:
+        session = Session(make_rig(tmp_path, sources, bundle=False), events.append, root=root)
+        with session, Show(session, json=True) as show:
+            until(lambda: [e.node for e in events if e.kind == "warning"], "the silent one is told of")
+            until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
+            until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
+        print_summary(show.summary, True, session.status())
+    assert [e.text for e in events if e.kind == "warning"] == ["mute has given nothing in the first 0 s of the session"]
+    assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
+    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf"))} == {
+        "mute gave no message",
+        "deaf gave no message: nothing is heard",
+    }
+    assert "the source dead died, and was given up: it is broken" in show.summary.warnings
+
+
+IDLE = """
+import msgspec
+from pipeline.errors import ConfigError, SensorError
+from pipeline.source import Source
+
+class Mute(Source):
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        pass
+    payload = "signal"
+    def open(self):
+        self.due_ns = self.context.clock.now_ns()
+    def read(self):
+        self.due_ns += 100_000_000
+        self.context.clock.wait_until(self.due_ns)
+        return None
+
+class Deaf(Mute):
+    def read(self):
+        super().read()
+        raise SensorError("nothing is heard")
+
+class Dead(Mute):
+    def open(self):
+        raise ConfigError("it is broken")
+"""
 
 
 def test_on_its_own_host_a_session_is_seen_without_its_keys(

@@ -436,9 +436,12 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert "warning: imu gave no message: waiting for /dev/i2c-1" in shown
     assert "warning: the source imu died 2 times and had not come back" in shown
     assert "camera gave no message" not in shown
-    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], state="failed", warnings=["a stranger knocked."])
+    seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
+    assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
+    ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
+    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], **ill)
     shown = text(summed_up(seen))
-    assert "warning: the source imu died, and was given up" in shown
+    assert "warning: the source imu died, and was given up: it has no driver\n" in shown
     assert "warning: imu: a stranger knocked.\n" in shown
 
 
