@@ -59,7 +59,7 @@ def ring_notes(folder: Path, limit_bytes: int) -> list[str]:
     return [
         *busy,
         f"the ring {folder} may grow to {limit_bytes / 1e6:.0f} MB, but its disk has room for "
-        f"{(held + free) / 1e6:.0f} MB; when the disk is full, recording ends. Lower `limit_mb`, or make room."
+        f"{(held + free) / 1e6:.0f} MB; when the disk is full, recording ends. Lower `limit_mb`, or make room.",
     ]
 
 
