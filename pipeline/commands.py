@@ -722,8 +722,9 @@ def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool
 
     absolute = [None if path is None else str(path.absolute()) for path in (key, hub_key)]
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, setting(stop))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which `nohup` asks for
+            signal.signal(number, setting(stop))
     joining.join(
         LinkSpec(address, absolute[0], absolute[1], insecure),
         say=lambda text: print(text, file=sys.stderr, flush=True),

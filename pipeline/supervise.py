@@ -86,7 +86,7 @@ class Supervisor:
             self._stop_all()
             self._judge_recording()
         except BaseException as error:  # handed to the thread that waits for this one
-            self.crash = error
+            self.crash = self.crash or error
         finally:
             self._kill_all()
             self._selector.close()
@@ -344,7 +344,7 @@ class Supervisor:
         elif not self._hurried:
             self._hurried = True
             text = "every node that still runs is killed at once, for to stop was asked for again (Ctrl-C)"
-            self._on_event(Event(self.session_clock.now_ns(), "launch", "hung", text))
+            self._say(Event(self.session_clock.now_ns(), "launch", "hung", text))
 
     def _kill_all(self) -> None:
         for child in self.children.values():
@@ -353,7 +353,18 @@ class Supervisor:
                 child.bury()
 
     def _tell(self, child: Child, kind: What, text: str) -> None:
-        self._on_event(Event(self.session_clock.now_ns(), child.name, kind, text))
+        self._say(Event(self.session_clock.now_ns(), child.name, kind, text))
+
+    def _say(self, event: Event) -> None:
+        """Whoever listens may have gone (a terminal that was closed, a pipe): then the session ends, but in order, lest
+        a recording lack its end."""
+        if self.crash is not None:
+            return
+        try:
+            self._on_event(event)
+        except BaseException as error:  # handed to the thread that waits for this one
+            self.crash = error
+            self._stop.set()
 
 
 def _own_words(tail: str) -> str:

@@ -313,7 +313,16 @@ def launcher(folder: Path, **rig: Any) -> Iterator[tuple[subprocess.Popen[str], 
                 process.kill()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def hung_up() -> Iterator[None]:
+    """Processes that are started now end when their terminal is closed, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hung_up")
 def test_a_signal_stops_everything_in_order(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "session.mcap"
     with launcher(tmp_path, record={"path": str(out)}) as (process, session_dir):
@@ -328,6 +337,32 @@ def test_a_signal_stops_everything_in_order(tmp_path: Path, how: signal.Signals)
         assert not nodes_of(session_dir)
         assert not session_dir.exists()
         assert not any(map(segment_exists, segments))
+    with RecordingReader(out) as reader:
+        assert reader.info.complete
+
+
+@pytest.mark.usefixtures("hung_up")
+def test_a_session_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    session = Session(make_rig(tmp_path, {"imu": SOURCES["imu"]}, bundle=False))
+    heeded: list[Any] = []
+    session.run(0.0, on_tick=lambda _: heeded.append(signal.getsignal(signal.SIGHUP)))
+    assert set(heeded) == {signal.SIG_IGN}
+
+
+def test_a_listener_that_is_gone_ends_the_session_in_order(tmp_path: Path) -> None:
+    out, told = tmp_path / "session.mcap", []  # type: ignore[var-annotated]
+
+    def listen(event: Event) -> None:
+        told.append(event)
+        if (event.node, event.kind) == ("imu", "ready"):
+            raise BrokenPipeError
+
+    with short_folder() as root:
+        rig = make_rig(tmp_path, {"imu": SOURCES["imu"]}, bundle=False, record={"path": str(out)})
+        with pytest.raises(BrokenPipeError):
+            Session(rig, listen, root=root).run()
+    assert (told[-1].node, told[-1].kind) == ("imu", "ready")  # it is not asked again
     with RecordingReader(out) as reader:
         assert reader.info.complete
 
