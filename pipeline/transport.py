@@ -338,9 +338,10 @@ class _Handshakes:
             yield struct.unpack("=Hi", self._told.recv_multipart()[0])
 
     def close(self) -> None:
-        """Idempotent; before the socket is closed."""
+        """Idempotent."""
         if not self._told.closed:
-            self._socket.disable_monitor()
+            if not self._socket.closed:
+                self._socket.disable_monitor()
             self._told.close(0)
 
 
@@ -427,7 +428,7 @@ class _Caller:
         self.refusal = seen_by_caller(why, self._address, *files)
 
     def close(self) -> None:
-        """Idempotent; before the socket is closed."""
+        """Idempotent."""
         self._handshakes.close()
 
 

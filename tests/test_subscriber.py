@@ -69,6 +69,16 @@ def test_a_listener_and_the_session_are_told_that_it_is_refused(tmp_path: Path) 
         assert "somebody without keys" in bus.refusals()[1]
 
 
+def test_an_address_that_is_taken_or_given_up_leaves_a_bus_that_can_be_closed() -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with short_folder() as folder, ZmqBus(Path(folder), "fusion") as bus:
+        publisher = bus.publisher("fusion", tcp=address)
+        with pytest.raises(ConfigError, match="is another program using it"):
+            bus.publisher("other", tcp=address)
+        publisher.close()
+        assert bus.refusals() == []
+
+
 @pytest.mark.parametrize("endpoint", [None, 5599, Path("/tmp/x.sock")])
 def test_an_endpoint_is_a_text(endpoint: object) -> None:
     with pytest.raises(ConfigError, match="an endpoint is a text like"):
