@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class Fusion:
         self.labels: deque[Label] = deque(maxlen=256)
         self.counters: dict[str, float] = {"predictions": 0.0}
         self.payload_streams = {s for streams in self.settings.wiring.values() for s in streams}
+        self.refusals: Callable[[], list[str]] = list
+        """Who was refused lately where predictions are to be had."""
 
     def run(self) -> None:
         """Until stopped, and what was on its way is predicted. Raises BundleError."""
@@ -117,6 +120,7 @@ class Fusion:
         with contextlib.closing(ZmqBus(Path(spec.session_dir), spec.node)) as bus:
             self.life.report(Report(state="starting", note="loading the model"))
             publisher = bus.publisher(spec.node, stop=self.life.stop, tcp=settings.tcp, curve=self._curve())
+            self.refusals = bus.refusals
             self.join(bus, publisher)
             wait_for_readers(publisher, self.life)
             self.life.wait_to_begin(Report(state="ready"))
@@ -167,7 +171,7 @@ class Fusion:
             note = "; ".join(f"{stream}: {text}" for stream, text in self.fuser.notes.items())
             counters = self.counters | {"evicted": float(self.cache.evicted), "last_step": float(self.mark.value)}
             counters |= inlet_drops(self.subscriber, self.payload_streams)
-            self.life.report(Report(state="ready", note=note, counters=counters))
+            self.life.report(Report(state="ready", note=note, counters=counters, warnings=self.refusals()))
 
     def _parts(self, parts: Parts) -> None:
         """Takes a step, the announcement of a gap, or a label. What is damaged is counted."""
@@ -178,7 +182,8 @@ class Fusion:
                 if self.mark.value >= step.manifest.step:
                     return
                 if gap is None and self.life.spec.life and not self.counters["predictions"] and not self.waiting:
-                    gap = Gap(max(self.mark.value, 0) + 1, step.manifest.step - 1, "the fusion node was restarted")
+                    first, last = max(self.mark.value, 0) + 1, step.manifest.step - 1
+                    gap = Gap(first, last, "the fusion node was restarted", "prediction")
                 if gap is not None and gap.first <= gap.last:
                     self.publisher.publish_json(GAP, msgspec.json.encode(gap))
                 self.waiting.append((step, self.clock.now_ns()))

@@ -18,7 +18,7 @@ import msgspec
 
 from pipeline.clock import SystemClock
 from pipeline.errors import WireError
-from pipeline.life import ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report
+from pipeline.life import ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report, last_sent
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
@@ -34,7 +34,7 @@ from pipeline.recording import (
     SessionInfo,
     free_path,
 )
-from pipeline.steps import GAP, STEP, Account, Gap, Unpredicted, decode_step
+from pipeline.steps import GAP, LOST, STEP, UNHEARD, Account, Gap, Unpredicted, decode_step
 from pipeline.transport import Bus, Lossless, Parts, Received, ZmqBus
 
 PATIENCE_MS = 50
@@ -82,12 +82,12 @@ class Record:
         self.unpredicted = Unpredicted()
         self.predicted = "fusion" in self.settings.topics
         self.expected: dict[str, tuple[int, int]] = {}
-        self.lost = self.lost_beats = 0
+        self.lost = self.lost_beats = self.lost_windows = self.lost_predictions = 0
         self.gaps: dict[str, LostMessages] = {}
         """Ranges of lost messages that may still grow, by stream."""
         self.refused = 0
         """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
-        self._told = (0, 0)
+        self._told = (0, 0, 0, 0)
         self.causes: dict[str, dict[str, int]] = {}
         """Lost messages by stream and cause."""
         self.written = dict.fromkeys((stream for names in self.settings.wiring.values() for stream in names), 0)
@@ -143,7 +143,7 @@ class Record:
         failed with."""
         for stream in list(self.gaps):
             self._close_gap(stream, self.clock.now_ns())
-        self._gaps_of_windows(self.unpredicted.end(), self.clock.now_ns())
+        self._end_windows()
         self.queue.close()
         self.queue.check()
         notes = self._account()
@@ -152,10 +152,13 @@ class Record:
 
     def _account(self) -> list[str]:
         """What is missing that was not said before, in words. Once a file, or once a segment of a ring."""
-        missing, beats = self.lost + self.refused, self.lost_beats
-        before, self._told = self._told, (missing, beats)
-        notes = [f"{missing - before[0]} messages could not be recorded"] if missing > before[0] else []
-        notes += [f"{beats - before[1]} beats could not be recorded"] if beats > before[1] else []
+        missing = self.lost + self.refused, self.lost_beats, self.lost_windows, self.lost_predictions
+        before, self._told = self._told, missing
+        notes = [
+            f"{now - told} {what} could not be recorded"
+            for what, now, told in zip(("messages", "beats", "windows", "predictions"), missing, before, strict=True)
+            if now > told
+        ]
         return notes + ([f"this is part {self.life.spec.life + 1} of its session"] if self.life.spec.life else [])
 
     def turn(self, patience_ms: int = PATIENCE_MS) -> bool:
@@ -197,6 +200,7 @@ class Record:
         return RecordReport(
             path=str(path), asked=str(asked) if elsewhere else "", from_ns=self._from_ns, safe_ns=self.writer.safe_ns,
             messages=dict(self.written), safe=self.safe, lost=lost, lost_beats=self.lost_beats,
+            lost_windows=self.lost_windows, lost_predictions=self.lost_predictions,
         )  # fmt: skip
 
     def _drops(self) -> dict[str, float]:
@@ -283,13 +287,16 @@ class Record:
                 manifest = decode_step([STEP, *parts.parts]).manifest
                 gap = self.account.take(manifest.step)
                 if gap is not None:
-                    self._json(GAP_TOPIC, msgspec.json.encode(gap), now)
+                    self._gaps_of_windows([gap], now)
                 self._json(MANIFEST_TOPIC, msgspec.json.encode(manifest), now, manifest.end_ns)
                 if self.predicted:
                     self.unpredicted.window(manifest.step)
         elif parts.topic == GAP:
             with contextlib.suppress(msgspec.MsgspecError):
-                self.account.announce(msgspec.json.decode(parts.parts[0], type=Gap))
+                announced = msgspec.json.decode(parts.parts[0], type=Gap)
+                self.unpredicted.announce(announced)
+                if announced.of == "window":
+                    self.account.announce(announced)
         elif parts.topic == "prediction":
             self._prediction(bytes(parts.parts[0]), now)
         else:
@@ -307,8 +314,18 @@ class Record:
             self._json(PREDICTION_TOPIC, data, now_ns)
 
     def _gaps_of_windows(self, gaps: list[Gap], now_ns: int) -> None:
+        """Records what is missing of windows and predictions; what was sent, and did not come here, is counted."""
         for gap in gaps:
+            self.lost_windows += (gap.last - gap.first + 1) * (gap.cause == LOST)
+            self.lost_predictions += (gap.last - gap.first + 1) * (gap.cause == UNHEARD)
             self._json(GAP_TOPIC, msgspec.json.encode(gap), now_ns)
+
+    def _end_windows(self) -> None:
+        """What is missing at the session's end: nothing came after it that could have shown it."""
+        folder, now = self.life.spec.session_dir, self.clock.now_ns()
+        if self.account.last is not None and (sent := last_sent(folder, "align")) > self.account.last:
+            self._gaps_of_windows([Gap(self.account.last + 1, sent, LOST)], now)
+        self._gaps_of_windows(self.unpredicted.end(last_sent(folder, "fusion")), now)
 
     def _json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
         """These are few, and what explains a gap must not itself be lost: they always fit, and are counted."""

@@ -238,7 +238,7 @@ class Remote:
             there |= {f"{stream}.{name}": count for name, count in said.counters.items()}
         return Report(
             state=self.state(), note=self._note(), sources=self.reports, ended=ended,
-            counters=self.counters | there | ring_drops(self.publisher),
+            counters=self.counters | there | ring_drops(self.publisher), warnings=self.server.refusals(),
         )  # fmt: skip
 
     def _note(self) -> str:

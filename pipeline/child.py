@@ -16,6 +16,7 @@ import msgspec
 from pipeline.clock import Clock
 from pipeline.config import RestartEntry
 from pipeline.life import NodeSpec, Order, RecordReport, Report, SourceReport
+from pipeline.refusals import REPEAT_NS, Repeated
 from pipeline.shm import COPY_ENVIRONMENT
 
 NodeState = Literal["starting", "loaded", "waiting", "ready", "restarting", "ended", "failed", "stopped"]
@@ -42,6 +43,11 @@ class Child:
         """What a recorder's earlier lives said last."""
         self.before: dict[str, tuple[int, dict[str, int]]] = {}
         """By stream what earlier lives of a source published, and what they dropped by reason."""
+        self.warned = Repeated(clock)
+        """What it has warned of, in all its lives."""
+        self.trouble = ""
+        """Why it waited last, or how it died, in words."""
+        self._waited: tuple[str, int, int] | None = None
         self.rates: dict[str, deque[tuple[int, int]]] = {}
         self._rest = b""
         self._deaths: deque[int] = deque()
@@ -105,11 +111,22 @@ class Child:
     def _hear(self, report: Report) -> None:
         now = self._heard_ns = self._clock.now_ns()
         self.report, self.state = report, report.state
+        self.trouble = report.note if report.state == "waiting" and report.note else self.trouble
         for stream, source in report.sources.items():
             points = self.rates.setdefault(stream, deque(maxlen=5))
             if points and points[-1][1] > source.published:
                 points.clear()  # a new life counts from 0
             points.append((now, source.published))
+
+    def waits_anew(self, note: str) -> bool:
+        """Whether it is worth saying that it waits, for the reason ``note``: not again if nothing has come of it since
+        it was said, until much time has passed."""
+        given = sum(self.total(stream, source)[0] for stream, source in self.report.sources.items())
+        before, now = self._waited, self._clock.now_ns()
+        if before is not None and before[:2] == (note, given) and now - before[2] < REPEAT_NS:
+            return False
+        self._waited = (note, given, now)
+        return True
 
     def rate_hz(self, stream: str) -> float:
         """Messages a second over about the last second."""

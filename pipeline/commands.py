@@ -20,7 +20,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
 from pipeline.outside import naming, uncreatable
-from pipeline.paths import existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
+from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
@@ -128,16 +128,17 @@ def replay(
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
             _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
-        to_file = None
+        kept = to_file = None
         if out is not None:
             writable(out, "-o")
-            to_file = Lines(stack.enter_context(out.open("wb")))
+            kept = stack.enter_context(NewFile(out))
+            to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
         predictions = replay_predictions(
             reader, model, streams=recorded_mapping(reader.info, recording, model), note=_say
         )
         shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
-        refreshed = SystemClock()
+        refreshed, interrupted = SystemClock(), True
         with suppress(KeyboardInterrupt):
             for prediction, _ in shown:
                 summary.add(prediction)
@@ -148,7 +149,10 @@ def replay(
                 if refreshed.now_ns() > POLL_MS * 1_000_000:
                     output.refresh()
                     refreshed = SystemClock()
+            interrupted = False
         output.refresh()
+        if kept is not None and (place := kept.end(interrupted)) != kept.path:
+            _say(f"interrupted, so that {out} is not made; the predictions until then are in {place}")
     print_summary(summary, json)
 
 
@@ -273,6 +277,7 @@ def subscribe(
 ) -> None:
     """``sensorium subscribe``."""
     from pipeline.clock import SystemClock
+    from pipeline.refusals import Repeated
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.subscriber import Subscription
     from pipeline.summary import Summary
@@ -280,7 +285,7 @@ def subscribe(
     title, endpoint, folder = _session(endpoint, session)
     summary, waiting = Summary(), SystemClock()
     summary.endpoint = endpoint if folder is None else ""
-    told = folder is not None
+    told, refusals = folder is not None, Repeated()
     with Subscription(endpoint, key=key, hub_key=hub_key) as subscription:
         output = output_for(json, f"{title}   Ctrl-C stops", summary)
         try:
@@ -289,6 +294,9 @@ def subscribe(
                     told = True
                     if not summary.predictions:
                         _say(f"nothing has come from {endpoint} yet; if no session publishes there, {_begin(endpoint)}")
+                for refusal in refusals.new([subscription.refusal] if subscription.refusal else []):
+                    told = True
+                    _say(refusal)
                 left = None if count is None else count - summary.predictions
                 for prediction in subscription.receive(POLL_MS)[:left]:
                     summary.add(prediction)
@@ -314,8 +322,11 @@ def _session(endpoint: str | None, session: str | None) -> tuple[str, str, Path 
     Raises ConfigError."""
     if endpoint is not None:
         return endpoint, endpoint, None
+    from pipeline.transport import endpoint_path
+
     found = _live(session, "subscribe")
-    return f"{found.rig}   session {found.id}", found.predictions, Path(found.dir)
+    # Inside the session, where no keys are asked for.
+    return f"{found.rig}   session {found.id}", endpoint_path(Path(found.dir), "fusion"), Path(found.dir)
 
 
 def _live(session: str | None, command: str) -> SessionRef:
@@ -655,8 +666,9 @@ def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool
 
     absolute = [None if path is None else str(path.absolute()) for path in (key, hub_key)]
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, setting(stop))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which `nohup` asks for
+            signal.signal(number, setting(stop))
     joining.join(
         LinkSpec(address, absolute[0], absolute[1], insecure),
         say=lambda text: print(text, file=sys.stderr, flush=True),

@@ -24,6 +24,7 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 
 RING_LEAST_MB = 32
+RING_LEAST_S = 1.0
 """A ring that is smaller has segments too small for a message."""
 
 LONG_MS = 10_000
@@ -99,7 +100,7 @@ class RecordEntry(_Strict, frozen=True):
     compression: Literal["zstd", "lz4", "none"] = "zstd"
     queue_mib: Positive = 128
     limit_mb: Annotated[int, msgspec.Meta(ge=RING_LEAST_MB)] | None = None
-    segment_s: PositiveFloat = 60.0
+    segment_s: Annotated[float, msgspec.Meta(ge=RING_LEAST_S)] = 60.0
 
     def __post_init__(self) -> None:
         if self.limit_mb is None:

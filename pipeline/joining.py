@@ -25,6 +25,7 @@ from pipeline.errors import ConfigError, SensoriumError, listed
 from pipeline.life import NodeSpec, Order
 from pipeline.link import INVITE, JOIN, PROTOCOL, STOP, Hello, Invitation, LinkSpec
 from pipeline.node import EXIT_SENSOR
+from pipeline.refusals import Repeated
 from pipeline.source import KINDS
 from pipeline.transport import LinkClient
 
@@ -50,10 +51,11 @@ def join(
     """Runs this host's sources for the hub at ``where`` until ``stop`` is set, or with ``once`` until the first session
     is over. ``allow_code`` lets the hub name kinds that are not shipped, which are looked for in ``paths``. Raises
     ConfigError, and SensoriumError when a source keeps dying."""
+    refusals = Repeated()
     with closing(where.connect()) as client:
         while not stop.is_set():
             say(f"waiting for a session at {where.address}")
-            invitation = _invited(client, stop)
+            invitation = _invited(client, stop, refusals, say)
             if invitation is None:
                 return
             say(f"joined session {invitation.session}: {', '.join(sorted(invitation.streams))}")
@@ -64,8 +66,10 @@ def join(
                 return
 
 
-def _invited(client: LinkClient, stop: threading.Event) -> Invitation | None:
+def _invited(client: LinkClient, stop: threading.Event, refusals: Repeated, say: Say) -> Invitation | None:
     while not stop.is_set():
+        for refusal in refusals.new([client.refusal] if client.refusal else []):
+            say(refusal)
         _ask(client)
         clock = SystemClock()
         while clock.now_ns() < ASK_NS and not stop.is_set():

@@ -185,9 +185,9 @@ class Session:
         self.stop()
 
     def run(self, duration_s: float | None = None, on_tick: Callable[[Session], None] = lambda session: None) -> None:
-        """Starts the session, runs it until its end, ``duration_s``, SIGINT or SIGTERM, and stops it; a second signal
-        kills. ``duration_s`` counts from when every node has started, or has said what it waits for. ``on_tick`` is
-        called about four times a second. For the main thread. Raises SensoriumError."""
+        """Starts the session, runs it until its end, ``duration_s``, SIGINT, SIGTERM or SIGHUP, and stops it; a second
+        signal kills. ``duration_s`` counts from when every node has started, or has said what it waits for.
+        ``on_tick`` is called about four times a second. For the main thread. Raises SensoriumError."""
         asked = threading.Event()
 
         def on_signal(*_: Any) -> None:
@@ -238,8 +238,10 @@ class Session:
 
 @contextlib.contextmanager
 def _signals(handler: Callable[..., None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to ``handler`` meanwhile."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """SIGINT, SIGTERM and, unless it is ignored (`nohup`), a closed terminal's SIGHUP go to ``handler`` meanwhile."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

@@ -115,6 +115,8 @@ class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     lost: dict[str, dict[str, int]] = {}
     """Not recorded, by stream and cause."""
     lost_beats: int = 0
+    lost_windows: int = 0
+    lost_predictions: int = 0
 
 
 class Accounts(msgspec.Struct, kw_only=True):
@@ -139,6 +141,8 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     counters: dict[str, float] = {}
     ended: dict[str, tuple[int, int]] = {}
     recording: RecordReport | None = None
+    warnings: list[str] = []
+    """What is wrong now and does not keep the node from working, in sentences; said once, and at the session's end."""
 
 
 class Order(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -245,6 +249,14 @@ class Mark:
     @value.setter
     def value(self, value: int) -> None:
         self._word[0] = value
+
+
+def last_sent(session_dir: str, node: str) -> int:
+    """The ``Mark`` of another node of the session; -1 where it has sent nothing."""
+    try:
+        return int.from_bytes((Path(session_dir) / f"{node}.mark").read_bytes()[:8], sys.byteorder, signed=True)
+    except OSError:
+        return -1
 
 
 def read_spec(path: Path | str) -> NodeSpec:

@@ -266,7 +266,8 @@ def find_hub(where: LinkSpec, life: Life) -> Link | None:
         trips: list[RoundTrip] = []
         hub = ""
         while not trips:
-            life.report(Report(state="starting", note=f"asks {where.address} for the time"))
+            note = carrier.refusal or f"asks {where.address} for the time"
+            life.report(Report(state="starting", note=note))
             trips, hub = probe(carrier, life.clock, 0, life.stop)
             if life.stop.is_set():
                 return None

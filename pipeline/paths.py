@@ -7,6 +7,7 @@ import hashlib
 import re
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, closest
@@ -101,6 +102,33 @@ def write_whole(path: Path, text: str) -> None:
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+class NewFile:
+    """A file that is written bit by bit, and has its name only once it is whole: of what fails nothing stays. OSErrors
+    of its own name it. Use it in a ``with`` block."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._part = path, path.with_name(path.name + ".tmp")
+        with naming(path):
+            self.file = self._part.open("wb")
+
+    def end(self, interrupted: bool = False) -> Path:
+        """The file is whole; or it was ``interrupted``, and is called ``.part`` for that. Where it is."""
+        place = self.path.with_name(self.path.name + ".part") if interrupted else self.path
+        with naming(self.path):
+            self.file.close()
+            self._part.replace(place)
+        return place
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        with suppress(OSError):  # what finds no room now was told of when it was written
+            self.file.close()
+        with suppress(OSError):
+            self._part.unlink()
 
 
 def existing(path: Path) -> Path:

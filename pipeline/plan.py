@@ -21,6 +21,7 @@ from pipeline.clock import Origin
 from pipeline.config import (
     AlignEntry,
     BundleEntry,
+    CurveEntry,
     RecordEntry,
     RigFile,
     SourceEntry,
@@ -37,6 +38,7 @@ from pipeline.recording import free_path, message_limit
 from pipeline.source import CORE_KINDS, KINDS, Pace, Source, check_class, load_kind
 from pipeline.steps import GAP, STEP
 from pipeline.strict import Document, Where, listed, nearest
+from pipeline.transport import load_curve_server
 
 OF_EVERY_SOURCE = ("kind", "required", "offset_ms", "offset_uncertainty_ms")
 """Keys that any source may have beside its own settings."""
@@ -109,6 +111,8 @@ def _plan(rig_file: RigFile, allow_code: bool, record: RecordEntry | None, wrong
         _check_ring(rig_file, record, sources)
     with wrong:
         _check_place(rig_file, record)
+    with wrong:
+        _check_keys(rig_file, ("transport", "curve"), rig.transport.curve)
     allowed = allow_code or (rig.bundle is not None and rig.bundle.allow_code)
     with wrong:
         bundle, mapping, spec = _model(rig_file, streams, known, allowed)
@@ -167,6 +171,7 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
                     )
             paces |= _source(rig_file, stream, source, (*at, "sources", stream)).paces
     settings = wrong.settled(settings)
+    _check_keys(rig_file, (*at, "curve"), getattr(settings, "curve", None))
     with placed(rig_file, at):
         streams: dict[str, Payload] = (
             {name: node_class.payload_of(settings)} if is_source else node_class.streams_of(settings)
@@ -179,6 +184,13 @@ def _source(rig_file: RigFile, name: str, entry: SourceEntry, at: Where) -> Sour
         offset_ns=round(entry.offset_ms * 1e6), offset_uncertainty_ns=round(entry.offset_uncertainty_ms * 1e6),
         paces=paces,
     )  # fmt: skip
+
+
+def _check_keys(rig_file: RigFile, at: Where, curve: Any) -> None:
+    """Keys must be there before anything is started."""
+    if isinstance(curve, CurveEntry):
+        with placed(rig_file, at):
+            load_curve_server(curve.secret, curve.allow)
 
 
 def _inner(document: Document, node_class: Any, entry: SourceEntry, settings: Any, at: Where) -> dict[str, SourceEntry]:
@@ -427,7 +439,7 @@ def _fusion_settings(plan: Plan, align: AlignSpec) -> dict[str, Any]:
 def _record_settings(plan: Plan, record: RecordEntry, place: Place) -> dict[str, Any]:
     topics = {source.name: ["label"] for source in plan.sources if source.labels}
     if plan.bundle is not None:
-        topics |= {"align": [GAP, STEP], "fusion": ["prediction"]}
+        topics |= {"align": [GAP, STEP], "fusion": [GAP, "prediction"]}
     return {
         "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": _wiring(plan, _recorded(plan)),
         "topics": topics, "queue_bytes": record.queue_mib << 20, "compression": record.compression,

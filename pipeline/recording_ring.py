@@ -46,18 +46,36 @@ def message_limit(limit_bytes: int) -> int:
 
 
 def ring_notes(folder: Path, limit_bytes: int) -> list[str]:
-    """What is doubtful about a ring in ``folder``, in sentences: whether the disk has room for it."""
+    """What is doubtful about a ring in ``folder``, in sentences: whether another recorder is at work there, and whether
+    the disk has room for it."""
+    busy = _busy(folder)
     there = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), None)
     if there is None:
-        return []
+        return busy
     free = shutil.disk_usage(there).free
     held = sum(p.stat().st_size for p in folder.glob("segment-*.mcap")) if folder.is_dir() else 0
     if held + free >= limit_bytes:
-        return []
+        return busy
     return [
+        *busy,
         f"the ring {folder} may grow to {limit_bytes / 1e6:.0f} MB, but its disk has room for "
-        f"{(held + free) / 1e6:.0f} MB; when the disk is full, recording ends. Lower `limit_mb`, or make room."
+        f"{(held + free) / 1e6:.0f} MB; when the disk is full, recording ends. Lower `limit_mb`, or make room.",
     ]
+
+
+def _busy(folder: Path) -> list[str]:
+    """Whether the ring in ``folder`` has a recorder already."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # it is not there yet, or no place for a ring, which is said elsewhere
+        return []
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return [f"{folder} is written to by another recorder now, and a ring has one at a time; end that first."]
+    finally:
+        os.close(lock)
+    return []
 
 
 class Ring:
@@ -184,12 +202,13 @@ class RingWriter:
         self.ring, self.session = ring, session
         self._segment_ns, self._compression, self._account = segment_ns, compression, account
         self._next: Standing = dict(session.since or {})
-        self._closed_messages = self._closed_bytes = 0
+        self._closed_messages = self._closed_bytes = self._segments = 0
         self._closed_safe_ns: int | None = None
         self._begin(session.since, now_ns)
 
     def _begin(self, since: Standing | None, now_ns: int) -> None:
         self._segment = self.ring.open(self.session, since, now_ns, self._compression)
+        self._segments += 1
         self._began_ns = now_ns
 
     @property
@@ -216,7 +235,10 @@ class RingWriter:
     def note(self) -> str:
         """What to tell whoever watches: where it writes, what was deleted, what is in the way."""
         deleted, strangers = self.ring.deleted, self.ring.strangers
+        before = self._segments - 1
         said = [str(self.path)]
+        if before:
+            said[0] += f", and the {before} segments before it" if before > 1 else ", and the segment before it"
         if deleted.segments:
             said.append(f"the ring has deleted {deleted_text(deleted)}")
         if strangers:

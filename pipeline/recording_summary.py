@@ -33,7 +33,8 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     Plain values, ready for JSON; a number that cannot be known is None. ``rate_hz`` is of samples (messages, for
     payloads without samples) over the time between captures; ``lost`` counts missing sequence numbers and ``gaps``
     the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for audio: without
-    sound); ``delay_ms`` is arrival less the end of the capture. RecordingError if the file cannot be read.
+    sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say at its end, as
+    what it lacks. RecordingError if the file cannot be read.
     """
     with reading(path) as reader:
         return _summarise(reader)
@@ -96,13 +97,15 @@ def _summarise(reader: RecordingReader) -> dict[str, Any]:
             streams.setdefault(name, _Stream(reader.info.standing(name))).add(message, arrival_ns)
     starts = [stream.start_ns for stream in streams.values()]
     ends = [stream.end_ns for stream in streams.values()]
-    ring = reader.info.ring
+    note, ring = reader.info.note, reader.info.ring
     return {
         "duration_s": (max(ends) - min(starts)) / 1e9 if streams else 0.0,
         "session": reader.info.session,
         "complete": reader.info.complete,
         "streams": {name: streams[name].result() for name in sorted(streams)},
-    } | ({} if ring is None else {"ring": msgspec.to_builtins(ring)})
+        **({"note": note} if note else {}),
+        **({} if ring is None else {"ring": msgspec.to_builtins(ring)}),
+    }
 
 
 class _Stream:

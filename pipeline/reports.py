@@ -154,7 +154,8 @@ _PLACES = (
 
 def recording_table(info: dict[str, Any]) -> RenderableType:
     """What ``sensorium info`` says to a person."""
-    state = "" if info["complete"] else f"   {INCOMPLETE}"
+    lacks = f"incomplete: {info['note']}" if info.get("note") else INCOMPLETE
+    state = "" if info["complete"] else f"   {lacks}"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
     head.append("".join(f"\n{line}" for line in (_recorded(info), _labels(info)) if line))
     columns = ("messages", "samples", "rate", "lost", "gaps", "longest pause", "delay", "max delay")

@@ -16,6 +16,7 @@ from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
 from pipeline.summary import Summary, drops, lacking
 from pipeline.terminal import Lines, Output, Screen, console
+from pipeline.transport import endpoint_path
 
 if TYPE_CHECKING:  # a replay shows itself without a launcher
     from pipeline.launch import Event, NodeStatus, Session, Status, StreamStatus
@@ -84,12 +85,10 @@ class Show:
         """Until the session is over, and then what was sent before its end."""
         last = False
         try:
-            with Subscription(self._session.predictions) as subscription:
+            with Subscription(endpoint_path(self._session.dir, "fusion")) as subscription:  # which asks for no keys
                 while not last:
                     last = self._last_round.is_set()
                     for prediction in subscription.receive(POLL_MS):
-                        if prediction.session != self._session.id:
-                            continue  # another session's, at an address that this one could not have
                         with self._lock:
                             self.summary.add(prediction)
                             self._output.prediction(prediction)
@@ -173,22 +172,26 @@ def _missed(streams: dict[str, dict[str, int]], lives: list[RecordReport]) -> li
 
 
 def _warnings(status: Status) -> list[str]:
-    """What is wrong with sources: those that gave nothing, and those that died."""
+    """What is wrong with sources, those that gave nothing and those that died, and what nodes have warned of."""
     said = []
     for name, stream in status.streams.items():
         if not stream.total:
             dropped = ", all that it had were dropped" if stream.total_dropped else ""
-            said.append(f"{name} gave no message{dropped}" + (f": {stream.note}" if stream.note else ""))
+            node = status.nodes.get(stream.node)
+            alive = node is not None and node.state != "failed" and not node.restarts  # else its death is told below
+            why = stream.note or (node.trouble if node is not None and alive else "")
+            said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):
         node = status.nodes.get(name)
         if node is None:
             continue
+        why = f": {node.trouble}" if node.trouble else ""
         if node.state == "failed":
-            said.append(f"the source {name} died, and was given up")
+            said.append(f"the source {name} died, and was given up" + why)
         elif node.restarts:
             away = " and had not come back" if node.state == "restarting" else ""
-            said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}")
-    return said
+            said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}" + why)
+    return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -10,7 +10,8 @@ from pipeline.child import Child, NodeState
 from pipeline.clock import Origin
 from pipeline.life import AlignReport, RecordReport, SourceReport
 
-What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed"]
+What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed",
+               "warning"]  # fmt: skip
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -63,6 +64,10 @@ class NodeStatus(msgspec.Struct, kw_only=True):
     note: str
     log: str
     counters: dict[str, float]
+    trouble: str = ""
+    """Why it waited last, or how it died."""
+    warnings: list[str] = []
+    """What it has warned of until now."""
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -97,6 +102,7 @@ def node_status(child: Child) -> NodeStatus:
         node=child.name, kind=child.spec.kind, state=child.state,
         pid=None if child.process is None else child.process.pid, restarts=child.restarts,
         note=child.report.note, log=str(child.log), counters=child.report.counters,
+        trouble=child.trouble, warnings=child.warned.all,
     )  # fmt: skip
 
 

@@ -26,6 +26,12 @@ GAP = "gap"
 windows; a JSON object ``Gap``."""
 
 
+LOST = "lost on the way from the align node"
+"""The cause of windows that were published, and whose loss nobody announced."""
+UNHEARD = "lost on the way from the fusion node"
+"""The same of predictions."""
+
+
 class Gap(msgspec.Struct, frozen=True, omit_defaults=True):
     """Steps that nobody will ever see, both ends included, and why."""
 
@@ -86,7 +92,7 @@ class Account:
     where they arrived, not where they were sent.
     """
 
-    def __init__(self, first: int | None = 1, unknown: str = "lost on the way from the align node") -> None:
+    def __init__(self, first: int | None = 1, unknown: str = LOST) -> None:
         """``first`` is the step that must come first; None where whatever comes first is right (a reader that joined
         later). ``unknown`` is the cause of what nobody announced."""
         self.last = None if first is None else first - 1
@@ -110,11 +116,17 @@ class Account:
 
 
 class Unpredicted:
-    """Windows that wait for their predictions, so that every window has one, or lies inside one gap."""
+    """Windows that wait for their predictions, so that every window has one, or lies inside one gap: a fusion node that
+    was started again announces those that it never made, and all others were lost."""
 
     def __init__(self) -> None:
         self._waiting: deque[int] = deque()
         self._last = -1
+        self._announced: list[Gap] = []
+
+    def announce(self, gap: Gap) -> None:
+        """Takes note of predictions that were never made."""
+        self._announced = [*self._announced[-7:], gap]
 
     def window(self, step: int) -> None:
         """Notes that window ``step`` came; windows come in order."""
@@ -129,21 +141,28 @@ class Unpredicted:
         missing = []
         while self._waiting and self._waiting[0] <= step:
             missing.append(self._waiting.popleft())
-        return _ranges([k for k in missing if k != step], "the fusion node died, or it was lost on the way"), True
+        return [self._explained(gap) for gap in _ranges([k for k in missing if k != step])], True
 
-    def end(self) -> list[Gap]:
-        """The gaps at the end of the session."""
+    def end(self, made: int) -> list[Gap]:
+        """The gaps at the end of the session; ``made`` is the last prediction that was ever sent."""
         missing = list(self._waiting)
         self._waiting.clear()
-        return _ranges(missing, "the session ended before it, or the fusion node had died")
+        never = Gap(made + 1, max(missing, default=made), "the session ended before it, or the fusion node had died")
+        self.announce(never)
+        return [self._explained(gap) for gap in _ranges(missing)]
+
+    def _explained(self, gap: Gap) -> Gap:
+        """``gap`` with its cause. What touches a death is of that death: the last that a node sent dies with it."""
+        causes = [known.cause for known in self._announced if known.first <= gap.last and known.last >= gap.first]
+        return Gap(gap.first, gap.last, causes[-1] if causes else UNHEARD, "prediction")
 
 
-def _ranges(steps: list[int], cause: str) -> list[Gap]:
+def _ranges(steps: list[int]) -> list[Gap]:
     """Rising numbers as gaps."""
     gaps: list[Gap] = []
     for step in steps:
         if gaps and gaps[-1].last + 1 == step:
-            gaps[-1] = Gap(gaps[-1].first, step, cause, "prediction")
+            gaps[-1] = Gap(gaps[-1].first, step)
         else:
-            gaps.append(Gap(step, step, cause, "prediction"))
+            gaps.append(Gap(step, step))
     return gaps

@@ -6,6 +6,7 @@ package.)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ import msgspec
 from pipeline.clock import SystemClock
 from pipeline.errors import ConfigError, WireError
 from pipeline.prediction import Prediction
+from pipeline.refusals import Repeated
 from pipeline.steps import Account, Gap
 from pipeline.transport import load_curve_client, subscribe_json
 
@@ -53,12 +55,19 @@ class Subscription:
         curve = None if key is None or hub_key is None else load_curve_client(Path(key), Path(hub_key))
         self._objects = subscribe_json(endpoint, TOPIC, curve)
         self._foreign = 0
+        self._refusals = Repeated()
         self._session = ""
         self._account = Account(None)
         self.gaps: list[Gap] = []
         """Windows whose predictions never came, between those that did: every index of a session appears once, as a
         prediction or inside one of these."""
         self.repeated = 0
+
+    @property
+    def refusal(self) -> str:
+        """Why nobody may listen from here, in a sentence; nothing while it may be. ``receive`` finds it out, and the
+        iteration warns of it (``RuntimeWarning``)."""
+        return self._objects.refusal
 
     @property
     def malformed(self) -> int:
@@ -95,6 +104,8 @@ class Subscription:
         while self._timeout_s is None or silent.now_ns() < self._timeout_s * 1e9:
             found = self.receive(_POLL_MS)
             yield from found
+            for refusal in self._refusals.new([self.refusal] if self.refusal else []):
+                warnings.warn(refusal, RuntimeWarning, stacklevel=2)
             if found:
                 silent = SystemClock()
 

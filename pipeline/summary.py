@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from pipeline.align import Counters, Verdict
-from pipeline.life import SLOW, RecordReport
+from pipeline.life import ON_THE_WAY, SLOW, RecordReport
 from pipeline.prediction import Prediction
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -164,6 +164,8 @@ def lacking(recordings: Sequence[RecordReport], goes_on: bool = True) -> list[st
     for stream, causes in _losses(recordings).items():
         why = next(iter(causes)) if len(causes) == 1 else ", ".join(f"{n} {cause}" for cause, n in causes.items())
         said.append(f"it lacks {_of(recordings, stream, causes)}: {why}")
+    if other := _lost_of_windows(recordings):
+        said.append(f"it lacks {other}: {ON_THE_WAY}")
     if beats := sum(one.lost_beats for one in recordings):
         said.append(f"it lacks {beats} beats, by which a silent stream says that it lives")
     return said
@@ -172,15 +174,16 @@ def lacking(recordings: Sequence[RecordReport], goes_on: bool = True) -> list[st
 def not_whole(recordings: Sequence[RecordReport], goes_on: bool = True) -> str:
     """The same in one sentence, with what to do; nothing where nothing is missing."""
     losses, said = _losses(recordings), _holes(recordings, goes_on)
-    if losses:
-        each = [_of(recordings, stream, causes) for stream, causes in losses.items()]
+    other = _lost_of_windows(recordings)
+    if losses or other:
+        each = [_of(recordings, stream, causes) for stream, causes in losses.items()] + ([other] if other else [])
         said.append(f"it lacks {', '.join(each)}")
     elif not said and any(one.lost_beats for one in recordings):
         said.append("it lacks beats, by which a silent stream says that it lives")
     if not said:
         return ""
     todo = "; `sensorium info` shows what is missing"
-    if any(cause in SLOW for causes in losses.values() for cause in causes):
+    if other or any(cause in SLOW for causes in losses.values() for cause in causes):
         todo += (
             ". The disk or the machine was too slow: record fewer or slower streams (`streams` of `record`; `rate_hz` "
             "and the like of a source), with a larger `queue_mib`, or onto a faster disk"
@@ -192,6 +195,15 @@ def _of(recordings: Sequence[RecordReport], stream: str, causes: Counter[str]) -
     lost = sum(causes.values())
     there = sum(one.messages.get(stream, 0) for one in recordings)
     return f"{lost} of {lost + there} messages of {stream}"
+
+
+def _lost_of_windows(recordings: Sequence[RecordReport]) -> str:
+    """How many windows and predictions were sent and did not reach the recorder, in words."""
+    lost = {
+        "windows": sum(one.lost_windows for one in recordings),
+        "predictions": sum(one.lost_predictions for one in recordings),
+    }
+    return " and ".join(f"{count} {what}" for what, count in lost.items() if count)
 
 
 def _losses(recordings: Sequence[RecordReport]) -> dict[str, Counter[str]]:

@@ -21,7 +21,7 @@ import msgspec
 from pipeline.child import Child, died_how
 from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
-from pipeline.life import NodeSpec, Order, RecordReport
+from pipeline.life import NodeSpec, Order, RecordReport, SourceReport
 from pipeline.node import EXIT_SENSOR
 from pipeline.plan import Place, Plan, core_specs, source_specs
 from pipeline.status import Event, SessionRef, What
@@ -34,6 +34,8 @@ STOP_NS = {"record": 60_000_000_000}
 STOP_DEFAULT_NS = 5_000_000_000
 LOADING = 1 / 3
 """For this part of the time in which nodes must be ready the beginning waits for sources to be loaded."""
+SILENT_NS = 10_000_000_000
+"""A stream of which nothing has come by then is told of."""
 LINGER_NS = 3_000_000_000
 """How long after the data's end predictions may still come."""
 
@@ -62,7 +64,7 @@ class Supervisor:
         self._selector: selectors.BaseSelector
         self._stopping = self._hurried = False
         self._start_ns = self._end_ns = 0
-        self._begun = False
+        self._begun = self._silence_said = False
 
     def stop(self) -> None:
         """Asks the thread to stop everything."""
@@ -84,7 +86,7 @@ class Supervisor:
             self._stop_all()
             self._judge_recording()
         except BaseException as error:  # handed to the thread that waits for this one
-            self.crash = error
+            self.crash = self.crash or error
         finally:
             self._kill_all()
             self._selector.close()
@@ -177,13 +179,15 @@ class Supervisor:
             reports, alive = child.listen()
         for report in reports:
             if report.state != state and report.state in ("ready", "waiting", "ended"):
-                if not self._stopping:
+                if not self._stopping and (report.state != "waiting" or child.waits_anew(report.note)):
                     self._tell(child, report.state, report.note or report.state)
                 if report.state == "ended":
                     self._close_ended(child)
                 if child.name == "align" and report.state == "ready":
                     self._close_what_is_gone()
             state = report.state
+            for warning in child.warned.new(report.warnings):
+                self._tell(child, "warning", warning)
         if not alive:
             self._died(child)
 
@@ -195,6 +199,18 @@ class Supervisor:
             if child.restart_at_ns is not None and self.clock.now_ns() >= child.restart_at_ns:
                 self._begin(child)
             child.trim_log()
+        if self._begun and not self._silence_said and self.session_clock.now_ns() > SILENT_NS:
+            self._silence_said = True
+            self._say_who_is_silent()
+
+    def _say_who_is_silent(self) -> None:
+        """Of sources that run as if all were well: the others have said why nothing comes. Words are often rare."""
+        for child in self.children.values():
+            content = child.state == "ready" and not child.trouble
+            for stream, payload in child.spec.streams.items() if content else ():
+                if payload != "text" and not child.total(stream, child.report.sources.get(stream, SourceReport()))[0]:
+                    text = f"{stream} has given nothing in the first {SILENT_NS / 1e9:.0f} s of the session"
+                    self._tell(child, "warning", text)
 
     def _died(self, child: Child) -> None:
         assert child.process is not None
@@ -212,6 +228,7 @@ class Supervisor:
         if ended:
             return  # it had nothing more to give
         tail, again = child.tail(), False
+        child.trouble = _own_words(tail) or ": ".join((died_how(status), *tail.splitlines()[-1:]))
         core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if child.name == "record" and status > 0:
             self._recording_failed(child, status, tail)
@@ -328,7 +345,7 @@ class Supervisor:
         elif not self._hurried:
             self._hurried = True
             text = "every node that still runs is killed at once, for to stop was asked for again (Ctrl-C)"
-            self._on_event(Event(self.session_clock.now_ns(), "launch", "hung", text))
+            self._say(Event(self.session_clock.now_ns(), "launch", "hung", text))
 
     def _kill_all(self) -> None:
         for child in self.children.values():
@@ -337,7 +354,18 @@ class Supervisor:
                 child.bury()
 
     def _tell(self, child: Child, kind: What, text: str) -> None:
-        self._on_event(Event(self.session_clock.now_ns(), child.name, kind, text))
+        self._say(Event(self.session_clock.now_ns(), child.name, kind, text))
+
+    def _say(self, event: Event) -> None:
+        """Whoever listens may have gone (a terminal that was closed, a pipe): then the session ends, but in order, lest
+        a recording lack its end."""
+        if self.crash is not None:
+            return
+        try:
+            self._on_event(event)
+        except BaseException as error:  # handed to the thread that waits for this one
+            self.crash = error
+            self._stop.set()
 
 
 def _own_words(tail: str) -> str:

@@ -28,7 +28,7 @@ ENDLESS = 100_000
 """The width of what is no terminal: each line is as long as what it says."""
 VERDICT_STYLE = {"ok": "green", "partial": "yellow", "late": "magenta", "missing": "red"}
 STATE_STYLE = {"ready": "green", "failed": "red", "restarting": "yellow", "waiting": "yellow"}
-TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed")
+TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed", "warning")
 """Events worth a line of their own; the others are seen in the table."""
 
 
@@ -89,7 +89,8 @@ class Screen:
 
     def event(self, event: Event) -> None:
         if event.kind in TELLING:
-            self._live.console.print(Text(event_line(event), style="dim"))
+            style = "yellow" if event.kind == "warning" else "dim"
+            self._live.console.print(Text(event_line(event), style=style))
 
     def refresh(self, status: Status | None = None) -> None:
         self._live.update(screen(self._title, status, self._prediction, self._summary, self._about), refresh=True)

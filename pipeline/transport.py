@@ -11,9 +11,13 @@ A process that uses this module must not be forked afterwards: start fresh inter
 
 from __future__ import annotations
 
+import stat
+import struct
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -37,6 +41,7 @@ from pipeline.clock import Clock, SystemClock
 from pipeline.errors import ConfigError
 from pipeline.memory_bus import MemoryBus
 from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
+from pipeline.refusals import Refusals, Why, seen_by_caller, seen_by_listener
 from pipeline.sending import Publisher, Sent
 from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
 from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment
@@ -82,23 +87,36 @@ _LINK_LARGEST = 256 << 20  # bytes of one part of a message from another host
 # As plain numbers: pyzmq's are enum members, whose bitwise operators cost a microsecond each.
 _EVENTS, _READABLE, _AT_ONCE, _MORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 _MORE_AT_ONCE = _MORE | _AT_ONCE
+_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_MECHANISM, _CRYPTOGRAPHIC = 0x11000002, 0x11000001  # why a handshake failed by the protocol (zmq.h)
+_CUT_OFF = 3  # so many handshakes in a row that end without a reason are no accident
+_KNOCK_NS = 2_000_000_000  # how often who was refused tries again
 _LOSSLESS_LINGER_MS = 30_000  # what a slow reader of a replay has not fetched yet; a dead one does not count
 
 
 class CurveServer(msgspec.Struct, frozen=True):
-    """Keys of an endpoint that others may reach (Z85 text), and the public keys of those who may listen."""
+    """Keys of an endpoint that others may reach (Z85 text), and the public keys of those who may listen; the file is
+    for what is said about them."""
 
     public: str
     secret: str
     allow: tuple[str, ...]
+    secret_file: str = ""
 
 
 class CurveClient(msgspec.Struct, frozen=True):
-    """Keys of a listener, and the public key of the endpoint (Z85 text)."""
+    """Keys of a listener, and the public key of the endpoint (Z85 text); the files are for what is said about them."""
 
     public: str
     secret: str
     server: str
+    secret_file: str = ""
+    server_file: str = ""
 
 
 def make_curve_keys(folder: Path, name: str) -> tuple[Path, Path]:
@@ -118,29 +136,42 @@ def make_curve_keys(folder: Path, name: str) -> tuple[Path, Path]:
 def load_curve_server(secret_file: Path, allow: Iterable[Path]) -> CurveServer:
     """The endpoint's own key pair, and the public key files of those who may listen. ConfigError for a bad file."""
     public, secret = _load_pair(secret_file)
-    return CurveServer(public, secret, tuple(_load_key(path)[0] for path in allow))
+    return CurveServer(public, secret, tuple(_load_key(path)[0] for path in allow), str(secret_file))
 
 
 def load_curve_client(secret_file: Path, server_file: Path) -> CurveClient:
     """A listener's own key pair, and the endpoint's public key file. ConfigError for a bad file."""
     public, secret = _load_pair(secret_file)
-    return CurveClient(public, secret, _load_key(server_file)[0])
+    return CurveClient(public, secret, _load_key(server_file)[0], str(secret_file), str(server_file))
 
 
 def _load_key(path: Path) -> tuple[str, str | None]:
     from zmq.auth import load_certificate
+    from zmq.utils.z85 import decode
 
+    todo = "make a pair of keys with `sensorium keys NAME`, or copy the file from the host that has it"
+    if not path.exists():
+        raise ConfigError(f"there is no key file {path}; {todo}")
     try:
-        public, secret = load_certificate(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no readable CURVE key file ({error}); make one with: sensorium keys") from None
-    return public.decode(), secret.decode() if secret else None
+        found = load_certificate(path)
+        keys = [key.decode("ascii") for key in found if key is not None]
+        if any(len(key) != 40 or len(decode(key)) != 32 for key in keys):
+            raise ValueError("a key has 40 characters, and this one has not")
+    except OSError as error:
+        raise ConfigError(f"the key file {path} cannot be read: {error.strerror}; {todo}") from None
+    except (ValueError, LookupError) as error:  # what pyzmq says where a key is cut off, or no text
+        said = str(error) if type(error) is ValueError else "it is damaged"
+        raise ConfigError(f"{path} is no CURVE key file: {said}; {todo}") from None
+    return keys[0], keys[1] if len(keys) > 1 else None
 
 
 def _load_pair(path: Path) -> tuple[str, str]:
     public, secret = _load_key(path)
     if secret is None:
         raise ConfigError(f"{path} holds a public key only; name the file that ends in .key_secret")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(f"{path} is a secret key that others on this machine can read (mode {mode:o}): chmod 600 it")
     return public, secret
 
 
@@ -155,6 +186,7 @@ class ZmqBus:
         self._folder = SessionFolder(Path(session_dir))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth: ThreadAuthenticator | None = None
+        self._doors: list[_Door] = []
         self._opened: list[Publisher | Subscriber] = []
 
     def publisher(
@@ -221,9 +253,16 @@ class ZmqBus:
         self._opened.append(subscriber)
         return subscriber
 
+    def refusals(self) -> list[str]:
+        """Who was refused lately at the ``tcp://`` endpoints opened here, in sentences."""
+        return [said for door in self._doors for said in door.refusals()]
+
     def close(self) -> None:
         """Closes whatever was opened here, and delivers what was sent: within a second, or for lossless publishers as
         long as living readers need, at most half a minute."""
+        for door in self._doors:
+            door.close()
+        self._doors.clear()
         for end in reversed(self._opened):
             end.close()
         self._opened.clear()
@@ -267,10 +306,11 @@ class ZmqBus:
 
     def _bind_tcp(self, socket: zmq.Socket[bytes], address: str, curve: CurveServer | None) -> None:
         """A socket's listeners keep the options that it had when they were bound: the keys are for this one only."""
+        self._doors.append(door := _Door(self._context, socket, address, curve))
         if curve is not None:
             if self._auth is None:
                 self._auth = _authenticator(self._context)
-            _guard(socket, address, curve, self._auth)
+            _guard(socket, address, curve, self._auth, door.refuse)
         _bind(socket, address)
 
 
@@ -282,30 +322,158 @@ def _forget(lock: FileLock) -> None:
         lock.close()
 
 
+class _Handshakes:
+    """How the handshakes of one socket end, as ZeroMQ's monitor tells it. Connections that stand cost nothing."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
+        self._socket, self._told = socket, context.socket(zmq.PAIR)
+        self._told.linger, self._told.rcvhwm = 0, 0  # a monitor that finds no room holds up ZeroMQ's own thread
+        where = f"inproc://handshakes-{id(self)}"
+        socket.monitor(where, _HANDSHAKES)
+        self._told.connect(where)
+
+    def take(self) -> Iterator[tuple[int, int]]:
+        """The event of each handshake since the last call, and its value."""
+        while not self._told.closed and self._told.getsockopt(_EVENTS) & _READABLE:  # type: ignore[operator]
+            yield struct.unpack("=Hi", self._told.recv_multipart()[0])
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._told.closed:
+            if not self._socket.closed:
+                self._socket.disable_monitor()
+            self._told.close(0)
+
+
+class _Door:
+    """Who was refused at a socket that listens."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        address: str,
+        curve: CurveServer | None,
+    ) -> None:
+        self._address, self._secret_file = address, "" if curve is None else curve.secret_file or "the secret key"
+        self._handshakes, self._recent = _Handshakes(context, socket), Refusals()
+        self._strangers: deque[tuple[str, str]] = deque(maxlen=8)
+
+    def refuse(self, key: str, peer: str) -> None:
+        """A key that is not on the list. From any thread."""
+        self._strangers.append((key, peer))
+
+    def refusals(self) -> list[str]:
+        """Who was refused lately, in sentences."""
+        while self._strangers:
+            self._add("key", *self._strangers.popleft())
+        for event, value in self._handshakes.take():
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value in (_MECHANISM, _CRYPTOGRAPHIC):
+                self._add("keys" if value == _MECHANISM else "hub_key")
+        return self._recent.recent()
+
+    def _add(self, why: Why, key: str = "", peer: str = "") -> None:
+        self._recent.add(seen_by_listener(why, self._address, self._secret_file, key, peer))
+
+    def close(self) -> None:
+        self._handshakes.close()
+
+
+class _Caller:
+    """Why a socket that connects is refused. ZeroMQ never tries again by itself after most refusals; this does, so that
+    whoever mends the other side need not start this one again."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        socket: zmq.Socket[bytes],
+        address: str,
+        curve: CurveClient | None,
+    ) -> None:
+        self._socket, self._address, self._curve = socket, address, curve
+        self._handshakes, self._clock = _Handshakes(context, socket), SystemClock()
+        self._cut_off = 0
+        self._again_ns: int | None = None
+        self.refusal = ""
+        """The last refusal in a sentence; nothing once the connection stands."""
+
+    def turn(self) -> None:
+        """Takes note of what has happened. For moments in which nothing comes."""
+        for event, value in self._handshakes.take():
+            self._take(event, value)
+        if self._again_ns is not None and self._clock.now_ns() >= self._again_ns:
+            self._again_ns = None
+            with suppress(zmq.ZMQError):  # ZeroMQ has given it up already
+                self._socket.disconnect(self._address)
+            self._socket.connect(self._address)
+
+    def _take(self, event: int, value: int) -> None:
+        self._cut_off = self._cut_off + 1 if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL else 0
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.refusal = ""
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._refused("key")
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MECHANISM:
+            self._refused("keys")
+        elif self._curve is not None and self._cut_off >= _CUT_OFF:  # ZeroMQ tries again by itself
+            self._say("hub_key")
+
+    def _refused(self, why: Why) -> None:
+        self._say(why)
+        self._again_ns = self._clock.now_ns() + _KNOCK_NS
+
+    def _say(self, why: Why) -> None:
+        curve = self._curve
+        files = ("", "") if curve is None else (curve.secret_file or "of this side", curve.server_file or "given")
+        self.refusal = seen_by_caller(why, self._address, *files)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._handshakes.close()
+
+
 class _Allowed:
     """Who may listen, as pyzmq's authenticator asks it."""
 
-    def __init__(self, keys: frozenset[bytes]) -> None:
-        self._keys = keys
+    def __init__(self, keys: frozenset[bytes], refuse: Callable[[str, str], None], auth: Any) -> None:
+        self._keys, self._refuse, self._auth = keys, refuse, auth
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return key in self._keys
+        allowed = key in self._keys
+        if not allowed:
+            self._refuse(key.decode("ascii", "replace"), self._auth.peer)
+        return allowed
 
 
 def _authenticator(context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
     """What asks for keys, started. Imported only here: with asyncio and TLS it would make every node start slower."""
     from zmq.auth.thread import ThreadAuthenticator
 
-    auth = ThreadAuthenticator(context)
+    class Authenticator(ThreadAuthenticator):
+        """Knows of whom it is just asked."""
+
+        peer = ""
+
+        async def handle_zap_message(self, msg: list[bytes]) -> None:
+            self.peer = msg[3].decode("ascii", "replace") if len(msg) > 3 else ""
+            await super().handle_zap_message(msg)
+
+    auth = Authenticator(context)
     auth.start()
     return auth
 
 
 def _guard(
-    socket: zmq.Socket[bytes], domain: str, curve: CurveServer, auth: ThreadAuthenticator
+    socket: zmq.Socket[bytes],
+    domain: str,
+    curve: CurveServer,
+    auth: ThreadAuthenticator,
+    refuse: Callable[[str, str], None],
 ) -> None:
-    """Lets only those connect to what is bound next who are on the list."""
-    auth.configure_curve_callback(domain, _Allowed(frozenset(key.encode() for key in curve.allow)))
+    """Lets only those connect to what is bound next who are on the list; the others' keys and addresses go to
+    ``refuse``."""
+    allowed = _Allowed(frozenset(key.encode() for key in curve.allow), refuse, auth)
+    auth.configure_curve_callback(domain, allowed)
     socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = curve.public.encode(), curve.secret.encode()
@@ -410,12 +578,13 @@ class LinkServer:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._auth: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
+        self._door = _Door(self._context, self._socket, address, curve)
         try:
             self._socket.linger, self._socket.maxmsgsize = _LINGER_MS, _LINK_LARGEST
             self._socket.rcvhwm, self._socket.sndhwm = HIGH_WATER, _LINK_WAITING
             if curve is not None:
                 self._auth = _authenticator(self._context)
-                _guard(self._socket, address, curve, self._auth)
+                _guard(self._socket, address, curve, self._auth, self._door.refuse)
             _bind(self._socket, address)
         except BaseException:
             self.close()
@@ -436,8 +605,13 @@ class LinkServer:
             return False
         return True
 
+    def refusals(self) -> list[str]:
+        """Who was refused lately, in sentences."""
+        return self._door.refusals()
+
     def close(self) -> None:
         """Delivers what was sent, within a second. Idempotent."""
+        self._door.close()
         self._socket.close()
         if self._auth is not None:
             self._auth.stop()
@@ -461,11 +635,20 @@ class LinkClient:
         self._socket.heartbeat_ivl, self._socket.heartbeat_timeout = 1000, 3000
         if curve is not None:
             _own_keys(self._socket, curve)
+        self._caller = _Caller(self._context, self._socket, address, curve)
         self._socket.connect(address)
+
+    @property
+    def refusal(self) -> str:
+        """Why the hub lets nobody in from here, in a sentence; nothing while it does."""
+        return self._caller.refusal
 
     def receive(self, timeout_ms: int) -> list[bytes] | None:
         """The parts of the next message; None if none came in time."""
-        return self._socket.recv_multipart() if self._socket.poll(timeout_ms) else None
+        if self._socket.poll(timeout_ms):
+            return self._socket.recv_multipart()
+        self._caller.turn()
+        return None
 
     def send(self, parts: Sequence[Any]) -> bool:
         """Sends a message; False if it cannot leave now. Never waits."""
@@ -477,6 +660,7 @@ class LinkClient:
 
     def close(self) -> None:
         """Idempotent."""
+        self._caller.close()
         self._socket.close()
         self._context.term()
 
@@ -529,10 +713,16 @@ class JsonSubscription:
         socket = _sub(self._context)
         if curve is not None:
             _own_keys(socket, curve)
+        self._caller = _Caller(self._context, socket, endpoint, curve)
         socket.connect(endpoint)
         socket.subscribe(self._topic)
         self._inlet = _ZmqInlet(socket)
         self.malformed = 0
+
+    @property
+    def refusal(self) -> str:
+        """Why the endpoint lets nobody listen from here, in a sentence; nothing while it does."""
+        return self._caller.refusal
 
     def receive(self, timeout_ms: int) -> dict[str, Any] | None:
         """The next object; None if none came in time."""
@@ -540,6 +730,7 @@ class JsonSubscription:
         while True:
             parts = self._inlet.recv(max(0, timeout_ms - clock.now_ns() // 1_000_000))
             if parts is None:
+                self._caller.turn()
                 return None
             if parts[0] == self._topic:
                 found = _json_object(parts[1]) if len(parts) == 2 else None
@@ -557,6 +748,7 @@ class JsonSubscription:
     def close(self) -> None:
         """Idempotent."""
         self._stop.set()
+        self._caller.close()
         self._inlet.close()
         self._context.destroy(0)
 

@@ -17,13 +17,15 @@ import msgspec
 import pytest
 import yaml
 
+from pipeline import commands
 from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
-from pipeline.transport import subscribe_json
+from pipeline.show import Show, print_summary
+from pipeline.transport import LinkClient, make_curve_keys, subscribe_json
 from tests.rigs import SOURCES, STREAMS, make_rig, nodes_of, segment_exists, segments_of, short_folder
 from tests.tiny_bundle import GRID, write_bundle
 
@@ -311,7 +313,16 @@ def launcher(folder: Path, **rig: Any) -> Iterator[tuple[subprocess.Popen[str], 
                 process.kill()
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def hung_up() -> Iterator[None]:
+    """Processes that are started now end when their terminal is closed, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hung_up")
 def test_a_signal_stops_everything_in_order(tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "session.mcap"
     with launcher(tmp_path, record={"path": str(out)}) as (process, session_dir):
@@ -326,6 +337,32 @@ def test_a_signal_stops_everything_in_order(tmp_path: Path, how: signal.Signals)
         assert not nodes_of(session_dir)
         assert not session_dir.exists()
         assert not any(map(segment_exists, segments))
+    with RecordingReader(out) as reader:
+        assert reader.info.complete
+
+
+@pytest.mark.usefixtures("hung_up")
+def test_a_session_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    session = Session(make_rig(tmp_path, {"imu": SOURCES["imu"]}, bundle=False))
+    heeded: list[Any] = []
+    session.run(0.0, on_tick=lambda _: heeded.append(signal.getsignal(signal.SIGHUP)))
+    assert set(heeded) == {signal.SIG_IGN}
+
+
+def test_a_listener_that_is_gone_ends_the_session_in_order(tmp_path: Path) -> None:
+    out, told = tmp_path / "session.mcap", []  # type: ignore[var-annotated]
+
+    def listen(event: Event) -> None:
+        told.append(event)
+        if (event.node, event.kind) == ("imu", "ready"):
+            raise BrokenPipeError
+
+    with short_folder() as root:
+        rig = make_rig(tmp_path, {"imu": SOURCES["imu"]}, bundle=False, record={"path": str(out)})
+        with pytest.raises(BrokenPipeError):
+            Session(rig, listen, root=root).run()
+    assert (told[-1].node, told[-1].kind) == ("imu", "ready")  # it is not asked again
     with RecordingReader(out) as reader:
         assert reader.info.complete
 
@@ -496,6 +533,94 @@ def test_a_required_device_that_is_not_there_ends_the_start(tmp_path: Path) -> N
             session.start()
         assert not session.dir.exists()
         assert not nodes_of(session.dir)
+
+
+def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tmp_path: Path) -> None:
+    public, secret = make_curve_keys(tmp_path, "hub")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    pi = {
+        "kind": "remote", "listen": address, "sources": {"imu": SOURCES["imu"]},
+        "curve": {"secret": str(secret), "allow": [str(public)]},
+    }  # fmt: skip
+    events: list[Event] = []
+    with (
+        short_folder() as root,
+        Session(make_rig(tmp_path, {"pi": pi}, bundle=False), events.append, root=root) as session,
+        contextlib.closing(LinkClient(address)) as stranger,
+    ):
+        while not any(event.kind == "warning" for event in events):
+            stranger.receive(20)
+        warnings = session.status().nodes["pi"].warnings
+    assert [event.text for event in events if event.kind == "warning"] == warnings
+    assert f"somebody without keys was refused at {address}" in warnings[0]
+
+
+def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "idle.py").write_text(IDLE)
+    monkeypatch.setattr("pipeline.supervise.SILENT_NS", 500_000_000)
+    sources = {"imu": SOURCES["imu"]} | {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead")}
+    events: list[Event] = []
+    with short_folder() as root:
+        session = Session(make_rig(tmp_path, sources, bundle=False), events.append, root=root)
+        with session, Show(session, json=True) as show:
+            until(lambda: [e.node for e in events if e.kind == "warning"], "the silent one is told of")
+            until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
+            until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
+        print_summary(show.summary, True, session.status())
+    assert [e.text for e in events if e.kind == "warning"] == ["mute has given nothing in the first 0 s of the session"]
+    assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
+    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf"))} == {
+        "mute gave no message",
+        "deaf gave no message: nothing is heard",
+    }
+    assert "the source dead died, and was given up: it is broken" in show.summary.warnings
+
+
+IDLE = """
+import msgspec
+from pipeline.errors import ConfigError, SensorError
+from pipeline.source import Source
+
+class Mute(Source):
+    class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+        pass
+    payload = "signal"
+    def open(self):
+        self.due_ns = self.context.clock.now_ns()
+    def read(self):
+        self.due_ns += 100_000_000
+        self.context.clock.wait_until(self.due_ns)
+        return None
+
+class Deaf(Mute):
+    def read(self):
+        super().read()
+        raise SensorError("nothing is heard")
+
+class Dead(Mute):
+    def open(self):
+        raise ConfigError("it is broken")
+"""
+
+
+def test_on_its_own_host_a_session_is_seen_without_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    public, secret = make_curve_keys(tmp_path, "hub")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    curve = {"secret": str(secret), "allow": [str(public)]}
+    with short_folder() as root:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(root))
+        session = Session(make_rig(tmp_path, transport={"predictions": address, "curve": curve}))
+        with session, Show(session, json=True) as show:
+            commands.subscribe(None, None, json=True, count=2)
+            until(lambda: show.summary.predictions, "the session's own table has predictions")
+            assert session.status().nodes["fusion"].warnings == []
+    assert capfdbinary.readouterr().out.count(b'"schema"') >= 2
 
 
 def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from pipeline.messages import IMU_DTYPE, Header, ImuLayout, TextLayout
 from pipeline.node import SourceShell
 from pipeline.prediction import Prediction
 from pipeline.recording import RecordingReader
+from pipeline.refusals import RECENT_NS, REPEAT_NS, Refusals, Repeated
 from pipeline.source import Reading
 from pipeline.transport import (
     LinkClient,
@@ -270,6 +271,86 @@ def test_only_those_with_keys_on_the_list_can_join(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("caller", "hub_key", "guarded", "here", "there"),
+    [
+        ("stranger", "hub", True, "127.0.0.1 was refused at {}: its key {key} is none", "refuses the key {}/stranger."),
+        ("pi", "stranger", True, "--hub-key of that side is another", "does not have the key {}/stranger.key"),
+        (None, None, True, "somebody without keys was refused at {}", "asks for keys"),
+        ("pi", "hub", False, "somebody with keys was refused at {}", "has no keys"),
+    ],
+)
+def test_both_sides_say_why_a_link_is_refused_and_it_comes_to_be_once_that_is_mended(
+    tmp_path: Path, caller: str | None, hub_key: str | None, guarded: bool, here: str, there: str
+) -> None:
+    public = {name: make_curve_keys(tmp_path, name)[0] for name in ("hub", "pi", "stranger")}
+    address = f"tcp://127.0.0.1:{free_port()}"
+    own = load_curve_server(tmp_path / "hub.key_secret", [public["pi"]]) if guarded else None
+    keys = None
+    if caller is not None and hub_key is not None:
+        keys = load_curve_client(tmp_path / f"{caller}.key_secret", public[hub_key])
+    key = public[caller or "pi"].read_text().split('public-key = "')[1].split('"')[0]
+    with contextlib.closing(LinkClient(address, keys)) as client:
+        with contextlib.closing(LinkServer(address, own)) as server:
+            assert client.refusal == ""
+            while not (client.refusal and server.refusals()):
+                assert client.receive(20) is None
+                assert server.receive(20) is None
+            assert len(server.refusals()) == 1
+            assert here.format(address, key=key) in server.refusals()[0]
+            assert there.format(tmp_path) in client.refusal
+            assert address in client.refusal
+        # The other side is mended and started again, with the keys that this side takes it to have.
+        mended = None
+        if caller is not None:
+            mended = load_curve_server(tmp_path / f"{hub_key}.key_secret", [public[caller]])
+        with contextlib.closing(LinkServer(address, mended)) as server:
+            item = None
+            while item is None:
+                client.receive(20)
+                client.send((b"hello",))
+                item = server.receive(20)
+            assert item[1] == [b"hello"]
+            client.receive(20)
+            assert (client.refusal, server.refusals()) == ("", [])
+
+
+def test_a_host_that_joins_says_why_it_is_refused_once(tmp_path: Path) -> None:
+    public = {name: make_curve_keys(tmp_path, name)[0] for name in ("hub", "pi")}
+    address, stop, said = f"tcp://127.0.0.1:{free_port()}", threading.Event(), []  # type: ignore[var-annotated]
+    own = load_curve_server(tmp_path / "hub.key_secret", [public["hub"]])
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "refuses" in text:
+            stop.set()
+
+    with contextlib.closing(LinkServer(address, own)):
+        join(LinkSpec(address, str(tmp_path / "pi.key_secret"), str(public["hub"])), say=say, stop=stop)
+    assert said[0] == f"waiting for a session at {address}"
+    assert len(said) == 2
+    assert f"name {public['pi']} under `curve: allow`" in said[1]
+
+
+def test_what_is_wrong_is_said_at_once_and_again_when_it_has_lasted_long() -> None:
+    clock = ManualClock(S)
+    recent, repeated = Refusals(clock), Repeated(clock)
+    for text in ("a", "b", "a"):
+        recent.add(text)
+    assert recent.recent() == ["b", "a"]
+    assert repeated.new(recent.recent()) == ["b", "a"]
+    assert repeated.new(["a"]) == []
+    clock.advance(RECENT_NS)
+    assert recent.recent() == []
+    clock.advance(REPEAT_NS)
+    assert repeated.new(["a"]) == ["a"]
+    for number in range(100):  # whoever tries keys by the thousand fills no memory and no screen
+        recent.add(str(number))
+    assert len(recent.recent()) < 10
+    assert len([repeated.new([str(number)]) for number in range(100)]) == 100
+    assert len(repeated.all) < 20
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"listen": "tcp://0.0.0.0:5600"}, r"line \d+.*CURVE keys.*insecure: true"),
@@ -294,6 +375,18 @@ def test_a_rig_of_several_hosts_is_checked_like_any_other(tmp_path: Path, more: 
     check_rig_file(
         make_rig(tmp_path, sources | {"pi": pi | {"listen": "tcp://0.0.0.0:5600", "insecure": True}}, bundle=False)
     )
+
+
+def test_keys_that_are_not_there_are_missed_before_anything_starts(tmp_path: Path) -> None:
+    curve = {"secret": "no.key_secret", "allow": []}
+    pi = {"kind": "remote", "listen": "tcp://127.0.0.1:5600", "sources": {"imu": SOURCES["imu"]}, "curve": curve}
+    rig = make_rig(tmp_path, {"pi": pi}, bundle=False, transport={"curve": curve})
+    with pytest.raises(ConfigError) as wrong:
+        check_rig_file(rig)
+    said = str(wrong.value)
+    assert said.count(f"there is no key file {tmp_path}/no.key_secret") == 2
+    assert "sources.pi.curve" in said
+    assert "transport.curve" in said
 
 
 class Bus:
@@ -336,7 +429,11 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     monkeypatch.setattr("nodes.remote.ring_drops", lambda publisher: {})
     answers: list[Any] = []
     node.publisher = bus  # type: ignore[assignment]
-    node.server = type("Server", (), {"send": lambda self, peer, parts: answers.append(parts) or True})()  # type: ignore[assignment]
+    node.server = type(  # type: ignore[assignment]
+        "Server",
+        (),
+        {"send": lambda self, peer, parts: answers.append(parts) or True, "refusals": lambda self: ["a stranger"]},
+    )()
 
     def say(*parts: bytes) -> None:
         node._take(b"peer", list(parts), clock.now_ns())
@@ -374,6 +471,7 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     assert node.state() == "ready"
     note = node._report().sources["note"]
     assert (note.dropped, note.failures) == ({"order": 2}, 4)
+    assert node._report().warnings == ["a stranger"]
     clock.advance(2 * S)
     assert (node.state(), node._note()) == ("waiting", "nothing comes from pi")
 

@@ -37,7 +37,7 @@ from pipeline.messages import (
 from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
 from pipeline.source import KINDS, Reading, Source, load_kind
 from pipeline.stamper import STRAGGLERS, Stamper
-from pipeline.steps import Account, Gap, Unpredicted, decode_step, encode_step
+from pipeline.steps import UNHEARD, Account, Gap, Unpredicted, decode_step, encode_step
 
 MS = 1_000_000
 
@@ -597,10 +597,26 @@ def test_every_window_has_a_prediction_or_lies_in_one_gap(predicted: list[bool],
                 assert first is not again
                 gaps += found
             seen.append(index)
-    gaps += account.end()
+    made = max(seen, default=0)  # the fusion node died with the rest
+    gaps += account.end(made)
     named = [k for gap in gaps for k in range(gap.first, gap.last + 1)]
     assert sorted(seen + named) == list(range(1, len(predicted) + 1))
     assert all(gap.of == "prediction" for gap in gaps)
+    assert all((gap.cause == UNHEARD) == (gap.last <= made) for gap in gaps)
+
+
+def test_predictions_that_were_never_made_are_told_from_those_that_were_lost() -> None:
+    account = Unpredicted()
+    for step in range(1, 31):
+        account.window(step)
+    account.announce(Gap(8, 9, "the fusion node was restarted", "prediction"))
+    gaps = [gap for step in (3, 6, 10, 11, 12) for gap in account.prediction(step)[0]]
+    assert [(gap.first, gap.last, gap.cause == UNHEARD) for gap in gaps] == [(1, 2, True), (4, 5, True), (7, 9, False)]
+    account.prediction(20)
+    assert [(gap.first, gap.last, gap.cause == UNHEARD) for gap in account.end(30)] == [(21, 30, True)]
+    account.window(31)
+    account.window(32)
+    assert "had died" in account.end(31)[0].cause  # with it went what it had sent last
 
 
 @pytest.mark.parametrize("field", ["t_capture_ns", "t_end_ns", "t_receipt_ns"])

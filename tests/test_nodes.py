@@ -17,7 +17,7 @@ from nodes.replay import Replay, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
-from pipeline.life import Life, NodeSpec, Order
+from pipeline.life import Life, Mark, NodeSpec, Order
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
@@ -29,8 +29,10 @@ from pipeline.recording import (
     RecordingWriter,
     SessionInfo,
     free_path,
+    summarise,
 )
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
+from pipeline.summary import lacking, not_whole
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
 from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
 
@@ -458,6 +460,58 @@ def test_manifests_labels_and_gaps_between_steps_are_recorded(tmp_path: Path) ->
         assert reader.labels() == [Label(0, 5, "calm")]
         gap = msgspec.json.decode(next(iter(reader.json(GAP_TOPIC)))[0])
         assert (gap["from"], gap["to"]) == (3, 4)
+        assert not reader.info.complete
+        assert reader.info.note == "2 windows could not be recorded"
+
+
+def test_windows_and_predictions_that_the_recorder_lost_make_the_recording_incomplete(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    align, fusion = bus.publisher("align"), bus.publisher("fusion")
+    node = recorder(tmp_path, bus, topics={"align": [GAP, STEP], "fusion": [GAP, "prediction"]})
+
+    def window(k: int) -> None:
+        manifest = Manifest(step=k, start_ns=0, end_ns=k, cause="proven", emitted_ns=0, digest="d", streams={})
+        align.publish_parts(STEP, encode_step(Step(manifest, {}, {}), 0)[1:])
+
+    def predict(k: int) -> None:
+        fusion.publish_json("prediction", b'{"window":{"index":%d}}' % k)
+
+    for k in (1, 2, 5, 6, 10, 11, 12):
+        window(k)
+    align.publish_json(GAP, msgspec.json.encode(Gap(7, 9, "the align node was restarted")))
+    fusion.publish_json(GAP, msgspec.json.encode(Gap(11, 11, "the fusion node was restarted", "prediction")))
+    for k in (1, 5, 6, 10, 12):
+        predict(k)
+    node.turn(1000)
+    Mark(life(tmp_path, "align", {})).value = 13
+    Mark(life(tmp_path, "fusion", {})).value = 12
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        assert reader.info.note == "3 windows could not be recorded; 1 predictions could not be recorded"
+        gaps = [msgspec.json.decode(data, type=Gap) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert not reader.info.complete
+        assert summarise(reader)["note"] == reader.info.note
+    assert {(g.first, g.last, g.of) for g in gaps} == {
+        (3, 4, "window"), (7, 9, "window"), (13, 13, "window"), (2, 2, "prediction"), (11, 11, "prediction"),
+    }  # fmt: skip
+    said = node._recording()
+    assert (said.lost_windows, said.lost_predictions) == (3, 1)
+    assert "it lacks 3 windows and 1 predictions: lost on the way to the recorder" in lacking([said])
+    assert not_whole([said]).startswith("the recording is not whole: it lacks 3 windows and 1 predictions; ")
+
+
+def test_what_died_with_its_node_is_no_loss_of_the_recorder(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    align = bus.publisher("align")
+    bus.publisher("fusion")
+    node = recorder(tmp_path, bus, topics={"align": [GAP, STEP], "fusion": [GAP, "prediction"]})
+    manifest = Manifest(step=1, start_ns=0, end_ns=1, cause="proven", emitted_ns=0, digest="d", streams={})
+    align.publish_parts(STEP, encode_step(Step(manifest, {}, {}), 0)[1:])
+    node.turn(1000)
+    node.finish()
+    with RecordingReader(tmp_path / "out.mcap") as reader:
+        gap = msgspec.json.decode(next(iter(reader.json(GAP_TOPIC)))[0], type=Gap)
+        assert (gap.first, gap.last, gap.of) == (1, 1, "prediction")
         assert reader.info.complete
 
 

@@ -4,6 +4,7 @@ no room, standard output that takes nothing or not every sign."""
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -146,6 +147,30 @@ def test_a_report_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     write_whole(tmp_path / "r.html", "–")
     assert [file.name for file in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    done = python(limited(20_000), "replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "p.jsonl", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.decode().splitlines()[-1].startswith("error: p.jsonl: the file would be larger than is allowed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_replay_that_is_interrupted_what_there_is_has_another_name(tmp_path: Path) -> None:
+    interrupt = """
+import pipeline.terminal
+shown = pipeline.terminal.Lines.prediction
+def prediction(self, prediction):
+    if prediction.window.index == 7:
+        raise KeyboardInterrupt
+    shown(self, prediction)
+pipeline.terminal.Lines.prediction = prediction
+"""
+    done = python(interrupt, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "p.jsonl", folder=tmp_path)
+    assert b"interrupted, so that p.jsonl is not made; the predictions until then are in p.jsonl.part" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl.part"]
+    lines = (tmp_path / "p.jsonl.part").read_bytes().splitlines()
+    assert [json.loads(line)["window"]["index"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_a_segment_ends_by_age_and_none_of_its_beginning_is_called_lost(tmp_path
             writer.write(message(ImuLayout(1), batch.tobytes(), stream="imu", seq=i, t=i * NS // 10), i * NS // 10)
     writer.write(message(TextLayout(1), b"x", stream="late", seq=2, t=4 * NS), 4 * NS)
     writer.close()
+    assert writer.note == f"{files(tmp_path)[-1]}, and the 3 segments before it"
     assert [summarise(path)["streams"].get("imu", {}).get("lost") for path in files(tmp_path)] == [0, 0, 3, 0]
     assert summarise(files(tmp_path)[-1])["streams"]["late"]["lost"] == 2  # it had not begun before
     with RecordingReader(files(tmp_path)[1]) as reader:
@@ -229,7 +230,7 @@ def test_a_kill_between_the_count_and_the_deletion_counts_once(tmp_path: Path) -
 @pytest.mark.parametrize(("record", "said"), [
     ({"path": "out.mcap", "limit_mb": 100}, "name a folder"), ({"path": "{time}", "limit_mb": 100}, "name a folder"),
     ({"path": "ring", "limit_mb": 31}, "at least 32"), ({"path": "ring", "limit_mb": 32}, "limit_mb: 100"),
-    ({"path": "ring", "limit_mb": 100, "segment_s": 0}, "more than 0"),
+    ({"path": "ring", "limit_mb": 100, "segment_s": 0.5}, "at least 1"),
 ])  # fmt: skip
 def test_what_makes_no_ring_is_refused(tmp_path: Path, record: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -239,6 +240,15 @@ def test_what_makes_no_ring_is_refused(tmp_path: Path, record: dict[str, Any], s
 def test_a_disk_that_is_smaller_than_the_ring_is_noted(tmp_path: Path) -> None:
     rig = make_rig(tmp_path, bundle=False, record={"path": "ring", "limit_mb": 10**9})
     assert any("its disk has room for" in note for note in check_rig_file(rig))
+
+
+def test_that_another_recorder_is_at_work_in_a_ring_is_noted(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, bundle=False, record={"path": "ring", "limit_mb": 32})
+    assert check_rig_file(rig) == []
+    writer = ring_writer(tmp_path / "ring")
+    assert ["is written to by another recorder now" in note for note in check_rig_file(rig)] == [True]
+    writer.close()
+    assert check_rig_file(rig) == []
 
 
 # -- whole sessions ----------------------------------------------------------------------------------------------------

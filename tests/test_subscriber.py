@@ -51,6 +51,34 @@ def test_a_subscription_from_another_host_needs_both_keys(tmp_path: Path) -> Non
     assert got[0] == 10
 
 
+def test_a_listener_and_the_session_are_told_that_it_is_refused(tmp_path: Path) -> None:
+    public = {name: make_curve_keys(tmp_path, name)[0] for name in ("hub", "me")}
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with short_folder() as folder, ZmqBus(Path(folder), "fusion") as bus:
+        bus.publisher("fusion", tcp=address, curve=load_curve_server(tmp_path / "hub.key_secret", [public["hub"]]))
+        with subscribe(address, key=tmp_path / "me.key_secret", hub_key=public["hub"]) as subscription:
+            with pytest.raises(RuntimeWarning, match=r"refuses the key .*me.key_secret"):
+                list(subscription)
+            while not bus.refusals():
+                subscription.receive(20)
+        assert "is none of those in `curve: allow`" in bus.refusals()[0]
+        with subscribe(address) as plain:
+            while not plain.refusal or len(bus.refusals()) < 2:
+                plain.receive(20)
+            assert "asks for keys" in plain.refusal
+        assert "somebody without keys" in bus.refusals()[1]
+
+
+def test_an_address_that_is_taken_or_given_up_leaves_a_bus_that_can_be_closed() -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with short_folder() as folder, ZmqBus(Path(folder), "fusion") as bus:
+        publisher = bus.publisher("fusion", tcp=address)
+        with pytest.raises(ConfigError, match="is another program using it"):
+            bus.publisher("other", tcp=address)
+        publisher.close()
+        assert bus.refusals() == []
+
+
 @pytest.mark.parametrize("endpoint", [None, 5599, Path("/tmp/x.sock")])
 def test_an_endpoint_is_a_text(endpoint: object) -> None:
     with pytest.raises(ConfigError, match="an endpoint is a text like"):

@@ -236,7 +236,9 @@ def test_what_lies_in_other_segments_leaves_one_verified() -> None:
 
 def test_an_incomplete_recording_is_called_that() -> None:
     info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
-    assert "incomplete" in text(recording_table(info))
+    assert "incomplete: it holds gaps, or its end is missing" in text(recording_table(info))
+    shown = text(recording_table(info | {"note": "3 windows could not be recorded"}))
+    assert "incomplete: 3 windows could not be recorded" in shown
 
 
 def test_one_of_a_kind_is_not_many_and_what_is_unknown_has_no_unit() -> None:
@@ -442,8 +444,13 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert "warning: imu gave no message: waiting for /dev/i2c-1" in shown
     assert "warning: the source imu died 2 times and had not come back" in shown
     assert "camera gave no message" not in shown
-    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], state="failed")
-    assert "warning: the source imu died, and was given up" in text(summed_up(seen))
+    seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
+    assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
+    ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
+    seen.nodes["imu"] = msgspec.structs.replace(seen.nodes["imu"], **ill)
+    shown = text(summed_up(seen))
+    assert "warning: the source imu died, and was given up: it has no driver\n" in shown
+    assert "warning: imu: a stranger knocked.\n" in shown
 
 
 def test_the_summary_has_what_sources_dropped_themselves() -> None:

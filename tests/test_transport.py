@@ -771,14 +771,23 @@ def test_keys_let_in_those_on_the_list_and_nobody_else(folder: Path) -> None:
 
 
 def test_a_key_file_that_is_none_is_refused(folder: Path) -> None:
-    (folder / "x.key").write_text("nothing")
-    with pytest.raises(ConfigError, match="no readable CURVE key"):
-        load_curve_server(folder / "x.key", [])
+    for text, said in (
+        ("nothing", "No public key found"), ('public-key = "abc"', "has 40 characters"), ("public-key", "is damaged"),
+        (f'public-key = "{"~" * 40}"', "is damaged"), ('public-key = "ä"', "is damaged"),
+    ):  # fmt: skip
+        (folder / "x.key").write_text(text)
+        with pytest.raises(ConfigError, match=f"x.key is no CURVE key file: .*{said}"):
+            load_curve_server(folder / "x.key", [])
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_curve_server(folder, [])
     public, secret = make_curve_keys(folder, "me")
     with pytest.raises(ConfigError, match="public key only"):
         load_curve_client(public, public)
-    with pytest.raises(ConfigError, match="no readable CURVE key"):
+    with pytest.raises(ConfigError, match=r"there is no key file .*absent.key"):
         load_curve_client(secret, folder / "absent.key")
+    secret.chmod(0o640)
+    with pytest.raises(ConfigError, match=r"others on this machine can read.*chmod 600"):
+        load_curve_client(secret, public)
 
 
 def test_closing_never_waits_for_those_who_do_not_listen(folder: Path) -> None:
