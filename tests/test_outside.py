@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -156,17 +157,20 @@ def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_of_a_replay_that_is_interrupted_what_there_is_has_another_name(tmp_path: Path) -> None:
-    interrupt = """
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_of_a_replay_that_is_interrupted_what_there_is_has_another_name(tmp_path: Path, number: int) -> None:
+    interrupt = f"""
+import os, signal
 import pipeline.terminal
 shown = pipeline.terminal.Lines.prediction
 def prediction(self, prediction):
     if prediction.window.index == 7:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), {number:d})
     shown(self, prediction)
 pipeline.terminal.Lines.prediction = prediction
 """
     done = python(interrupt, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "p.jsonl", folder=tmp_path)
+    assert done.returncode == 128 + number
     assert b"interrupted, so that p.jsonl is not made; the predictions until then are in p.jsonl.part" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl.part"]
     lines = (tmp_path / "p.jsonl.part").read_bytes().splitlines()
