@@ -195,7 +195,7 @@ def wrong_data(layout: Layout, data: Any) -> str | None:
     size = nbytes_of(layout)
     if isinstance(data, np.ndarray):
         dtype, shape = form_of(layout)
-        if size is None and data.dtype == dtype:
+        if data.dtype == dtype and (size is None or data.shape == shape):
             return None
         plain = data.dtype == np.uint8 and data.ndim == 1
         shaped = plain or (data.dtype == dtype and (data.ndim == 1 or _long(data.shape) == _long(shape)))

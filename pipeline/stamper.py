@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from pipeline.errors import SensorError
 from pipeline.messages import AudioLayout, Header, ImuLayout, Layout, SignalLayout, payload_of, view, wrong_data
@@ -153,7 +154,9 @@ def _wrong_samples(reading: Reading) -> str | None:
         return "sound that ends when it begins; `t_end_ns` is where the next block begins"
     if not isinstance(reading.layout, ImuLayout | SignalLayout):
         return None
-    offsets = view(reading.layout, reading.data)["offset_ns"]
+    data = reading.data
+    named = isinstance(data, np.ndarray) and data.dtype.names is not None  # a view takes longer
+    offsets = (data if named else view(reading.layout, data))["offset_ns"].reshape(-1)
     if not len(offsets):
         return "no samples"
     first, last, span = int(offsets[0]), int(offsets[-1]), reading.t_end_ns - reading.t_capture_ns
