@@ -131,7 +131,7 @@ def replay(
         kept = to_file = None
         if out is not None:
             writable(out, "-o")
-            stack.enter_context(_ended_politely())
+            stack.enter_context(ended_politely())
             kept = stack.enter_context(NewFile(out))
             to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
@@ -158,7 +158,7 @@ def replay(
     print_summary(summary, json)
     if place is not None and stop is not None:
         text = f"interrupted, so that {out} is not made; the predictions until then are in {place}"
-        raise _interrupted(text, stop) from None
+        raise interrupted(text, stop) from None
 
 
 def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:
@@ -540,14 +540,14 @@ def train(
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
-    interrupted = out.with_name(f"{out.name}.unfinished").is_dir()
-    if interrupted and not resume:
+    unfinished = out.with_name(f"{out.name}.unfinished").is_dir()
+    if unfinished and not resume:
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
-    if resume and not interrupted:
+    if resume and not unfinished:
         _say(f"no training of {out.name} was interrupted here: nothing is to be gone on with, and it begins anew")
     tell = _print_line if json else None
     try:
-        with _ended_politely(), Bars(console(sys.stderr), tell) as bars:
+        with ended_politely(), Bars(console(sys.stderr), tell) as bars:
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -557,7 +557,7 @@ def train(
         again += [] if init_from is None else ["--init-from", str(init_from)]
         again += ["--freeze"] if freeze else []
         again += [] if device == "auto" else ["--device", device]
-        raise _interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
+        raise interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
@@ -570,7 +570,7 @@ class _Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP came, whose number it holds."""
 
 
-def _interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
     """With the exit code that a shell says of the signal."""
     error = Interrupted(text)
     if isinstance(stop, _Terminated):
@@ -579,7 +579,7 @@ def _interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
 
 
 @contextmanager
-def _ended_politely() -> Iterator[None]:
+def ended_politely() -> Iterator[None]:
     """Within it SIGTERM and a closed terminal do what Ctrl-C does: nothing half done stays behind, and it can be gone
     on with."""
     from pipeline.calls import ending_signals
@@ -707,7 +707,7 @@ def simulate(
     there = 0
     hidden = not sys.stderr.isatty()
     try:
-        with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
+        with ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
                 file = writable(out, "-o")
@@ -729,9 +729,9 @@ def simulate(
     except KeyboardInterrupt as stop:
         if count is None:
             kept = f"{out} holds what was simulated until then" if out.exists() else "nothing was written"
-            raise _interrupted(f"interrupted; {kept}", stop) from None
+            raise interrupted(f"interrupted; {kept}", stop) from None
         done = _sessions_there(out, range(seed, seed + count), ranges)
-        raise _interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
+        raise interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
     if json:
         print_json(written[0] if count is None else written)
         return
