@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -28,6 +29,13 @@ def leave(status: int) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Those that ask a process to end: by Ctrl-C, by another process and, unless it is ignored (`nohup`), by a terminal
+    that is closed."""
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hung_up]
 
 
 def setting(event: threading.Event) -> Callable[..., None]:

@@ -131,6 +131,7 @@ def replay(
         kept = to_file = None
         if out is not None:
             writable(out, "-o")
+            stack.enter_context(ended_politely())
             kept = stack.enter_context(NewFile(out))
             to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
@@ -138,8 +139,9 @@ def replay(
             reader, model, streams=recorded_mapping(reader.info, recording, model), note=_say
         )
         shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
-        refreshed, interrupted = SystemClock(), True
-        with suppress(KeyboardInterrupt):
+        refreshed = SystemClock()
+        stop: KeyboardInterrupt | None = None
+        try:
             for prediction, _ in shown:
                 summary.add(prediction)
                 output.prediction(prediction)
@@ -149,11 +151,14 @@ def replay(
                 if refreshed.now_ns() > POLL_MS * 1_000_000:
                     output.refresh()
                     refreshed = SystemClock()
-            interrupted = False
+        except KeyboardInterrupt as asked:
+            stop = asked
         output.refresh()
-        if kept is not None and (place := kept.end(interrupted)) != kept.path:
-            _say(f"interrupted, so that {out} is not made; the predictions until then are in {place}")
+        place = None if kept is None else kept.end(interrupted=stop is not None)
     print_summary(summary, json)
+    if place is not None and stop is not None:
+        text = f"interrupted, so that {out} is not made; the predictions until then are in {place}"
+        raise interrupted(text, stop) from None
 
 
 def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:
@@ -535,14 +540,14 @@ def train(
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
-    interrupted = out.with_name(f"{out.name}.unfinished").is_dir()
-    if interrupted and not resume:
+    unfinished = out.with_name(f"{out.name}.unfinished").is_dir()
+    if unfinished and not resume:
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
-    if resume and not interrupted:
+    if resume and not unfinished:
         _say(f"no training of {out.name} was interrupted here: nothing is to be gone on with, and it begins anew")
     tell = _print_line if json else None
     try:
-        with _ended_politely(), Bars(console(sys.stderr), tell) as bars:
+        with ended_politely(), Bars(console(sys.stderr), tell) as bars:
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -552,7 +557,7 @@ def train(
         again += [] if init_from is None else ["--init-from", str(init_from)]
         again += ["--freeze"] if freeze else []
         again += [] if device == "auto" else ["--device", device]
-        raise _interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
+        raise interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
@@ -562,29 +567,33 @@ def train(
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM or SIGHUP came, whose number it holds."""
 
 
-def _interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(text: str, stop: KeyboardInterrupt) -> Interrupted:
     """With the exit code that a shell says of the signal."""
     error = Interrupted(text)
     if isinstance(stop, _Terminated):
-        error.exit_code = 128 + signal.SIGTERM
+        error.exit_code = 128 + int(stop.args[0])
     return error
 
 
 @contextmanager
-def _ended_politely() -> Iterator[None]:
-    """Within it SIGTERM does what Ctrl-C does: nothing half done stays behind, and it can be gone on with."""
+def ended_politely() -> Iterator[None]:
+    """Within it SIGTERM and a closed terminal do what Ctrl-C does: nothing half done stays behind, and it can be gone
+    on with."""
+    from pipeline.calls import ending_signals
 
-    def terminated(*_: object) -> None:
-        raise _Terminated
+    def terminated(number: int, _: object) -> None:
+        raise _Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    others = [number for number in ending_signals() if number != signal.SIGINT]
+    before = {number: signal.signal(number, terminated) for number in others}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _cores() -> int:
@@ -661,14 +670,13 @@ def join(address: str, key: Path | None, hub_key: Path | None, *, insecure: bool
     import threading
 
     from pipeline import joining
-    from pipeline.calls import setting
+    from pipeline.calls import ending_signals, setting
     from pipeline.link import LinkSpec
 
     absolute = [None if path is None else str(path.absolute()) for path in (key, hub_key)]
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # which `nohup` asks for
-            signal.signal(number, setting(stop))
+    for number in ending_signals():
+        signal.signal(number, setting(stop))
     joining.join(
         LinkSpec(address, absolute[0], absolute[1], insecure),
         say=lambda text: print(text, file=sys.stderr, flush=True),
@@ -699,7 +707,7 @@ def simulate(
     there = 0
     hidden = not sys.stderr.isatty()
     try:
-        with _ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
+        with ended_politely(), Bar(console=console(sys.stderr), transient=True, disable=hidden) as bar:
             if count is None:
                 task = bar.add_task(f"simulating {out.name}", total=duration_s)
                 file = writable(out, "-o")
@@ -721,9 +729,9 @@ def simulate(
     except KeyboardInterrupt as stop:
         if count is None:
             kept = f"{out} holds what was simulated until then" if out.exists() else "nothing was written"
-            raise _interrupted(f"interrupted; {kept}", stop) from None
+            raise interrupted(f"interrupted; {kept}", stop) from None
         done = _sessions_there(out, range(seed, seed + count), ranges)
-        raise _interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
+        raise interrupted(f"interrupted after {done} of {count} sessions; the same command goes on", stop) from None
     if json:
         print_json(written[0] if count is None else written)
         return

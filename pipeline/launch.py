@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.calls import ending_signals
 from pipeline.clock import SystemClock
 from pipeline.config import RecordEntry, RigFile, check_environment, long_times
 from pipeline.errors import ConfigError, SensoriumError
@@ -238,10 +239,8 @@ class Session:
 
 @contextlib.contextmanager
 def _signals(handler: Callable[..., None]) -> Iterator[None]:
-    """SIGINT, SIGTERM and, unless it is ignored (`nohup`), a closed terminal's SIGHUP go to ``handler`` meanwhile."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    numbers += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """What asks the session to end goes to ``handler`` meanwhile."""
+    before = {number: signal.signal(number, handler) for number in ending_signals()}
     try:
         yield
     finally:

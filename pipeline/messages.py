@@ -165,13 +165,19 @@ def form_of(layout: Layout) -> tuple[np.dtype[Any], tuple[int, ...]]:
 
 
 def view(layout: Layout, data: Any) -> np.ndarray[Any, Any]:
-    """The buffer ``data`` as the array that ``layout`` describes, without a copy. ValueError if the size is wrong."""
-    raw = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else data.reshape(-1).view(np.uint8)
+    """The buffer ``data`` as the array that ``layout`` describes, without a copy unless it is an array with steps.
+    ValueError if the size is wrong."""
+    raw = np.frombuffer(data, np.uint8) if not isinstance(data, np.ndarray) else flat(data)
     expected = nbytes_of(layout)
     if expected is not None and raw.nbytes != expected:
         raise ValueError(f"the payload has {raw.nbytes} bytes where its layout {layout} needs {expected}")
     dtype, shape = form_of(layout)
     return raw.view(dtype).reshape(shape)
+
+
+def flat(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The bytes of an array, u1 [nbytes]; a copy only of one that does not lie in one piece."""
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
 
 
 def array(message: Message) -> np.ndarray[Any, Any]:
@@ -189,7 +195,7 @@ def wrong_data(layout: Layout, data: Any) -> str | None:
     size = nbytes_of(layout)
     if isinstance(data, np.ndarray):
         dtype, shape = form_of(layout)
-        if size is None and data.dtype == dtype:
+        if data.dtype == dtype and (size is None or data.shape == shape):
             return None
         plain = data.dtype == np.uint8 and data.ndim == 1
         shaped = plain or (data.dtype == dtype and (data.ndim == 1 or _long(data.shape) == _long(shape)))

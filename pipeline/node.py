@@ -231,7 +231,7 @@ class SourceShell:
         asked_ns = clock.now_ns()
         try:
             readings = self.source.read()
-            if readings is None or readings == []:
+            if readings is None or (isinstance(readings, list) and not readings):
                 if clock.now_ns() - asked_ns < IDLE_NS:  # a source that does not wait would take a whole core
                     clock.wait_until(asked_ns + IDLE_NS, self.life.stop)
                 return
@@ -252,10 +252,10 @@ class SourceShell:
         self._report()
 
     def _publish(self, reading: Reading) -> None:
-        if isinstance(reading, Reading):  # else the stamper says so
-            reading = self.place.reading(reading)
-            self._check_clock(reading)
-        header = self.stamper.stamp(reading, self.place.now_ns())
+        self.stamper.check(reading)
+        reading = self.place.reading(reading)
+        self._check_clock(reading)
+        header = self.stamper.stamp_checked(reading, self.place.now_ns())
         if header is None:
             self.context.count("order")
             return
@@ -273,7 +273,7 @@ class SourceShell:
         now = self.place.now_ns()
         for name in ("t_end_ns", "t_receipt_ns"):
             time = getattr(reading, name)
-            if isinstance(time, int) and time > now + reading.uncertainty_ns + FUTURE_NS:
+            if time > now + reading.uncertainty_ns + FUTURE_NS:
                 raise SensorError(
                     f"`read` gave a reading whose `{name}` lies {(time - now) / 1e9:.1f} s in the future; times are "
                     "nanoseconds on the session clock, which is `self.context.clock.now_ns()` and begins near 0 with "

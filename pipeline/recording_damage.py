@@ -53,6 +53,7 @@ def damage(path: str | Path) -> str | None:
         opcode, length, index, _, stated = _FOOTER.unpack(file.read(_FOOTER.size))
         if (opcode, length) != (2, _FOOTER.size - 9) or file.read() != _MAGIC:
             return None
+        index = index or at  # 0 where it has none
         if not _DATA_END.size <= index <= at:
             return f"its footer at byte {at} names a place that the file does not have"
         # The index' sum covers the footer, too, but for the sum itself.
@@ -107,13 +108,19 @@ def whole_index(read: Read, size: int) -> Index | None:
             _, _, start, offsets, stated = _FOOTER.unpack_from(data, at)
             footer = tail + at
             # Where bytes before it are gone it does not lie where it says; its length tells, by how many groups it has.
-            for place in (footer - (offsets - start) - groups * _SUMMARY_OFFSET_BYTES for groups in range(8)):
-                if len(_MAGIC) <= place < footer and stated:
+            places = [footer - (offsets - start) - groups * _SUMMARY_OFFSET_BYTES for groups in range(8)]
+            for place in places if offsets else [start or footer]:  # others than we may list no groups, or nothing
+                if len(_MAGIC) <= place <= footer and stated:
                     body = read(place, footer + _FOOTER.size - 4 - place)
                     if zlib.crc32(body) == stated:
                         return Index(place, footer + _FOOTER.size, start, body[: footer - place])
         at = data.rfind(_FOOTER_HEAD, 0, at)
     return None
+
+
+def has_sum(read: Read, end: int) -> bool:
+    """Whether the index whose footer ends at ``end`` has a sum. Ours always have; other tools may leave it out."""
+    return read(end - 4, 4) != bytes(4)
 
 
 _FOOTER_HEAD = _HEAD.pack(2, _FOOTER.size - 9)

@@ -26,7 +26,7 @@ from mcap.records import Attachment, Channel, ChunkIndex, Metadata, Schema
 
 from pipeline.errors import RecordingError
 from pipeline.messages import Header, Message, Payload
-from pipeline.recording_damage import DAMAGE, attachment_holds, chunk_data, facts_hold, next_piece, whole_index
+from pipeline.recording_damage import DAMAGE, attachment_holds, chunk_data, facts_hold, has_sum, next_piece, whole_index
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
 from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
 
@@ -203,7 +203,8 @@ class RecordingReader:
         end = self._read(at, len(MAGIC))
         if not MAGIC.startswith(end):
             raise self._damaged(f": its end is not at byte {at}, where its footer ends")
-        if end == MAGIC and SESSION in self._metadata and whole_index(self._read, at + len(MAGIC)) is None:
+        sure = end != MAGIC or SESSION not in self._metadata or not has_sum(self._read, at)
+        if not sure and whole_index(self._read, at + len(MAGIC)) is None:
             raise self._damaged(": its index does not match its sum")
         return end == MAGIC
 

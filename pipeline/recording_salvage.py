@@ -233,6 +233,8 @@ class SalvagedReader(RecordingReader):
         """The holes that something was recorded in."""
         self._open: list[tuple[int, int]] = []
         """Stretches since the last chunk that are not what they must be."""
+        self._end_at = 1 << 62
+        """Where the recorder's last words begin, once they are found: nothing was recorded behind them."""
         self._contents: _Contents | None = None
         self._entries: dict[int, bytes] | None = None
         """What the indices behind the last chunk have to say, by channel; None behind a hole."""
@@ -366,7 +368,7 @@ class SalvagedReader(RecordingReader):
                 attachment = Attachment.read(ReadDataStream(BytesIO(found.body)))
                 self.attachments[attachment.name] = attachment.data
             case Opcode.METADATA if _metadata(found).name == END:
-                self._metadata[END] = _metadata(found).metadata
+                self._metadata[END], self._end_at = _metadata(found).metadata, found.start
             case Opcode.MESSAGE_INDEX if self._entries is not None:
                 if self._entries.get(int.from_bytes(found.body[:2], "little")) != found.body[6:]:
                     self._hole(found.start, found.end, "an index of messages, which is made anew")
@@ -391,12 +393,14 @@ class SalvagedReader(RecordingReader):
         if gone:
             from_ns = min(one.message_start_time for one in gone) - unix_ns
             self._lose(first, last, "messages", from_ns, max(one.message_end_time for one in gone) - unix_ns)
-        elif stretches and self._contents is None and END not in self._metadata:
+        elif self._contents is None and (recorded := [end for start, end in stretches if start < self._end_at]):
             from_ns = max((chunk.end for chunk in self._chunks), default=unix_ns) - unix_ns
-            if next_start is None:
-                self._lose(first, last, "its end, with messages perhaps", from_ns, None)
-            else:
-                self._lose(first, last, "messages, perhaps", from_ns, next_start - unix_ns)
+            to_ns = None if next_start is None else next_start - unix_ns
+            cut_off = to_ns is None and END not in self._metadata
+            what = "its end, with messages perhaps" if cut_off else "messages, perhaps"
+            self._lose(first, recorded[-1], what, from_ns, to_ns)
+            for start, end in stretches[len(recorded) :]:
+                self._hole(start, end, "nothing that is needed; it is made anew")
         else:
             for start, end in stretches:
                 self._hole(start, end, "nothing that is needed; it is made anew")
@@ -542,7 +546,8 @@ class SalvagedReader(RecordingReader):
             return session
         lost = bool(self._losses or self.damage.lost or self.damage.unreadable)
         said = [session.note] if end else ["its end is missing"]
-        if self.damage.lost or self.damage.unreadable or any(hole.to_ns is not None for hole in self._losses):
+        cut_off = not end and all(hole.to_ns is None for hole in self._losses)  # which is said already
+        if self.damage.lost or self.damage.unreadable or (self._losses and not cut_off):
             said.append(f"damaged, and recovered without what is lost: {lost_text(self.damage)}")
         return msgspec.structs.replace(
             session, complete=session.complete and not lost, note="; ".join(filter(None, said))

@@ -44,6 +44,7 @@ from pipeline.messages import (
     SignalLayout,
     SweepLayout,
     TextLayout,
+    flat,
     payload_of,
     signal_dtype,
     view,
@@ -250,7 +251,7 @@ def decode_envelope(schema: str, data: memoryview) -> Header:
 
 def _flat(data: Any) -> memoryview:
     if isinstance(data, np.ndarray):
-        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        return flat(data).data
     return memoryview(data).cast("B")
 
 

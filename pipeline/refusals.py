@@ -9,7 +9,7 @@ from pipeline.clock import Clock, SystemClock
 
 Why = Literal["key", "keys", "hub_key"]
 """``key``: that of who connects is not on the list; ``keys``: one side has keys and the other has none; ``hub_key``:
-who connects takes another key for that of who listens."""
+who connects takes another key for that of who listens, or so it seems: all that it learns is that nobody answers."""
 
 RECENT_NS = 60_000_000_000
 """How long a refusal counts as one of now: who is refused tries again sooner."""
@@ -47,8 +47,8 @@ def seen_by_caller(why: Why, address: str, secret_file: str, hub_key_file: str) 
         )
     if why == "hub_key":
         return (
-            f"what answers at {address} does not have the key {hub_key_file}: copy the .key file that it has now to "
-            "this host, and name it with --hub-key."
+            f"what answers at {address} closes every connection: it has another key than {hub_key_file}, or none, or "
+            "is no session. If it has one, copy the .key file that it has now to this host, and name it with --hub-key."
         )
     if secret_file:
         return f"{address} has no keys: give the rig there `curve`, or leave --key and --hub-key out."

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.bus import INLINE_MAX, READY, Join, Outlet, Welcome
 from pipeline.clock import SystemClock
-from pipeline.messages import Header, Message
+from pipeline.messages import Header, Message, flat
 from pipeline.shm import Bytes, Ring, RingCounters
 from pipeline.wire import INLINE, SLOT, check_payload, encode_header, encode_slot
 
@@ -235,7 +235,7 @@ def as_part(data: Any, nbytes: int) -> Any:
 
 
 def as_bytes(data: Any) -> Bytes:
-    """Any C-contiguous buffer as its bytes."""
+    """Any C-contiguous buffer, or any array, as its bytes."""
     if isinstance(data, np.ndarray):
-        return data.reshape(-1).view(np.uint8)
+        return flat(data)
     return np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)

@@ -236,25 +236,37 @@ def _parents(module_name: str) -> set[str]:
     return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
+_NO_READ = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+
+
+def _takes(called: Any, count: int) -> bool:
+    """Whether so many arguments fit."""
+    try:
+        inspect.signature(called).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
 def check_class(kind: str, source_class: type[Source]) -> None:
     """Raises ConfigError, which says all of it, if ``source_class`` lacks what its shell needs: what can be known of a
     class without a device."""
     wrong = []
-    if not issubclass(source_class.Settings, msgspec.Struct):
+    if not (isinstance(source_class.Settings, type) and issubclass(source_class.Settings, msgspec.Struct)):
         wrong.append("its `Settings` is no msgspec.Struct: write `class Settings(msgspec.Struct, frozen=True, "
                      "forbid_unknown_fields=True, kw_only=True)`")  # fmt: skip
-    if source_class.payload_of.__func__ is Source.payload_of.__func__:  # type: ignore[attr-defined]
+    if not _takes(source_class.payload_of, 1):
+        wrong.append("its `payload_of` does not take `(cls, settings)` as a `@classmethod`")
+    if getattr(source_class.payload_of, "__func__", None) is Source.payload_of.__func__:  # type: ignore[attr-defined]
         payload = getattr(source_class, "payload", None)
         if payload not in PAYLOADS:
             said = "it has no `payload`" if payload is None else f"its `payload` is {payload!r}"
             wrong.append(f"{said}; allowed are {listed(PAYLOADS)}")
-    if source_class.read is Source.read:
+    if source_class.read is Source.read or not callable(source_class.read):
         wrong.append("it has no method `read(self)`, which returns a Reading, a list of them, or None")
-    elif inspect.isgeneratorfunction(source_class.read) or inspect.iscoroutinefunction(source_class.read):
+    elif any(test(source_class.read) for test in _NO_READ):
         wrong.append("its `read` yields or is async; it returns a Reading, a list of them, or None, each time anew")
-    try:
-        inspect.signature(source_class).bind(None, None)
-    except TypeError:
+    if not _takes(source_class, 2):
         wrong.append("its `__init__` does not take `(self, settings, context)`; leave it out, or take these and begin "
                      "with `super().__init__(settings, context)`")  # fmt: skip
     if wrong:

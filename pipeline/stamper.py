@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from pipeline.errors import SensorError
 from pipeline.messages import AudioLayout, Header, ImuLayout, Layout, SignalLayout, payload_of, view, wrong_data
@@ -10,6 +11,8 @@ from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
 """So many readings in a row from before the bound are no stragglers: the clock jumped back."""
+
+_WHOLE_OR_NONE = (int, type(None))
 
 
 class Stamper:
@@ -36,7 +39,11 @@ class Stamper:
         """The header of ``reading``; None if it begins before the bound, which its epoch's clock cannot have meant:
         such stragglers are dropped, and after ``STRAGGLERS`` in a row the clock is taken to have jumped back, which
         opens an epoch. Raises SensorError if the reading contradicts itself."""
-        self._check(reading)
+        self.check(reading)
+        return self.stamp_checked(reading, now_ns)
+
+    def stamp_checked(self, reading: Reading, now_ns: int) -> Header | None:
+        """The same for what ``check`` has let pass."""
         reading = self._moved(reading)
         if reading.new_epoch and not self._unbound:
             self.open(now_ns)
@@ -91,13 +98,14 @@ class Stamper:
             uncertainty_ns=reading.uncertainty_ns + self.offset_uncertainty_ns,
         )
 
-    def _check(self, reading: Reading) -> None:
+    def check(self, reading: Reading) -> None:
+        """Raises SensorError for what is no reading of this stream, or contradicts itself."""
         if not isinstance(reading, Reading):
             raise SensorError(
                 f"`read` gave {_kind(reading)}, where it gives a Reading, a list of them, or None; this is a fault of "
                 "the source."
             )
-        if reading.layout != self._layout:
+        if self._layout is None or reading.layout != self._layout:
             self._check_layout(reading.layout)
             self._layout = reading.layout
         wrong = None
@@ -108,6 +116,13 @@ class Stamper:
         ):
             times = f"{reading.t_capture_ns!r}, {reading.t_end_ns!r} and {reading.t_receipt_ns!r}"
             wrong = f"the times {times}, where times are whole numbers (int) of nanoseconds"
+        elif not (
+            isinstance(reading.uncertainty_ns, int)
+            and isinstance(reading.bound_ns, _WHOLE_OR_NONE)
+            and isinstance(reading.t_device_ns, _WHOLE_OR_NONE)
+        ):
+            stated = f"`uncertainty_ns` {reading.uncertainty_ns!r}, `bound_ns` {reading.bound_ns!r} and `t_device_ns`"
+            wrong = f"{stated} {reading.t_device_ns!r}, where times are whole numbers (int) of nanoseconds"
         elif reading.t_end_ns < reading.t_capture_ns:
             wrong = f"an end ({reading.t_end_ns} ns) before its beginning ({reading.t_capture_ns} ns)"
         elif reading.uncertainty_ns < 0:
@@ -139,7 +154,9 @@ def _wrong_samples(reading: Reading) -> str | None:
         return "sound that ends when it begins; `t_end_ns` is where the next block begins"
     if not isinstance(reading.layout, ImuLayout | SignalLayout):
         return None
-    offsets = view(reading.layout, reading.data)["offset_ns"]
+    data = reading.data
+    named = isinstance(data, np.ndarray) and data.dtype.names is not None  # a view takes longer
+    offsets = (data if named else view(reading.layout, data))["offset_ns"].reshape(-1)
     if not len(offsets):
         return "no samples"
     first, last, span = int(offsets[0]), int(offsets[-1]), reading.t_end_ns - reading.t_capture_ns

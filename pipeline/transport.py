@@ -150,15 +150,15 @@ def _load_key(path: Path) -> tuple[str, str | None]:
     from zmq.utils.z85 import decode
 
     todo = "make a pair of keys with `sensorium keys NAME`, or copy the file from the host that has it"
-    if not path.exists():
-        raise ConfigError(f"there is no key file {path}; {todo}")
     try:
+        if not path.exists():
+            raise ConfigError(f"there is no key file {path}; {todo}")
         found = load_certificate(path)
         keys = [key.decode("ascii") for key in found if key is not None]
         if any(len(key) != 40 or len(decode(key)) != 32 for key in keys):
             raise ValueError("a key has 40 characters, and this one has not")
     except OSError as error:
-        raise ConfigError(f"the key file {path} cannot be read: {error.strerror}; {todo}") from None
+        raise ConfigError(f"the key file {path} cannot be read: {error.strerror or error}; {todo}") from None
     except (ValueError, LookupError) as error:  # what pyzmq says where a key is cut off, or no text
         said = str(error) if type(error) is ValueError else "it is damaged"
         raise ConfigError(f"{path} is no CURVE key file: {said}; {todo}") from None

@@ -35,6 +35,7 @@ from pipeline.messages import (
     signal_dtype,
 )
 from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
+from pipeline.sending import as_bytes, as_part
 from pipeline.source import KINDS, Reading, Source, load_kind
 from pipeline.stamper import STRAGGLERS, Stamper
 from pipeline.steps import UNHEARD, Account, Gap, Unpredicted, decode_step, encode_step
@@ -244,6 +245,8 @@ RIGHT_DATA: list[tuple[Layout, Any]] = [
     (FrameLayout("jpeg", 4, 6), np.zeros((17, 1), np.uint8)),
     (FrameLayout("jpeg", 4, 6), memoryview(bytes(17))),
     (SignalLayout(2, ("load",)), np.zeros(2, signal_dtype(1))),
+    (SignalLayout(2, ("load",)), np.zeros(4, signal_dtype(1))[::2]),
+    (AudioLayout(100, 1, 5), np.zeros(10, np.int16)[::2]),
 ]
 
 
@@ -252,7 +255,10 @@ def test_data_that_are_what_the_layout_says_pass(layout: Layout, data: Any) -> N
     stamper = Stamper("s", payload_of(layout))
     stamper.open(0)
     reading = Reading(layout=layout, data=data, t_capture_ns=0, t_end_ns=10, t_receipt_ns=10)
-    assert stamper.stamp(reading, 10) is not None
+    header = stamper.stamp(reading, 10)
+    assert header is not None
+    written = np.frombuffer(as_part(data, memoryview(data).nbytes), np.uint8)
+    assert written.tobytes() == as_bytes(data).tobytes() == np.asarray(data).tobytes()
 
 
 def test_sound_without_length_is_the_sources_fault() -> None:
@@ -320,7 +326,10 @@ def test_a_reading_of_another_clock_is_refused_and_said() -> None:
     assert made.failures == 0
 
 
-@pytest.mark.parametrize("given", [(TextLayout(2), b"hi"), 0, "hi", iter([])], ids=["pair", "int", "text", "iterator"])
+NO_READINGS = [(TextLayout(2), b"hi"), 0, "hi", iter([]), np.zeros(3)]
+
+
+@pytest.mark.parametrize("given", NO_READINGS, ids=["pair", "int", "text", "iterator", "array"])
 def test_what_is_no_reading_is_the_sources_fault(given: Any) -> None:
     made, sender, _clock = shell([given, [given], line(1020 * MS)])
     turn_until(made, lambda: sender.messages)
@@ -627,3 +636,14 @@ def test_a_time_that_is_no_whole_number_is_the_sources_fault(field: str) -> None
     times = {"t_capture_ns": 5, "t_end_ns": 5, "t_receipt_ns": 5} | {field: 5.5}
     with pytest.raises(SensorError, match=r"times .*5\.5.*, where times are whole numbers"):
         stamper.stamp(Reading(layout=TextLayout(1), data=b"a", **times), 6)
+
+
+@pytest.mark.parametrize("field", ["uncertainty_ns", "bound_ns", "t_device_ns"])
+@pytest.mark.parametrize("value", [1e6, "x", np.int64(5)])
+def test_no_other_time_of_a_reading_may_be_anything_else(field: str, value: Any) -> None:
+    """A float passes the sender, and then no reader takes the header; what cannot be compared ended the node."""
+    made, sender, _clock = shell([line(1020 * MS, **{field: value}), line(1030 * MS)])
+    turn_until(made, lambda: sender.messages)
+    said = next(header.health for header in sender.beats if header.health)
+    assert f"`{field}` {value!r}" in said
+    assert said.endswith("where times are whole numbers (int) of nanoseconds; this is a fault of the source.")

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -156,17 +157,35 @@ def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_of_a_replay_that_is_interrupted_what_there_is_has_another_name(tmp_path: Path) -> None:
+def test_of_a_recovery_that_is_ended_nothing_stays(tmp_path: Path) -> None:
     interrupt = """
+import os, signal
+import pipeline.recording_salvage as salvage
+copy_to = salvage.SalvagedReader.copy_to
+def ended(self, writer, progress):
+    return copy_to(self, writer, lambda t_ns: os.kill(os.getpid(), signal.SIGTERM))
+salvage.SalvagedReader.copy_to = ended
+"""
+    (tmp_path / "cut.mcap").write_bytes(Path(DEMO).read_bytes()[:2_000_000])
+    done = python(interrupt, "recover", "cut.mcap", "-o", "whole.mcap", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (143, b"error: interrupted; whole.mcap is not made\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["cut.mcap"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_of_a_replay_that_is_interrupted_what_there_is_has_another_name(tmp_path: Path, number: int) -> None:
+    interrupt = f"""
+import os, signal
 import pipeline.terminal
 shown = pipeline.terminal.Lines.prediction
 def prediction(self, prediction):
     if prediction.window.index == 7:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), {number:d})
     shown(self, prediction)
 pipeline.terminal.Lines.prediction = prediction
 """
     done = python(interrupt, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "p.jsonl", folder=tmp_path)
+    assert done.returncode == 128 + number
     assert b"interrupted, so that p.jsonl is not made; the predictions until then are in p.jsonl.part" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl.part"]
     lines = (tmp_path / "p.jsonl.part").read_bytes().splitlines()

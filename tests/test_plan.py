@@ -66,6 +66,17 @@ class Whole(Source):
         return settings.kind_of_data
     def read(self):
         return None
+
+class Static(Whole):
+    @staticmethod
+    def payload_of(settings):
+        return "imu"
+
+class Bare(Whole):
+    Settings = None
+    read = None
+    def payload_of(self, settings):
+        return "imu"
 """
 
 
@@ -158,9 +169,9 @@ def test_where_only_the_model_is_at_fault_it_is_so_of_several_faults_too(tmp_pat
 def test_a_class_that_cannot_be_a_source_is_told_all_that_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "own_sources.py").write_text(SOURCES)
     file = tmp_path / "rig.yaml"
-    kinds = {name.lower(): {"kind": f"own_sources:{name}"} for name in ("Empty", "Loose", "Whole")}
+    kinds = {name.lower(): {"kind": f"own_sources:{name}"} for name in ("Empty", "Loose", "Whole", "Static", "Bare")}
     file.write_text(json.dumps({"name": "own", "sources": kinds}))
-    empty, loose = refused(file)
+    empty, loose, bare = refused(file)
     assert empty.startswith(", line 1, sources.empty.kind: the class of `own_sources:Empty` cannot be a source: ")
     assert "it has no `payload`; allowed are `frame`, `audio`" in empty
     assert "no method `read(self)`" in empty
@@ -169,6 +180,8 @@ def test_a_class_that_cannot_be_a_source_is_told_all_that_it_lacks(tmp_path: Pat
     assert "`payload` is 'temperature'; allowed are `frame`" in loose
     for words in ("its `Settings` is no msgspec.Struct", "`read` yields", "`__init__` does not take"):
         assert words in loose
+    for words in ("its `Settings` is no msgspec.Struct", "no method `read(self)`", "`payload_of` does not take"):
+        assert words in bare
 
 
 def test_where_to_put_a_module_is_said_of_the_one_that_is_missing(tmp_path: Path) -> None:

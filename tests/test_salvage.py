@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcap.opcode import Opcode
+from mcap.reader import make_reader
 from mcap.records import Channel, Chunk
 from mcap.records import Message as Stored
 from mcap.stream_reader import StreamReader, breakup_chunk
+from mcap.writer import Writer
 from typer.testing import CliRunner
 
 from pipeline import cli
@@ -273,6 +275,34 @@ def test_no_damage_passes_an_ordinary_reader_unseen(
 # Kinds of damage, one by one.
 
 
+@pytest.mark.parametrize("options", [{"enable_crcs": False}, {"use_summary_offsets": False}])
+def test_what_another_tool_wrote_anew_is_not_damaged(
+    original: Original, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Sums, and parts of the index, are left to who writes an MCAP file."""
+    path, anew = tmp_path / "original.mcap", tmp_path / "anew.mcap"
+    path.write_bytes(original.content)
+    with path.open("rb") as file:
+        reader, writer = make_reader(file), Writer(str(anew), **options)
+        writer.start()
+        for facts in reader.iter_metadata():
+            writer.add_metadata(facts.name, facts.metadata)
+        ids: dict[str, int] = {}
+        for kind, channel, one in reader.iter_messages(log_time_order=False):
+            assert kind is not None
+            if channel.topic not in ids:
+                number = writer.register_schema(kind.name, kind.encoding, kind.data)
+                ids[channel.topic] = writer.register_channel(
+                    channel.topic, channel.message_encoding, number, channel.metadata
+                )
+            writer.add_message(ids[channel.topic], one.log_time, one.data, one.publish_time, one.sequence)
+        writer.finish()  # type: ignore[no-untyped-call]
+    with RecordingReader(path) as was, RecordingReader(anew) as found:
+        assert (found.info.session, found.info.complete) == ("s1", True)
+        assert [m.header for m, _ in found.messages()] == [m.header for m, _ in was.messages()]
+    assert damage(anew) is None
+
+
 def middle(original: Original) -> tuple[int, int]:
     return sorted(original.chunks)[len(original.chunks) // 2]
 
@@ -344,6 +374,19 @@ def test_damage_that_costs_no_message_leaves_the_session_complete(
     assert made.complete
     assert len(made.damage.holes) == 1
     assert not made.damage.lost
+
+
+def test_what_lies_before_the_last_words_is_missed_without_an_index(original: Original, tmp_path: Path) -> None:
+    """They say how the recorder ended, and not that all before them is there."""
+    start, end = max(original.chunks)
+    content = flipped(original.content, end - 30).content[: original.of(Opcode.DATA_END)[0][0]]
+    _, made = recovered(tmp_path, content)
+    assert not made.complete
+    assert "damaged, and recovered without what is lost" in made.note
+    assert made.damage.holes[0].from_byte == start
+    assert (made.damage.holes[0].from_ns is not None, made.damage.holes[0].to_ns) == (True, None)
+    _, made = recovered(tmp_path, original.content[: original.of(Opcode.DATA_END)[0][0]] + b"more")
+    assert made.complete
 
 
 def test_bytes_behind_the_end_are_left_out(original: Original, tmp_path: Path) -> None:

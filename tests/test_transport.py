@@ -780,6 +780,8 @@ def test_a_key_file_that_is_none_is_refused(folder: Path) -> None:
             load_curve_server(folder / "x.key", [])
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_curve_server(folder, [])
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):  # as one that it may not look for
+        load_curve_server(folder / ("x" * 300), [])
     public, secret = make_curve_keys(folder, "me")
     with pytest.raises(ConfigError, match="public key only"):
         load_curve_client(public, public)
