@@ -30,7 +30,7 @@ from pipeline.protocols.velodyne import MODELS, Velodyne
 from pipeline.source import Found, Reading, Search, Source, SourceContext
 
 _MS, _NS = 1_000_000, 1_000_000_000
-_PATIENCE_S = 0.05
+_PATIENCE_S, _QUIET_S = 0.05, 0.02
 _LARGEST_PACKET = {"velodyne": 2048, "ouster": 65536}
 _GATHER_NS = 25 * _MS
 """Packets are taken this often while it is not known when a sweep will be whole: the kernel has stamped them, and
@@ -196,7 +196,7 @@ class _Packets:
         clock.wait_until(self._next_ns)
         taken = listening.receive()
         if not taken:
-            listening.wait(_PATIENCE_S)
+            listening.wait(_QUIET_S)
             taken = listening.receive()
         now = clock.now_ns()
         elapsed_ns, self._visited_ns = now - self._visited_ns, now

@@ -9,7 +9,7 @@ epochs, bounds, beats, retries and sockets are the shell's (``pipeline.node``). 
         payload = "signal"
 
         def open(self) -> None: ...             # import the driver and open the device here; raise SensorError
-        def read(self) -> Reading | None: ...   # at most about 50 ms
+        def read(self) -> Reading | None: ...   # at most about 100 ms
         def close(self) -> None: ...
 
 and in a rig ``sources: {water: {kind: "my_package.thermometer:Thermometer", port: /dev/ttyUSB0}}``.
@@ -188,7 +188,7 @@ class Source:
         """Imports the driver and opens the device. Raises SensorError; called again after a failure."""
 
     def read(self) -> Reading | list[Reading] | None:
-        """What has come since the last call, oldest first; blocks at most about 50 ms. Raises SensorError when the
+        """What has come since the last call, oldest first; blocks at most about 100 ms. Raises SensorError when the
         device fails, EOFError where the data end by nature."""
         raise NotImplementedError
 

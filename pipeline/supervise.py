@@ -340,7 +340,7 @@ class Supervisor:
     def _say_why_killed(self, child: Child) -> None:
         """Of each node that it does not stop; once for all of them that nobody waits any longer for that."""
         if not self.hard.is_set():
-            why = "; the `read` of a source returns within about 50 ms" if child.name in self.rig.sources else ""
+            why = "; the `read` of a source returns within about 100 ms" if child.name in self.rig.sources else ""
             self._tell(child, "hung", f"does not stop, and is killed{why}")
         elif not self._hurried:
             self._hurried = True

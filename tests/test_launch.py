@@ -413,7 +413,7 @@ def test_a_source_that_does_not_return_is_killed_and_told_what_it_may(tmp_path: 
         watched.session.stop()
     hung = [event for event in watched.events if event.kind == "hung"]
     assert [event.node for event in hung] == ["camera"]
-    assert "the `read` of a source returns within about 50 ms" in hung[0].text
+    assert "the `read` of a source returns within about 100 ms" in hung[0].text
 
 
 def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
@@ -468,8 +468,9 @@ def test_a_source_that_keeps_crashing_is_given_up_and_the_rest_goes_on(tmp_path:
 
 
 def test_a_required_source_that_fails_ends_the_start(tmp_path: Path) -> None:
-    (tmp_path / "fragile.py").write_text(FRAGILE.replace("def read", "def open"))
-    sources = SOURCES | {"imu": {"kind": "fragile:Fragile", "required": True}}
+    unread = "def read(self):\n        return None\n    def open(self):"
+    (tmp_path / "unopened.py").write_text(FRAGILE.replace("def read(self):", unread))  # a module is imported once
+    sources = SOURCES | {"imu": {"kind": "unopened:Fragile", "required": True}}
     rig = make_rig(tmp_path, sources=sources, restart={"limit": 0})
     with short_folder() as root:
         events: list[Event] = []
