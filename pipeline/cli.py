@@ -420,7 +420,6 @@ def import_(
 ) -> None:
     """Turn a foreign recording into one of ours.
 
-    \b
     An audio-video file, a GoPro's with its motion sensors; a bag of ROS 1 or 2, an MCAP file; a network capture
     (pcap, pcapng) of a Velodyne or an Ouster; a folder of pictures with a CSV of their times.
 

@@ -59,6 +59,8 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align: {max_delay: 250}\n", 4, ("Units stand in the names", "`max_delay_ms`")),
     (RIG + "align: {max_delay_ms: 0.25}\n", 4, ("0.25 (a number)", "The unit is milliseconds: 0.25 s is 250.")),
     (RIG + "align: {max_delay_ms: 250ms}\n", 4, ("'250ms' (text)", "a whole number", "number alone: 250")),
+    (RIG + "align: {max_delay_ms: 0.25s}\n", 4, ("'0.25s' (text)", "number alone, in ms: 250.")),
+    (RIG + "align: {max_delay_ms: 5 hz}\n", 4, ("'5 hz' (text)", "write the number alone, in ms.")),
     (RIG + "align: {max_delay_ms: '250'}\n", 4, ("'250' (text)", "without quotes: 250")),
     (RIG + "align:\n  streams:\n    lidar: {idle_s: 2}\n", 6, ("align.streams.lidar.idle_s", "`idle_ms: 2000`")),
     (RIG + "restart: {limit: -1}\n", 4, ("restart.limit", "at least 0")),
