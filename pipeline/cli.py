@@ -17,9 +17,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except KeyboardInterrupt:  # it takes a good part of the time until `main` is there to tell of a Ctrl-C
+    sys.exit(130)
 
-from pipeline.errors import ConfigError, SensoriumError
+from pipeline.errors import ConfigError, Interrupted, SensoriumError
 from pipeline.outside import discard_output, explained, lost_output, ready_streams, unwritable
 
 DIFFERENT = 3
@@ -576,6 +579,8 @@ def main() -> None:
             sys.exit(0)
         fail([unwritable(lost)], 1)
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # an ImportError of a C extension that was being imported
+            sys.exit(Interrupted.exit_code)
         if isinstance(error, OSError):
             if (lost := lost_output()) is not None:
                 fail([unwritable(lost)], 1)

@@ -151,9 +151,12 @@ def replay(
                     refreshed = SystemClock()
             interrupted = False
         output.refresh()
-        if kept is not None and (place := kept.end(interrupted)) != kept.path:
-            _say(f"interrupted, so that {out} is not made; the predictions until then are in {place}")
-    print_summary(summary, json)
+        place = None if kept is None else kept.end(interrupted)
+    if summary.predictions or not interrupted:
+        print_summary(summary, json)
+    if interrupted:
+        left = f", so that {out} is not made; the predictions until then are in {place}" if place else ""
+        raise Interrupted(f"interrupted{left or f' before the end of {recording.name}'}")
 
 
 def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:
