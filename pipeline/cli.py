@@ -7,6 +7,7 @@ answer at once.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -45,7 +46,22 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle ru
 Predictions = Annotated[
     str | None, typer.Option(metavar="ENDPOINT", help="publish predictions here too, like tcp://127.0.0.1:5599")
 ]
-Duration = Annotated[float | None, typer.Option("--duration", metavar="S", min=0.0, help="stop after S seconds")]
+
+
+def _seconds(text: str) -> float:
+    """How long, for a session: any number of nanoseconds from 0 on. ConfigError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds * 1e9 < math.inf:
+        raise ConfigError(f"--duration: found '{text}', expected seconds, a number at least 0, like 5 or 0.5.")
+    return seconds
+
+
+Duration = Annotated[
+    float | None, typer.Option("--duration", metavar="S", parser=_seconds, help="stop after S seconds")
+]
 
 
 def _new_name(text: str) -> Path:

@@ -165,6 +165,10 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
     [
         (["rnu"], "Did you mean 'run'?"),
         (["run", "--durtion", "3"], "--duration"),
+        (["run", "rig.yaml", "--duration", "5s"], "--duration: found '5s', expected seconds, a number at least 0"),
+        (["run", "rig.yaml", "--duration", "inf"], "--duration: found 'inf', expected seconds"),
+        (["record", "rig.yaml", "-o", "x.mcap", "--duration", "1e300"], "--duration: found '1e300', expected seconds"),
+        (["run", "rig.yaml", "--duration", "-1"], "--duration: found '-1', expected seconds"),
         (["replay", "x.mcap", "--speed", "2"], "speed"),
         (["run"], "name a rig"),
         (["run", "rgi.yaml"], "There are `"),
