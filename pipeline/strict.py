@@ -421,8 +421,12 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 
 def _with_unit(key: str, known: list[str]) -> str | None:
-    """The key of the same quantity in another unit: ``hop_ms`` for ``hop_s``, and for ``hop``."""
+    """The key of the same quantity in another unit: ``hop_ms`` for ``hop_s``, and for ``hop``; the only one for a bare
+    unit, as ``rate_hz`` for ``fps``."""
     stem, unit = _unit_of(key)
+    if not stem:
+        same = [name for name in known if (other := _unit_of(name)[1]) and UNITS[other][0] == UNITS[unit][0]]
+        return same[0] if len(same) == 1 else None
     for name in known:
         other_stem, other = _unit_of(name)
         if other and other_stem == stem and (not unit or UNITS[unit][0] == UNITS[other][0]):
