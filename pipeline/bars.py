@@ -18,6 +18,10 @@ class Bar(Progress):
     def get_renderable(self) -> RenderableType:
         return _Narrower(super().get_renderable())
 
+    def stop(self) -> None:
+        """As rich's, without its empty line where no bar could be shown."""
+        self.live.stop()
+
 
 class _Narrower(NamedTuple):
     inner: RenderableType

@@ -134,6 +134,9 @@ def load_bundle(path: Path | str, allow_code: bool = False) -> Bundle:
     folder = Path(path).expanduser().resolve()
     file = folder / MODEL_FILE
     if not file.is_file():
+        if folder.is_file():
+            meant = f" Name its folder {folder.parent}." if folder.name == MODEL_FILE else ""
+            raise ConfigError(f"{path} is a file, and a bundle is a folder with a file {MODEL_FILE}.{meant}")
         names = [p.parent.name for p in SHIPPED.glob(f"*/{MODEL_FILE}")]
         raise ConfigError(
             f"{path}: here is no bundle, which is a folder with a file {MODEL_FILE}.{nearest(folder.name, names)} "

@@ -7,6 +7,7 @@ answer at once.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -17,9 +18,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+try:
+    import typer
+except KeyboardInterrupt:  # it takes a good part of the time until `main` is there to tell of a Ctrl-C
+    sys.exit(130)
 
-from pipeline.errors import ConfigError, SensoriumError
+from pipeline.errors import ConfigError, Interrupted, SensoriumError
 from pipeline.outside import discard_output, explained, lost_output, ready_streams, unwritable
 
 DIFFERENT = 3
@@ -42,7 +46,22 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle ru
 Predictions = Annotated[
     str | None, typer.Option(metavar="ENDPOINT", help="publish predictions here too, like tcp://127.0.0.1:5599")
 ]
-Duration = Annotated[float | None, typer.Option("--duration", metavar="S", min=0.0, help="stop after S seconds")]
+
+
+def _seconds(text: str) -> float:
+    """How long, for a session: any number of nanoseconds from 0 on. ConfigError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds * 1e9 < math.inf:
+        raise ConfigError(f"--duration: found '{text}', expected seconds, a number at least 0, like 5 or 0.5.")
+    return seconds
+
+
+Duration = Annotated[
+    float | None, typer.Option("--duration", metavar="S", parser=_seconds, help="stop after S seconds")
+]
 
 
 def _new_name(text: str) -> Path:
@@ -420,7 +439,6 @@ def import_(
 ) -> None:
     """Turn a foreign recording into one of ours.
 
-    \b
     An audio-video file, a GoPro's with its motion sensors; a bag of ROS 1 or 2, an MCAP file; a network capture
     (pcap, pcapng) of a Velodyne or an Ouster; a folder of pictures with a CSV of their times.
 
@@ -577,6 +595,8 @@ def main() -> None:
             sys.exit(0)
         fail([unwritable(lost)], 1)
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # an ImportError of a C extension that was being imported
+            sys.exit(Interrupted.exit_code)
         if isinstance(error, OSError):
             if (lost := lost_output()) is not None:
                 fail([unwritable(lost)], 1)

@@ -129,9 +129,9 @@ def replay(
         if not reader.info.complete:
             _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
         kept = to_file = None
+        stack.enter_context(ended_politely())
         if out is not None:
             writable(out, "-o")
-            stack.enter_context(ended_politely())
             kept = stack.enter_context(NewFile(out))
             to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
@@ -155,10 +155,11 @@ def replay(
             stop = asked
         output.refresh()
         place = None if kept is None else kept.end(interrupted=stop is not None)
-    print_summary(summary, json)
-    if place is not None and stop is not None:
-        text = f"interrupted, so that {out} is not made; the predictions until then are in {place}"
-        raise interrupted(text, stop) from None
+    if summary.predictions or stop is None:
+        print_summary(summary, json)
+    if stop is not None:
+        left = f", so that {out} is not made; the predictions until then are in {place}" if place else ""
+        raise interrupted(f"interrupted{left or f' before the end of {recording.name}'}", stop) from None
 
 
 def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:

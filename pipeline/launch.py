@@ -187,12 +187,13 @@ class Session:
 
     def run(self, duration_s: float | None = None, on_tick: Callable[[Session], None] = lambda session: None) -> None:
         """Starts the session, runs it until its end, ``duration_s``, SIGINT, SIGTERM or SIGHUP, and stops it; a second
-        signal kills. ``duration_s`` counts from when every node has started, or has said what it waits for.
+        SIGINT or SIGTERM kills. ``duration_s`` counts from when every node has started, or has said what it waits for.
         ``on_tick`` is called about four times a second. For the main thread. Raises SensoriumError."""
         asked = threading.Event()
 
-        def on_signal(*_: Any) -> None:
-            if asked.is_set():
+        def on_signal(number: int, _: Any) -> None:
+            # A closed terminal sends two: the kernel one, and the shell another. Nobody is impatient there.
+            if asked.is_set() and number != signal.SIGHUP:
                 self._supervisor.hard.set()
             asked.set()
 

@@ -78,6 +78,8 @@ def _known(rigs: dict[str, Path], folder: Path | None = None) -> str:
 
 def new_file(path: Path, what: str = "file") -> Path:
     """``path``, absolute, if a ``what`` can be written there that destroys nothing. Raises ConfigError."""
+    if what == "file" and path.is_dir():  # which nobody should be told to remove
+        raise ConfigError(f"{path} is a folder; name a new file in it.")
     if path.exists():
         raise ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
     if not path.resolve().parent.is_dir():

@@ -50,7 +50,11 @@ def check_remote(endpoint: str, *, keys: bool) -> None:
         return
     match = re.fullmatch(r"tcp://(\[[0-9a-fA-F:.]+\]|[^:\[\]]+):(\d+|\*)", endpoint)
     if not match:
-        raise ConfigError(f"{endpoint!r} is no endpoint; allowed are ipc:///path and tcp://127.0.0.1:PORT")
+        meant = f" Did you mean `tcp://{endpoint}`?" if re.fullmatch(r"[\w.-]+:\d+", endpoint, re.ASCII) else ""
+        raise ConfigError(
+            f"{endpoint!r} is no endpoint; allowed are ipc:///path and tcp://HOST:PORT, like tcp://127.0.0.1:5599."
+            f"{meant}"
+        )
     if wrong := wrong_port(endpoint):
         raise ConfigError(f"{endpoint}: {wrong}")
     if not keys and not _is_loopback(match[1].strip("[]")):

@@ -321,8 +321,9 @@ class Document:
         written = self._written.get(at)
         if isinstance(value, bool) and written is not None and written.lower() not in ("true", "false"):
             hint = f' YAML reads {written} without quotes as {str(value).lower()}; write "{written}" if you mean text.'
-        elif isinstance(value, str) and (number := re.fullmatch(r"\s*(-?[0-9.]+)\s*([a-zA-Z]+)\s*", value)):
-            hint = f" The unit stands in the key's name; write the number alone: {number[1]}."
+        elif isinstance(value, str) and (number := re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*([a-zA-Z]+)\s*", value)):
+            alone = _in_unit_of(str((at or ("",))[-1]), number[1], number[2].lower())
+            hint = f" The unit stands in the key's name; write the number alone{alone}."
         elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
             hint = f" Write it without quotes: {value}."
         elif written is not None and expected.startswith(("text", "a path")) and isinstance(value, int | float):
@@ -393,6 +394,7 @@ def _limits(meta: msgspec.Meta) -> str:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than", "pattern": "matching",
              "min_length": "of a length of at least", "max_length": "of a length of at most"}  # fmt: skip
     said = "".join(f" {word} {getattr(meta, key)}" for key, word in words.items() if getattr(meta, key) is not None)
+    said = re.sub(r"((?:at least|more than) \S+) (at most|less than)", r"\1 and \2", said)
     return said + (f", like `{meta.examples[0]}`" if meta.examples else "")
 
 
@@ -419,8 +421,12 @@ def _meant(key: str, known: list[str]) -> str | None:
 
 
 def _with_unit(key: str, known: list[str]) -> str | None:
-    """The key of the same quantity in another unit: ``hop_ms`` for ``hop_s``, and for ``hop``."""
+    """The key of the same quantity in another unit: ``hop_ms`` for ``hop_s``, and for ``hop``; the only one for a bare
+    unit, as ``rate_hz`` for ``fps``."""
     stem, unit = _unit_of(key)
+    if not stem:
+        same = [name for name in known if (other := _unit_of(name)[1]) and UNITS[other][0] == UNITS[unit][0]]
+        return same[0] if len(same) == 1 else None
     for name in known:
         other_stem, other = _unit_of(name)
         if other and other_stem == stem and (not unit or UNITS[unit][0] == UNITS[other][0]):
@@ -431,6 +437,16 @@ def _with_unit(key: str, known: list[str]) -> str | None:
 def _unit_of(key: str) -> tuple[str, str]:
     stem, _, unit = key.rpartition("_")
     return (stem, unit) if unit in UNITS else (key, "")
+
+
+def _in_unit_of(key: str, number: str, unit: str) -> str:
+    """``, in ms: 250`` for ``0.25`` ``s`` at ``max_delay_ms``; without a number if that is no unit of the same kind."""
+    wanted = _unit_of(key)[1]
+    if wanted in ("", unit):
+        return f": {number}"
+    if unit not in UNITS or UNITS[unit][0] != UNITS[wanted][0]:
+        return f", in {wanted}"
+    return f", in {wanted}: {round(float(number) * UNITS[unit][1] / UNITS[wanted][1], 9):g}"
 
 
 def _unit_hint(key: str, value: Any, known: list[str]) -> str:

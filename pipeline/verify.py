@@ -32,6 +32,7 @@ from pipeline.errors import BundleError, ConfigError, RecordingError, WireError
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
 from pipeline.prediction import BundleRef, Prediction
+from pipeline.recalibrate import FROM as RECALIBRATED
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading
 from pipeline.recording_damage import damage
 from pipeline.replay import event_time, plan_replay
@@ -172,6 +173,8 @@ def check_windows(reader: RecordingReader) -> None:
     advice = (
         "To record a session that can be verified, name a model in the rig (`bundle`): sensorium record RIG -o FILE"
         if reader.info.bundle is None
+        else f"It was recalibrated, and theirs were the old times; verify its original, {original}"
+        if (original := reader.info.extra.get(RECALIBRATED))
         else "Its session ended before the first window, or its aligner died; record a longer one"
     )
     raise RecordingError(

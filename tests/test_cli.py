@@ -131,8 +131,10 @@ def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself_with_an_example(name: str) -> None:
-    result = CliRunner().invoke(cli.app, [name, "--help"])
+    result = CliRunner().invoke(cli.app, [name, "--help"], terminal_width=80)
     assert result.exit_code == 0
+    text = result.output.partition("Example:")[0]
+    assert [line for line in text.splitlines() if len(line) > 80] == []
     assert re.search(rf"Example:\n +sensorium {name}\b", result.output)
 
 
@@ -163,6 +165,10 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
     [
         (["rnu"], "Did you mean 'run'?"),
         (["run", "--durtion", "3"], "--duration"),
+        (["run", "rig.yaml", "--duration", "5s"], "--duration: found '5s', expected seconds, a number at least 0"),
+        (["run", "rig.yaml", "--duration", "inf"], "--duration: found 'inf', expected seconds"),
+        (["record", "rig.yaml", "-o", "x.mcap", "--duration", "1e300"], "--duration: found '1e300', expected seconds"),
+        (["run", "rig.yaml", "--duration", "-1"], "--duration: found '-1', expected seconds"),
         (["replay", "x.mcap", "--speed", "2"], "speed"),
         (["run"], "name a rig"),
         (["run", "rgi.yaml"], "There are `"),
@@ -186,7 +192,13 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
             ["record", "rig.yaml", "-o", "newdir/"],
             "newdir/ names a folder, and a recording is a file; name one in it",
         ),
+        (["record", "rig.yaml", "-o", "."], "error: . is a folder; name a new file in it.\n"),
         (["run", "rig.yaml", "--record", "newdir/"], "like newdir/session.mcap"),
+        (["evaluate", "rig.yaml", f"{ROOT}/models/demo"], "error: rig.yaml is a file, and a bundle is a folder"),
+        (
+            ["replay", f"{ROOT}/recordings/demo.mcap", "--bundle", f"{ROOT}/models/demo/model.yaml"],
+            f"a file, and a bundle is a folder with a file model.yaml. Name its folder {ROOT}/models/demo.\n",
+        ),
         (["subscribe"], "No session runs on this machine"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
@@ -199,6 +211,7 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     code, out, err = call(place, *arguments)
     assert code == 2, err
     assert said in err
+    assert err.startswith(("error: ", "Usage: "))
     assert "Traceback" not in err
     assert out == ""
 

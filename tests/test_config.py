@@ -55,10 +55,13 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "algin: {}\n", 4, ("`algin`", "Did you mean `align`?", "`fusion`")),
     (RIG + "align: {max_dela_ms: 250}\n", 4, ("align.max_dela_ms", "`max_delay_ms`?")),
     (RIG + "align: {max_delay_s: 0.25}\n", 4, ("The key is `max_delay_ms`", "`max_delay_ms: 250`")),
+    (RIG + "align: {ms: 5}\n", 4, ("`ms` is no key here. Allowed",)),
     (RIG + "align: {max_delay_us: 500}\n", 4, ("`max_delay_ms: 0.5`",)),
     (RIG + "align: {max_delay: 250}\n", 4, ("Units stand in the names", "`max_delay_ms`")),
     (RIG + "align: {max_delay_ms: 0.25}\n", 4, ("0.25 (a number)", "The unit is milliseconds: 0.25 s is 250.")),
     (RIG + "align: {max_delay_ms: 250ms}\n", 4, ("'250ms' (text)", "a whole number", "number alone: 250")),
+    (RIG + "align: {max_delay_ms: 0.25s}\n", 4, ("'0.25s' (text)", "number alone, in ms: 250.")),
+    (RIG + "align: {max_delay_ms: 5 hz}\n", 4, ("'5 hz' (text)", "write the number alone, in ms.")),
     (RIG + "align: {max_delay_ms: '250'}\n", 4, ("'250' (text)", "without quotes: 250")),
     (RIG + "align:\n  streams:\n    lidar: {idle_s: 2}\n", 6, ("align.streams.lidar.idle_s", "`idle_ms: 2000`")),
     (RIG + "restart: {limit: -1}\n", 4, ("restart.limit", "at least 0")),
@@ -104,6 +107,18 @@ def test_what_is_wrong_is_refused_in_one_paragraph(text: str, line: int | None, 
     assert "\n" not in said
     for word in words:
         assert word in said, said
+
+
+def test_a_bare_unit_is_the_one_key_of_its_kind() -> None:
+    class Camera(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        rate_hz: float = 30
+        delay_ms: float = 0
+        timeout_ms: float = 0
+
+    with pytest.raises(ConfigError, match=r"`fps` is no key here. The key is `rate_hz`: write `rate_hz: 25`"):
+        Document("fps: 25\n", "camera.yaml").decode(Camera)
+    with pytest.raises(ConfigError, match=r"`s` is no key here. Allowed here"):  # of two nobody can tell
+        Document("s: 2\n", "camera.yaml").decode(Camera)
 
 
 MANY = """\

@@ -350,6 +350,23 @@ def test_a_session_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
     assert set(heeded) == {signal.SIG_IGN}
 
 
+@pytest.mark.parametrize(("how", "kills"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGHUP, False)])
+@pytest.mark.usefixtures("hung_up")
+def test_a_second_signal_kills_unless_a_closed_terminal_sends_it(
+    tmp_path: Path, how: signal.Signals, kills: bool
+) -> None:
+    session = Session(make_rig(tmp_path, {"imu": SOURCES["imu"]}, bundle=False))
+    hard: list[bool] = []
+
+    def twice(_: Session) -> None:
+        signal.raise_signal(how)
+        signal.raise_signal(how)
+        hard.append(session._supervisor.hard.is_set())
+
+    session.run(on_tick=twice)
+    assert hard == [kills]
+
+
 def test_a_listener_that_is_gone_ends_the_session_in_order(tmp_path: Path) -> None:
     out, told = tmp_path / "session.mcap", []  # type: ignore[var-annotated]
 

@@ -186,10 +186,43 @@ pipeline.terminal.Lines.prediction = prediction
 """
     done = python(interrupt, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "p.jsonl", folder=tmp_path)
     assert done.returncode == 128 + number
+    assert done.stderr.count(b"interrupted") == 1
     assert b"interrupted, so that p.jsonl is not made; the predictions until then are in p.jsonl.part" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl.part"]
     lines = (tmp_path / "p.jsonl.part").read_bytes().splitlines()
     assert [json.loads(line)["window"]["index"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    shown = python(interrupt, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", folder=tmp_path)
+    assert len(shown.stdout.splitlines()) == 6
+    assert shown.returncode == 128 + number  # so that a script does not take a part for the whole
+    assert shown.stderr.decode().splitlines()[-1] == "error: interrupted before the end of demo.mcap"
+    assert b" predictions over" in shown.stderr
+
+
+INTERRUPTED_IMPORT = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            {stop}
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "stop"),
+    [
+        ("typer", "raise KeyboardInterrupt"),
+        ("onnxruntime", "raise KeyboardInterrupt"),
+        # what a module in C++ makes of it
+        ("onnxruntime", "raise ImportError('initialization failed') from KeyboardInterrupt()"),
+    ],
+)
+def test_an_interrupt_while_the_command_is_still_loading_is_no_mistake_of_ours(
+    tmp_path: Path, module: str, stop: str
+) -> None:
+    before = INTERRUPTED_IMPORT.format(module=module, stop=stop)
+    done = python(before, "replay", DEMO, "--bundle", f"{ROOT}/models/demo", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, b"", b"")
 
 
 @pytest.mark.parametrize(

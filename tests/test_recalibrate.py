@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from pipeline import cli
 from pipeline.align import AlignSpec, Resample, StreamSpec
 from pipeline.calibrate_rig import recorded_offsets
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RecordingError
 from pipeline.explain import Session, explain
 from pipeline.messages import IMU_DTYPE, AudioLayout, FrameLayout, Header, ImuLayout, Message
 from pipeline.recalibrate import FROM, Shift, asked_shifts, moved_ns, recalibrate
@@ -31,6 +31,7 @@ from pipeline.recording import (
 )
 from pipeline.recording_summary import about
 from pipeline.timebase import Timebase
+from pipeline.verify import check_windows
 
 MS, S = 1_000_000, 1_000_000_000
 
@@ -247,6 +248,19 @@ def test_the_command_says_what_moved_and_what_is_left_out(tmp_path: Path) -> Non
     refused = run(cli.app, ["recalibrate", str(path), "-o", str(tmp_path / "d.mcap")])
     assert "say what to correct" in str(refused.exception)
     assert not (tmp_path / "d.mcap").exists()
+
+
+def test_to_verify_is_the_original(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "a.mcap", SessionInfo(session="s", bundle="b" * 64)) as writer:
+        for message in motion(3):
+            writer.write(message, message.header.t_receipt_ns)
+        writer.write_json(MANIFEST_TOPIC, b"{}", S)
+    correct(tmp_path / "a.mcap", tmp_path / "b.mcap", imu=Shift(offset_ns=MS))
+    with (
+        RecordingReader(tmp_path / "b.mcap") as reader,
+        pytest.raises(RecordingError, match=r"It was recalibrated, .* verify its original, a\.mcap$"),
+    ):
+        check_windows(reader)
 
 
 def test_what_the_model_is_called_is_known_without_its_predictions(tmp_path: Path) -> None:

@@ -677,8 +677,9 @@ def test_what_reaches_beyond_this_host_needs_keys(folder: Path, endpoint: str) -
 
 @pytest.mark.parametrize("endpoint", ["udp://127.0.0.1:1", "tcp://127.0.0.1", "127.0.0.1:5", "inproc://x"])
 def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
-    with pytest.raises(ConfigError, match="is no endpoint"):
+    with pytest.raises(ConfigError, match=r"is no endpoint; allowed are ipc:///path and tcp://HOST:PORT") as wrong:
         subscribe_json(endpoint, "prediction")
+    assert ("Did you mean `tcp://127.0.0.1:5`?" in str(wrong.value)) is (endpoint == "127.0.0.1:5")
 
 
 @pytest.mark.parametrize("port", [0, 65536, 99999])
