@@ -47,12 +47,14 @@ class Align:
         self.ended: set[str] = set()
 
     def run(self) -> None:
-        """Until stopped."""
+        """Until stopped. Of a session that ends before it began no windows are made."""
         with contextlib.closing(ZmqBus(Path(self.life.spec.session_dir), self.life.spec.node)) as bus:
             publisher = bus.publisher(self.life.spec.node, stop=self.life.stop)
             self.join(bus, publisher)
             wait_for_readers(publisher, self.life)
             self.life.wait_to_begin(Report(state="ready"))
+            if not self.life.begun.is_set():  # it ends before it began, when nobody was there yet to hear of windows
+                return
             self.begin()
             while not self.life.stop.is_set():
                 self.turn()

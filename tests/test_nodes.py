@@ -17,7 +17,7 @@ from nodes.replay import Replay, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
-from pipeline.life import Life, Mark, NodeSpec, Order
+from pipeline.life import Life, Mark, NodeSpec, Order, last_sent
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
@@ -34,6 +34,7 @@ from pipeline.recording import (
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.summary import lacking, not_whole
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
+from tests.rigs import short_folder
 from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
 
 pytestmark = pytest.mark.usefixtures("conserved")
@@ -218,6 +219,15 @@ def test_an_aligner_that_was_restarted_begins_at_the_next_hop_and_names_the_gap(
     heard = again.turn(1200)
     assert heard[1].step == 9
     assert heard[1].start_ns == 800 * MS
+
+
+def test_of_a_session_that_ends_before_it_began_no_windows_are_made(tmp_path: Path) -> None:
+    with short_folder() as folder:
+        waiting = life(folder, "align", Aligning(tmp_path).life.spec.settings, 2000 * MS, begun=False)
+        waiting.stop.set()
+        node = Align(waiting)
+        node.run()
+        assert node.mark.value == last_sent(str(folder), "align") == -1
 
 
 # -- fusion ------------------------------------------------------------------------------------------------------------
