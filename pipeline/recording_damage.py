@@ -43,9 +43,13 @@ def damage(path: str | Path) -> str | None:
     file without its end."""
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if (ended := _end(file, size)) is not None and ended < size:
-            more = f"{size - ended} bytes follow" if size - ended > 1 else "1 byte follows"
-            return f"{more} its end, from byte {ended} on; its recorder did not write that"
+        if (footer := _footer_end(file, size)) is not None:
+            file.seek(footer)
+            if not _MAGIC.startswith(file.read(len(_MAGIC))):
+                return f"its end is not at byte {footer}, where its footer ends"
+            if (more := size - footer - len(_MAGIC)) > 0:
+                follow = f"{more} bytes follow" if more > 1 else "1 byte follows"
+                return f"{follow} its end, from byte {size - more} on; its recorder did not write that"
         at = size - len(_MAGIC) - _FOOTER.size
         if at < 0:
             return None
@@ -67,16 +71,15 @@ def damage(path: str | Path) -> str | None:
     return None
 
 
-def _end(file: BinaryIO, size: int) -> int | None:
-    """Where the recording ends by its records: behind its footer. None if it has none."""
+def _footer_end(file: BinaryIO, size: int) -> int | None:
+    """Where the footer ends that its records lead to. None if they lead to none."""
     at = len(_MAGIC)
     while at + _HEAD.size <= size:
         file.seek(at)
         opcode, length = _HEAD.unpack(file.read(_HEAD.size))
-        at += _HEAD.size + length
+        at += _HEAD.size + int(length)
         if opcode == 2:
-            file.seek(at)
-            return at + len(_MAGIC) if at < size and file.read(len(_MAGIC)) == _MAGIC else None
+            return at
     return None
 
 

@@ -142,6 +142,19 @@ def test_one_changed_byte_is_found_and_named(whole: Path, verified: Callable[...
         assert "does not match its sum" in difference["recomputed"]
 
 
+def test_a_changed_bit_of_the_last_is_damage_and_a_missing_one_is_not(whole: Path) -> None:
+    data = bytearray((whole / "session.mcap").read_bytes())
+    changed = whole / "last.mcap"
+    for cut in range(8):
+        changed.write_bytes(data[: len(data) - cut])
+        assert damage(changed) is None
+    for at in range(len(data) - 8, len(data)):
+        changed.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert "where its footer ends" in (damage(changed) or "")
+        with pytest.raises(RecordingError, match="where its footer ends"):
+            verify(changed, load_bundle(whole / "model"))
+
+
 @pytest.mark.slow
 @settings(max_examples=12)
 @given(data=st.data())
