@@ -11,6 +11,9 @@ needs none of what a model needs.
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -83,9 +86,24 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'pipeline' has no public name {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"pipeline.{_MODULES[name]}"), name)
+    with _interrupts_wait():
+        value = getattr(import_module(f"pipeline.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect when this is over: an exception while msgspec makes a class ends the process by a
+    segmentation fault (0.22), and one in the midst of an import leaves a half of it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,25 @@ def test_subscribing_stays_a_function_whatever_was_imported_before() -> None:
 
 def test_a_subscriber_needs_no_model_runtime() -> None:
     assert run("import sys, pipeline; pipeline.subscribe; print('onnxruntime' in sys.modules)") == "False"
+
+
+INTERRUPTED = """
+import os, signal, sys
+import pipeline
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pipeline.steps":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+try:
+    pipeline.subscribe
+except KeyboardInterrupt:
+    print("pipeline.subscriber" in sys.modules, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot wait on this system")
+def test_an_interrupt_waits_until_what_is_being_imported_is_there() -> None:
+    assert run(INTERRUPTED) == "True set()"
