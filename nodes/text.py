@@ -19,6 +19,7 @@ import os
 import queue
 import select
 import stat
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -308,6 +309,11 @@ class _Http:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a client that stays connected must not hold up the end
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away before it has its answer is no fault of anybody's."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _usage(port: int) -> str:

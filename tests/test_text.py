@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nodes.text import Text
+from nodes.text import Text, _Server
 from pipeline.checks import CheckContext, check_source
 from pipeline.clock import SystemClock
 from pipeline.errors import ConfigError, SensorError
@@ -242,6 +243,20 @@ def test_a_post_without_a_length_or_of_unreasonable_size_is_refused() -> None:
             client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n")
             assert answer in client.recv(1000)
     source.close()
+
+
+@pytest.mark.parametrize(("error", "told"), [(BrokenPipeError("gone"), False), (ValueError("a mistake"), True)])
+def test_of_a_client_that_goes_away_no_trace_is_printed(
+    error: Exception, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server: Any = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    try:
+        raise error
+    except (BrokenPipeError, ValueError):
+        server.handle_error(None, ("127.0.0.1", 1))
+    finally:
+        server.server_close()
+    assert ("a mistake" in capsys.readouterr().err) == told
 
 
 def test_a_port_that_is_taken_is_a_sensor_error_and_a_client_that_hangs_does_not_hold_up_the_end() -> None:
