@@ -347,6 +347,13 @@ class SalvagedReader(RecordingReader):
                 self._open.append((good, at))
                 self._entries = None
                 good = at
+            if self._is_wrong_index(found):
+                # Its length may be wrong, too, or bytes of it are gone: what is certain may begin within it.
+                sure = next_piece(self._read, at + 1, limit)
+                end = found.end if sure is None else min(sure.start, found.end)
+                self._hole(at, end, "an index of messages, which is made anew")
+                good = at = end
+                continue
             if self._take(found):
                 good = found.end
             at = found.end
@@ -369,10 +376,13 @@ class SalvagedReader(RecordingReader):
                 self.attachments[attachment.name] = attachment.data
             case Opcode.METADATA if _metadata(found).name == END:
                 self._metadata[END], self._end_at = _metadata(found).metadata, found.start
-            case Opcode.MESSAGE_INDEX if self._entries is not None:
-                if self._entries.get(int.from_bytes(found.body[:2], "little")) != found.body[6:]:
-                    self._hole(found.start, found.end, "an index of messages, which is made anew")
         return True
+
+    def _is_wrong_index(self, found: Piece) -> bool:
+        """Whether this is an index of messages that is not the one of the chunk before it."""
+        if found.opcode != Opcode.MESSAGE_INDEX or self._entries is None:
+            return False
+        return self._entries.get(int.from_bytes(found.body[:2], "little")) != found.body[6:]
 
     def _hole(self, start: int, end: int, what: str) -> Hole:
         hole = Hole(from_byte=start, to_byte=end, what=what)

@@ -195,6 +195,14 @@ def gaps(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(data)
 
 
+def test_bytes_that_are_gone_from_an_index_of_messages_cost_no_chunk(original: Original, tmp_path: Path) -> None:
+    """Its length then reaches into the chunk behind it."""
+    everything = Counter(record for chunk in original.chunks.values() for record in chunk)
+    for start, end in original.of(Opcode.MESSAGE_INDEX)[::5]:
+        out, _ = recovered(tmp_path, original.content[: end - 19] + original.content[end - 6 :])
+        assert Counter(record for chunk in stored(out) for record in chunk if not ours(record)) == everything, start
+
+
 @settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_happens_to_a_file_all_the_rest_of_it_is_saved(
