@@ -198,7 +198,7 @@ def gaps(path: Path) -> Iterator[dict[str, Any]]:
 def test_bytes_that_are_gone_from_an_index_of_messages_cost_no_chunk(original: Original, tmp_path: Path) -> None:
     """Its length then reaches into the chunk behind it."""
     everything = Counter(record for chunk in original.chunks.values() for record in chunk)
-    for start, end in original.of(Opcode.MESSAGE_INDEX)[::5]:
+    for start, end in original.of(Opcode.MESSAGE_INDEX):
         out, _ = recovered(tmp_path, original.content[: end - 19] + original.content[end - 6 :])
         assert Counter(record for chunk in stored(out) for record in chunk if not ours(record)) == everything, start
 
