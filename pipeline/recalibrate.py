@@ -39,7 +39,7 @@ from pipeline.recording import (
     SessionInfo,
 )
 from pipeline.recording_summary import BUNDLE_NAME, bundle_name
-from pipeline.recording_writer import CALIBRATION, RIG, whole_file
+from pipeline.recording_writer import CALIBRATION, RIG, refuse_existing, whole_file
 from pipeline.strict import listed, nearest
 
 Array = np.ndarray[Any, Any]
@@ -122,8 +122,7 @@ def recalibrate(
     """Writes ``reader``'s recording with corrected times to ``out``, which appears only when it is whole. ConfigError
     for a stream that is not there and an ``out`` that exists; RecordingError."""
     _check(reader, shifts)
-    if out.exists():
-        raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
+    refuse_existing(out)
     columns = _columns(reader, shifts)
     plans = {name: _plan(columns[name], shift) for name, shift in shifts.items()}
     dropped: Counter[str] = Counter()

@@ -46,6 +46,7 @@ from pipeline.recording_writer import (
     LostMessages,
     RecordingWriter,
     SessionInfo,
+    refuse_existing,
     whole_file,
 )
 from pipeline.steps import Gap
@@ -603,8 +604,7 @@ def recover(
             )
         if not reader.topics and not reader.ended:
             raise RecordingError(f"{path} ends before its first message, or none is intact: nothing can be recovered")
-        if out.exists():
-            raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
+        refuse_existing(out)
         extra = reader.info.extra | {FROM: Path(path).name}
         session = msgspec.structs.replace(reader.info, extra=extra)
         with whole_file(out, overwrite=False) as part, RecordingWriter(part, session, overwrite=True) as writer:

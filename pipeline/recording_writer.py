@@ -439,12 +439,15 @@ def _linked(part: Path, out: Path) -> bool:
     try:
         os.link(part, out)
     except OSError:
-        if os.path.lexists(out):
-            raise ConfigError(
-                f"{out} exists already, and is not overwritten: choose another name, or remove it"
-            ) from None
+        refuse_existing(out)
         return False
     return True
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises ConfigError if there is anything of this name, be it a link that leads nowhere."""
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
 
 
 def free_path(path: Path) -> Path:

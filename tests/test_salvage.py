@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ from pipeline.recording import (
 from pipeline.recording_damage import damage
 from pipeline.recording_salvage import Recovery, SalvagedReader, recover
 from pipeline.schemas import schema
+from tests.mcap_places import places
 from tests.test_recording import UNIX, message
 
 MS = 1_000_000
@@ -65,15 +65,6 @@ class Original(NamedTuple):
 
     def of(self, opcode: int) -> list[tuple[int, int]]:
         return [(start, end) for kind, start, end in self.records if kind == opcode]
-
-
-def places(content: bytes) -> list[tuple[int, int, int]]:
-    found, at = [], 8
-    while at + 9 < len(content) - 8:
-        opcode, length = struct.unpack_from("<BQ", content, at)
-        found.append((opcode, at, at + 9 + length))
-        at += 9 + length
-    return found
 
 
 def stored(path: Path) -> list[list[Record]]:

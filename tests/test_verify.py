@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from pipeline.recording_damage import damage
 from pipeline.recording_salvage import lost_text, recover
 from pipeline.recording_writer import Deleted, RingPart
 from pipeline.verify import _Held, verify
+from tests.mcap_places import places
 from tests.rigs import STREAMS
 from tests.test_launch import all_ok, running
 from tests.test_replay import record, session
@@ -97,16 +97,6 @@ def test_a_session_with_a_killed_node(tmp_path: Path, victim: str) -> None:
 # -- one byte ----------------------------------------------------------------------------------------------------------
 
 
-def records(data: bytes) -> list[tuple[int, int, int]]:
-    """Where each record of an MCAP file lies: opcode, first byte, end."""
-    found, at = [], 8
-    while at + 9 < len(data) - 8:
-        opcode, length = struct.unpack_from("<BQ", data, at)
-        found.append((opcode, at, at + 9 + length))
-        at += 9 + length
-    return found
-
-
 @pytest.fixture(scope="module")
 def verified(whole: Path) -> Callable[[bytes], tuple[int, dict[str, Any]]]:
     """Verifies bytes on the command line; the exit code and what it prints."""
@@ -129,7 +119,7 @@ def test_one_changed_byte_is_found_and_named(whole: Path, verified: Callable[...
     if where == "first chunk":
         assert verified(bytes(data))[0] == 0  # as it is, everything holds
     kinds = {"metadata": 0x0C, "attachment": 0x09, "schema": 0x03, "index": 0x08, "footer": 0x02, "end of data": 0x0F}
-    spans = [(first, end) for opcode, first, end in records(data) if opcode == kinds.get(where, 0x06)]
+    spans = [(first, end) for opcode, first, end in places(data) if opcode == kinds.get(where, 0x06)]
     first, end = spans[{"first chunk": 0, "last chunk": -1}.get(where, len(spans) // 2)]
     data[(first + 9 + end) // 2] ^= 1
     code, found = verified(bytes(data))
@@ -174,7 +164,7 @@ def test_any_changed_bit_is_found(whole: Path, data: st.DataObject) -> None:
 @pytest.mark.slow
 def test_what_is_recovered_of_a_damaged_session_is_verified_again(whole: Path) -> None:
     data = bytearray((whole / "session.mcap").read_bytes())
-    spans = [(first, end) for opcode, first, end in records(data) if opcode == 0x06]
+    spans = [(first, end) for opcode, first, end in places(data) if opcode == 0x06]
     first, end = spans[len(spans) // 2]
     data[(first + 9 + end) // 2] ^= 1
     hurt, out = whole / "hurt.mcap", whole / "recovered.mcap"
