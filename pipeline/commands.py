@@ -117,7 +117,7 @@ def replay(
     """``sensorium replay``."""
     from pipeline.bundle import load_bundle
     from pipeline.clock import SystemClock
-    from pipeline.recording import INCOMPLETE, RecordingReader
+    from pipeline.recording import RecordingReader, lacks
     from pipeline.replay import paced, replay_predictions
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.summary import Summary
@@ -127,7 +127,7 @@ def replay(
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
         if not reader.info.complete:
-            _say(f"{recording.name} is {INCOMPLETE}; what can be read is replayed")
+            _say(f"{recording.name} is incomplete: {lacks(reader)}; what can be read is replayed")
         kept = to_file = None
         stack.enter_context(ended_politely())
         if out is not None:

@@ -82,6 +82,8 @@ class Explanation(msgspec.Struct, kw_only=True):
 
     session: str
     complete: bool
+    incomplete: str = ""
+    """What it lacks, in words, if it is not complete."""
     source: Source
     """Where the windows come from: the live session, one that still runs (its last half minute), event time, or there
     are none."""
@@ -173,6 +175,7 @@ def explain(session: Session) -> Explanation:
     return Explanation(
         session=session.info.session,
         complete=session.info.complete,
+        incomplete=session.facts.get("incomplete", ""),
         source=session.source,
         windows=len(session.manifests),
         causes=dict(Counter(manifest.cause for manifest in session.manifests)),

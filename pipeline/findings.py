@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.recording import INCOMPLETE
 from pipeline.reports import GAPS, accounts, latency_table
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
@@ -32,7 +31,7 @@ _LISTED = 8
 
 def explanation_text(found: Explanation) -> RenderableType:
     """A whole session: where messages went, how streams behaved, what windows waited for, latency by stage."""
-    state = "" if found.complete else f"   {INCOMPLETE}"
+    state = f"   incomplete: {found.incomplete}" if found.incomplete else ""
     head = Text.assemble(f"session {found.session}   windows: {found.windows or ''} {_SOURCES[found.source]}")
     head.append(state, style="yellow")
     where = accounts({name: stream.messages for name, stream in found.streams.items()})

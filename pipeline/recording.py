@@ -12,7 +12,7 @@ Topics: a stream's messages under its own name, all beats under ``/beat``, JSON 
 from pipeline.recording_reader import RecordingReader, reading
 from pipeline.recording_ring import Ring, RingWriter, deleted_text, message_limit, ring_notes
 from pipeline.recording_schemas import BEAT_TOPIC, GAP_TOPIC, LABEL_TOPIC, LOG_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
-from pipeline.recording_summary import INCOMPLETE, about, seconds_of, summarise
+from pipeline.recording_summary import about, lacks, seconds_of, summarise
 from pipeline.recording_writer import (
     Compression,
     Deleted,
@@ -27,7 +27,6 @@ from pipeline.recording_writer import (
 __all__ = [
     "BEAT_TOPIC",
     "GAP_TOPIC",
-    "INCOMPLETE",
     "LABEL_TOPIC",
     "LOG_TOPIC",
     "MANIFEST_TOPIC",
@@ -45,6 +44,7 @@ __all__ = [
     "about",
     "deleted_text",
     "free_path",
+    "lacks",
     "message_limit",
     "reading",
     "ring_notes",

@@ -83,6 +83,21 @@ def _footer_end(file: BinaryIO, size: int) -> int | None:
     return None
 
 
+def lacking_end(read: Read, size: int) -> str:
+    """That a file of this size lacks its end, in words, and what is in its place."""
+    start, end = max(size - _BLOCK, 0), size
+    while end and not (block := read(start, end - start).rstrip(b"\0")):
+        start, end = max(start - _BLOCK, 0), start
+    zeros = size - start - len(block) if end else size
+    if zeros < _SECTOR:
+        return "its end is missing"
+    return f"its end is missing: its last {zeros} bytes are zeros, which a power cut or a fault of the disk leaves"
+
+
+_SECTOR = 512
+"""So many zeros are no part of a record that was cut off by chance."""
+
+
 def _sum(file: BinaryIO, start: int, end: int) -> int:
     file.seek(start)
     result, left = 0, end - start

@@ -26,7 +26,16 @@ from mcap.records import Attachment, Channel, ChunkIndex, Metadata, Schema
 
 from pipeline.errors import RecordingError
 from pipeline.messages import Header, Message, Payload
-from pipeline.recording_damage import DAMAGE, attachment_holds, chunk_data, facts_hold, has_sum, next_piece, whole_index
+from pipeline.recording_damage import (
+    DAMAGE,
+    attachment_holds,
+    chunk_data,
+    facts_hold,
+    has_sum,
+    lacking_end,
+    next_piece,
+    whole_index,
+)
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
 from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
 
@@ -76,6 +85,8 @@ class RecordingReader:
         self._sure = len(MAGIC)
         """Where the last record ends that is not damaged, as far as this is known."""
         self.attachments: dict[str, bytes] = {}
+        self.lacking_end = ""
+        """That the file lacks its end, and how, in words; nothing if it has it."""
         try:
             self._file: BinaryIO = self.path.open("rb", buffering=0)
         except OSError as error:
@@ -83,6 +94,7 @@ class RecordingReader:
         try:
             whole = self._scan()
             if not whole:
+                self.lacking_end = lacking_end(self._read, os.fstat(self._file.fileno()).st_size)
                 self._salvage()
             self.info = self._session(whole)
             for channel in self._channels.values():

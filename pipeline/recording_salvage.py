@@ -26,7 +26,7 @@ from mcap.opcode import Opcode
 from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, MetadataIndex, Statistics
 
 from pipeline.errors import ConfigError, RecordingError
-from pipeline.recording_damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
+from pipeline.recording_damage import Index, Piece, chunk_end, damage, lacking_end, next_piece, piece, whole_index
 from pipeline.recording_reader import (
     MAGIC,
     MESSAGE_HEAD,
@@ -564,7 +564,7 @@ class SalvagedReader(RecordingReader):
         if self._stated is None or not hasattr(self, "damage"):
             return session
         lost = bool(self._losses or self.damage.lost or self.damage.unreadable)
-        said = [session.note] if end else ["its end is missing"]
+        said = [session.note] if end else [lacking_end(self._read, os.fstat(self._file.fileno()).st_size)]
         cut_off = not end and all(hole.to_ns is None for hole in self._losses)  # which is said already
         if self.damage.lost or self.damage.unreadable or (self._losses and not cut_off):
             said.append(f"damaged, and recovered without what is lost: {lost_text(self.damage)}")

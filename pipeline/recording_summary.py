@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import numpy as np
 
 from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
 from pipeline.recording_reader import RecordingReader, reading
-from pipeline.recording_schemas import MANIFEST_TOPIC, PREDICTION_TOPIC
+from pipeline.recording_schemas import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
 from pipeline.recording_writer import Label
 
 BUNDLE_NAME = "bundle_name"
@@ -23,8 +24,37 @@ BUNDLE_NAME = "bundle_name"
 _UNKNOWN = -(1 << 62)
 """An epoch before all others: that of a stream of which nobody knows where it stood."""
 
-INCOMPLETE = "incomplete: it holds gaps, or its end is missing"
-"""What a recording that is not ``complete`` is, in words."""
+
+class _Gap(msgspec.Struct):
+    """Of a gap record, of messages or of windows, whose it is and how long."""
+
+    first: int = msgspec.field(name="from")
+    last: int = msgspec.field(name="to")
+    stream: str | None = None
+    of: str = "window"
+
+
+def lacks(reader: RecordingReader) -> str:
+    """What a recording that is incomplete lacks, in words: what its recorder said of it, else of which streams it has
+    gaps; and whether its end is missing, and from where on. Nothing of one that is complete."""
+    if reader.info.complete:
+        return ""
+    said = [reader.info.note] if reader.info.note else []
+    if reader.lacking_end:
+        said.append(f"{reader.lacking_end}; it can be read up to {reader.end_ns / 1e9:.2f} s")
+    if not reader.info.note and (gaps := _gaps(reader)):
+        said.append(f"it has gaps: {', '.join(f'{name} {count}' for name, count in sorted(gaps.items()))}")
+    return "; ".join(said) or "its recorder closed it so, and did not say what it lacks"
+
+
+def _gaps(reader: RecordingReader) -> Counter[str]:
+    """How many messages of which stream, windows and predictions are lacking, by the recording's own gap records."""
+    lacking: Counter[str] = Counter()
+    if GAP_TOPIC in reader.topics:
+        for data, _, _ in reader.json(GAP_TOPIC):
+            gap = msgspec.json.decode(data, type=_Gap)
+            lacking[gap.stream or f"{gap.of}s"] += gap.last - gap.first + 1
+    return lacking
 
 
 def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
@@ -33,8 +63,8 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     Plain values, ready for JSON; a number that cannot be known is None. ``rate_hz`` is of samples (messages, for
     payloads without samples) over the time between captures; ``lost`` counts missing sequence numbers and ``gaps``
     the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for audio: without
-    sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say at its end, as
-    what it lacks. RecordingError if the file cannot be read.
+    sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say at its end,
+    ``incomplete`` what a recording that is not complete lacks. RecordingError if the file cannot be read.
     """
     with reading(path) as reader:
         return _summarise(reader)
@@ -97,13 +127,14 @@ def _summarise(reader: RecordingReader) -> dict[str, Any]:
             streams.setdefault(name, _Stream(reader.info.standing(name))).add(message, arrival_ns)
     starts = [stream.start_ns for stream in streams.values()]
     ends = [stream.end_ns for stream in streams.values()]
-    note, ring = reader.info.note, reader.info.ring
+    note, lacking, ring = reader.info.note, lacks(reader), reader.info.ring
     return {
         "duration_s": (max(ends) - min(starts)) / 1e9 if streams else 0.0,
         "session": reader.info.session,
         "complete": reader.info.complete,
         "streams": {name: streams[name].result() for name in sorted(streams)},
         **({"note": note} if note else {}),
+        **({"incomplete": lacking} if lacking else {}),
         **({} if ring is None else {"ring": msgspec.to_builtins(ring)}),
     }
 

@@ -10,7 +10,7 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.recording import INCOMPLETE, Deleted, deleted_text
+from pipeline.recording import Deleted, deleted_text
 from pipeline.sheet import Sheet, counted, number, numbers, size
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
@@ -154,8 +154,7 @@ _PLACES = (
 
 def recording_table(info: dict[str, Any]) -> RenderableType:
     """What ``sensorium info`` says to a person."""
-    lacks = f"incomplete: {info['note']}" if info.get("note") else INCOMPLETE
-    state = "" if info["complete"] else f"   {lacks}"
+    state = "" if info["complete"] else f"   incomplete: {info['incomplete']}"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
     head.append("".join(f"\n{line}" for line in (_recorded(info), _labels(info)) if line))
     columns = ("messages", "samples", "rate", "lost", "gaps", "longest pause", "delay", "max delay")

@@ -72,6 +72,10 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float
     session: str
     complete: bool
+    incomplete: str | msgspec.UnsetType = msgspec.UNSET
+    """What it lacks, if it is not complete."""
+    note: str | msgspec.UnsetType = msgspec.UNSET
+    """What its recorder had to say of it at its end."""
     streams: dict[str, StreamInfo]
     latency_ms: dict[str, Stage] | msgspec.UnsetType = msgspec.UNSET
     """By stage, where the recording holds predictions."""

@@ -33,7 +33,7 @@ from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
 from pipeline.prediction import BundleRef, Prediction
 from pipeline.recalibrate import FROM as RECALIBRATED
-from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading
+from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, lacks, reading
 from pipeline.recording_damage import damage
 from pipeline.replay import event_time, plan_replay
 
@@ -149,7 +149,7 @@ def verify(
         if result.elsewhere_count and not result.windows:
             result.doubt("no window of this segment could be made again: each of them needs what is in others")
         if not reader.info.complete:
-            result.doubt(f"the recording is incomplete: {reader.info.note or 'its writer did not close it'}")
+            result.doubt(f"the recording is incomplete: {lacks(reader)}")
         return result
 
 
@@ -165,7 +165,7 @@ def check_windows(reader: RecordingReader) -> None:
     whole = (
         "All that can be verified are its bytes, and every one of them is as it was written"
         if reader.info.complete
-        else "All that can be verified are its bytes, which can be read as far as they go; its end is missing"
+        else f"All that can be verified are its bytes, which can be read as far as they go; {reader.lacking_end}"
         if not reader.info.note
         else f"All that can be verified are its bytes, which are as they were written; of itself it says: "
         f"{reader.info.note}"

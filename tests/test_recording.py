@@ -39,7 +39,17 @@ from pipeline.messages import (
     nbytes_of,
     signal_dtype,
 )
-from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo, summarise
+from pipeline.recording import (
+    GAP_TOPIC,
+    Label,
+    LostMessages,
+    RecordingReader,
+    RecordingWriter,
+    SessionInfo,
+    lacks,
+    summarise,
+)
+from pipeline.steps import Gap
 
 UNIX = 1_700_000_000_000_000_000
 SESSION = SessionInfo(session="s1", unix_ns=UNIX)
@@ -396,6 +406,29 @@ def test_a_tail_of_zeros_is_a_cut_file(small_file: SmallFile, tmp_path: Path) ->
     (tmp_path / "a.mcap").write_bytes(content[: len(content) // 2] + bytes(500))
     with RecordingReader(tmp_path / "a.mcap") as reader:
         assert not reader.info.complete
+
+
+def test_what_an_incomplete_recording_lacks_is_said(small_file: SmallFile, tmp_path: Path) -> None:
+    content, _ = small_file
+    path = tmp_path / "a.mcap"
+    end = "its end is missing"
+    for tail, said in ((b"", end), (bytes(511), end), (bytes(512), f"{end}: its last 512 bytes are zeros, which a")):
+        path.write_bytes(content[: len(content) // 2].rstrip(b"\0") + tail)
+        with RecordingReader(path) as reader:
+            assert lacks(reader).startswith(said)
+            assert lacks(reader).endswith(f"; it can be read up to {reader.end_ns / 1e9:.2f} s")
+            assert ("zeros" in lacks(reader)) == (len(tail) >= 512)
+    gaps = (LostMessages("words", 0, 3, 5), LostMessages("words", 1, 0, 0), Gap(7, 8, "lost", "prediction"))
+    for note in ("", "3 messages of words lost"):
+        with RecordingWriter(path, SESSION, overwrite=True) as writer:
+            for gap in gaps if not note else gaps[:0]:
+                writer.write_json(GAP_TOPIC, msgspec.json.encode(gap), 5)
+            writer.close(complete=False, note=note)
+        with RecordingReader(path) as reader:
+            assert lacks(reader) == (note or "it has gaps: predictions 2, words 4")
+    with RecordingWriter(path, SESSION, overwrite=True) as writer:
+        pass
+    assert "incomplete" not in summarise(path)
 
 
 @pytest.mark.parametrize(

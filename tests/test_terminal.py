@@ -236,8 +236,7 @@ def test_what_lies_in_other_segments_leaves_one_verified() -> None:
 
 def test_an_incomplete_recording_is_called_that() -> None:
     info = {"session": "s", "duration_s": 1.0, "complete": False, "streams": {}}
-    assert "incomplete: it holds gaps, or its end is missing" in text(recording_table(info))
-    shown = text(recording_table(info | {"note": "3 windows could not be recorded"}))
+    shown = text(recording_table(info | {"incomplete": "3 windows could not be recorded"}))
     assert "incomplete: 3 windows could not be recorded" in shown
 
 
