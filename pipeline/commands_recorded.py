@@ -97,6 +97,7 @@ def _seen(recording: Path, look: Callable[[RecordingReader], T]) -> tuple[T, Dam
     nothing can be had of it."""
     from pipeline.recording import RecordingReader
     from pipeline.recording_damage import damage
+    from pipeline.recording_reader import ForeignLayoutError
     from pipeline.recording_salvage import SalvagedReader
 
     try:
@@ -104,6 +105,8 @@ def _seen(recording: Path, look: Callable[[RecordingReader], T]) -> tuple[T, Dam
             found = look(reader)
         if damage(recording) is None:
             return found, None
+    except ForeignLayoutError:
+        raise
     except RecordingError:
         pass
     with SalvagedReader(recording) as salvaged:

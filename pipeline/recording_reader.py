@@ -46,6 +46,10 @@ Stated = TypeVar("Stated")
 Record = tuple[int, int, int, int, int, memoryview]
 
 
+class ForeignLayoutError(RecordingError):
+    """A recording that another tool has written anew in a way that is not read here. It is not damaged."""
+
+
 class ChunkPlace(msgspec.Struct, frozen=True, gc=False):
     """Where a chunk lies in the file and which log times it spans."""
 
@@ -191,12 +195,35 @@ class RecordingReader:
                 self._chunks.append(ChunkPlace(at, length, start, end))
             elif opcode in _KEPT:
                 self._keep(opcode, self._read(body, length))
+            elif opcode == Opcode.MESSAGE:
+                self._refuse_bare(body)
             elif opcode == Opcode.FOOTER:
-                return self._ended(body + length, size)
+                whole = self._ended(body + length, size)
+                self._learn_channels()
+                return whole
             at = body + length
             if opcode in (Opcode.ATTACHMENT, Opcode.METADATA):
                 self._sure = at
         return False
+
+    def _refuse_bare(self, body: int) -> None:
+        """Raises ForeignLayoutError for a message of a known channel outside of all chunks: recorders write none."""
+        if SESSION in self._metadata and int.from_bytes(self._read(body, 2), "little") in self._channels:
+            raise ForeignLayoutError(
+                f"{self.path} was written anew by another tool, and without chunks, which recordings consist of. Write "
+                f"it with chunks: mcap compress {self.path.name} -o chunked.mcap"
+            )
+
+    def _learn_channels(self) -> None:
+        """Takes the channels from the chunks where the end does not list them, as some tools leave it."""
+        if not self._channels:
+            for chunk in self._chunks:
+                self._keep_channels(chunk)
+
+    def _keep_channels(self, chunk: ChunkPlace) -> None:
+        for opcode, body in split(self._chunk_data(chunk)):
+            if opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+                self._keep(opcode, bytes(body))
 
     def _ended(self, at: int, size: int) -> bool:
         """Whether the end, behind the footer, is there, too. Raises RecordingError if something else is."""
@@ -240,10 +267,7 @@ class RecordingReader:
         the record that it was in the midst of."""
         for position, chunk in enumerate(self._chunks):
             try:
-                data = self._chunk_data(chunk)
-                for opcode, body in split(data):
-                    if opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
-                        self._keep(opcode, bytes(body))
+                self._keep_channels(chunk)
                 self._sure = max(self._sure, chunk.offset + _HEAD.size + chunk.length)
             except (RecordingError, struct.error):
                 if position + 1 < len(self._chunks):

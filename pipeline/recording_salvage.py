@@ -27,7 +27,15 @@ from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, Meta
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.recording_damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
-from pipeline.recording_reader import MAGIC, MESSAGE_HEAD, ChunkPlace, Record, RecordingReader, split
+from pipeline.recording_reader import (
+    MAGIC,
+    MESSAGE_HEAD,
+    ChunkPlace,
+    ForeignLayoutError,
+    Record,
+    RecordingReader,
+    split,
+)
 from pipeline.recording_schemas import (
     BEAT_TOPIC,
     GAP_TOPIC,
@@ -587,12 +595,23 @@ def lost_text(found: Damage) -> str:
     return f"at least {said}" if said else "nobody knows how many messages"
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raises ForeignLayoutError for what is not damaged, but laid out as is not read here."""
+    try:
+        RecordingReader(path).close()
+    except ForeignLayoutError:
+        raise
+    except RecordingError:
+        pass
+
+
 def recover(
     path: Path, out: Path, *, partial: bool = False, progress: Callable[[int], Any] = lambda t_ns: None
 ) -> Recovery:
     """Writes what is intact of a recording to ``out``, which appears only when it is whole. With ``partial`` also
     where attachments, or what a stream's messages are, are lost, and without them. ConfigError for a recording that is
     whole and an ``out`` that exists; RecordingError if nothing can be had, or not all but messages."""
+    refuse_foreign(path)
     with SalvagedReader(path) as reader:
         found = reader.damage
         if not found.holes and reader.ended:

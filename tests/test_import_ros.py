@@ -434,9 +434,19 @@ def test_a_bag_that_is_cut_off_or_empty_is_one_error(tmp_path: Path, kind: str, 
     assert not list(tmp_path.glob("imported*"))
 
 
-def test_a_bag_without_an_index_is_refused_with_its_cure(tmp_path: Path, ros: Ros) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index_types": IndexType.NONE},
+        {"use_chunking": False},
+        {"use_statistics": False},
+        {"repeat_channels": False},
+        {"repeat_channels": False, "repeat_schemas": False, "use_statistics": False, "index_types": IndexType.NONE},
+    ],
+)
+def test_a_bag_without_an_index_is_refused_with_its_cure(tmp_path: Path, ros: Ros, options: dict[str, Any]) -> None:
     with (tmp_path / "a.mcap").open("wb") as file:
-        writer = McapWriter(file, index_types=IndexType.NONE)
+        writer = McapWriter(file, **options)
         writer.start()
         schema = writer.register_schema("std_msgs/msg/Bool", "ros2msg", b"bool data")
         channel = writer.register_channel("/a", "cdr", schema)

@@ -20,10 +20,11 @@ from mcap.reader import make_reader
 from mcap.records import Channel, Chunk
 from mcap.records import Message as Stored
 from mcap.stream_reader import StreamReader, breakup_chunk
-from mcap.writer import Writer
+from mcap.writer import IndexType, Writer
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.commands_recorded import info
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.explain import Session, explain
 from pipeline.messages import TextLayout
@@ -274,12 +275,43 @@ def test_no_damage_passes_an_ordinary_reader_unseen(
 # Kinds of damage, one by one.
 
 
-@pytest.mark.parametrize("options", [{"enable_crcs": False}, {"use_summary_offsets": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable_crcs": False},
+        {"use_summary_offsets": False},
+        {"repeat_channels": False, "repeat_schemas": False},
+        {
+            "repeat_channels": False, "repeat_schemas": False, "use_statistics": False, "use_summary_offsets": False,
+            "index_types": IndexType.NONE,
+        },
+    ],
+)  # fmt: skip
 def test_what_another_tool_wrote_anew_is_not_damaged(
     original: Original, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Sums, and parts of the index, are left to who writes an MCAP file."""
-    path, anew = tmp_path / "original.mcap", tmp_path / "anew.mcap"
+    """Sums, and parts of the index or all of it, are left to who writes an MCAP file."""
+    path, anew = written_anew(original, tmp_path, **options)
+    with RecordingReader(path) as was, RecordingReader(anew) as found:
+        assert (found.info.session, found.info.complete) == ("s1", True)
+        assert [m.header for m, _ in found.messages()] == [m.header for m, _ in was.messages()]
+    assert damage(anew) is None
+
+
+@pytest.mark.parametrize("end", [None, -1000])
+def test_what_another_tool_wrote_without_chunks_is_refused_and_not_called_damaged(
+    original: Original, tmp_path: Path, end: int | None
+) -> None:
+    _, anew = written_anew(original, tmp_path, use_chunking=False)
+    anew.write_bytes(anew.read_bytes()[:end])
+    for look in (RecordingReader, lambda path: recover(path, tmp_path / "out.mcap"), lambda path: info(path, json=True)):
+        with pytest.raises(RecordingError, match=r"anew by another tool, and without chunks.*: mcap compress anew\.mcap"):
+            look(anew)
+
+
+def written_anew(original: Original, folder: Path, **options: Any) -> tuple[Path, Path]:
+    """A recording, and what another tool makes of it."""
+    path, anew = folder / "original.mcap", folder / "anew.mcap"
     path.write_bytes(original.content)
     with path.open("rb") as file:
         reader, writer = make_reader(file), Writer(str(anew), **options)
@@ -296,10 +328,7 @@ def test_what_another_tool_wrote_anew_is_not_damaged(
                 )
             writer.add_message(ids[channel.topic], one.log_time, one.data, one.publish_time, one.sequence)
         writer.finish()  # type: ignore[no-untyped-call]
-    with RecordingReader(path) as was, RecordingReader(anew) as found:
-        assert (found.info.session, found.info.complete) == ("s1", True)
-        assert [m.header for m, _ in found.messages()] == [m.header for m, _ in was.messages()]
-    assert damage(anew) is None
+    return path, anew
 
 
 def middle(original: Original) -> tuple[int, int]:

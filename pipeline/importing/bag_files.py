@@ -128,7 +128,16 @@ class McapBag(Bag):
             self._reader = SeekingReader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
             statistics = summary and summary.statistics
-            if not summary or not statistics or (statistics.message_count and not summary.chunk_indexes):
+            if (
+                not summary
+                or not statistics
+                or (
+                    statistics.message_count
+                    and (
+                        not summary.chunk_indexes or statistics.channel_message_counts.keys() - summary.channels.keys()
+                    )
+                )
+            ):
                 raise RecordingError(f"{path} has no index. Make one with: mcap recover {path.name} -o whole.mcap")
             if any(index.name == "sensorium" for index in summary.metadata_indexes):
                 raise _ours(path)
