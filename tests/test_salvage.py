@@ -304,8 +304,10 @@ def test_what_another_tool_wrote_without_chunks_is_refused_and_not_called_damage
 ) -> None:
     _, anew = written_anew(original, tmp_path, use_chunking=False)
     anew.write_bytes(anew.read_bytes()[:end])
-    for look in (RecordingReader, lambda path: recover(path, tmp_path / "out.mcap"), lambda path: info(path, json=True)):
-        with pytest.raises(RecordingError, match=r"anew by another tool, and without chunks.*: mcap compress anew\.mcap"):
+    told = r"anew by another tool, and without chunks.*: mcap compress anew\.mcap"
+    looks = (RecordingReader, lambda path: recover(path, tmp_path / "out.mcap"), lambda path: info(path, json=True))
+    for look in looks:
+        with pytest.raises(RecordingError, match=told):
             look(anew)
 
 
