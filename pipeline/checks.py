@@ -26,7 +26,7 @@ from pipeline.messages import (
     view,
 )
 from pipeline.source import Reading, Source, default_bound_ns
-from pipeline.stamper import Stamper
+from pipeline.stamper import ClockCheck, Stamper
 from pipeline.strict import Document
 
 FUTURE_NS = 50_000_000
@@ -95,6 +95,7 @@ def _settings(source_class: type[Source], settings: dict[str, Any]) -> Any:
 def _life(source: Source, payload: str, context: CheckContext, wanted: int, turns: int) -> list[Reading]:
     stamper = Stamper(context.name, payload)
     stamper.open(context.clock.now_ns())
+    clock_check = ClockCheck()
     kept: list[tuple[Reading, str]] = []
     for _ in range(turns):
         try:
@@ -105,6 +106,7 @@ def _life(source: Source, payload: str, context: CheckContext, wanted: int, turn
             now = context.clock.now_ns()
             _check_reading(reading, payload, now)
             header = stamper.stamp(reading, now)
+            clock_check.check(reading, now)
             assert header is not None, f"{_name(reading)} begins before the bound of the last ({stamper.bound_ns})"
             kept.append((reading, _digest(reading)))
         promise = source.bound_ns()

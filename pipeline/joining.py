@@ -8,7 +8,6 @@ they stop, and the next one is waited for.
 from __future__ import annotations
 
 import selectors
-import shutil
 import socket
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from pipeline.link import INVITE, JOIN, PROTOCOL, STOP, Hello, Invitation, LinkS
 from pipeline.node import EXIT_SENSOR
 from pipeline.refusals import Repeated
 from pipeline.source import KINDS
-from pipeline.transport import LinkClient
+from pipeline.transport import LinkClient, SessionFolder, remove_leftovers, sessions_root
 
 ASK_NS = 500_000_000
 """How often the hub is asked; that it answers shows that it is there."""
@@ -51,6 +50,7 @@ def join(
     """Runs this host's sources for the hub at ``where`` until ``stop`` is set, or with ``once`` until the first session
     is over. ``allow_code`` lets the hub name kinds that are not shipped, which are looked for in ``paths``. Raises
     ConfigError, and SensoriumError when a source keeps dying."""
+    remove_leftovers(sessions_root())
     refusals = Repeated()
     with closing(where.connect()) as client:
         while not stop.is_set():
@@ -100,6 +100,14 @@ def _invitation(parts: list[bytes] | None) -> Invitation | None:
     return found
 
 
+def _make_folder() -> SessionFolder:
+    """For the specs and logs of one session's sources, beside the sessions of this host: whoever starts next, a session
+    or a host that joins one, removes the folder of one that was killed."""
+    root = sessions_root()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return SessionFolder(Path(tempfile.mkdtemp(prefix="join-", dir=root)))
+
+
 class _Host:
     """The sources of one session."""
 
@@ -117,12 +125,12 @@ class _Host:
         self._invitation, self._client, self._say = invitation, client, say
         self._clock = SystemClock()
         self._selector = selectors.DefaultSelector()
-        self._folder = Path(tempfile.mkdtemp(prefix="sensorium-join-"))
+        self._folder = _make_folder()
         origin = Origin.now()
         self._children = [
             Child(
                 NodeSpec(
-                    session=invitation.session, origin=origin, session_dir=str(self._folder), node=name,
+                    session=invitation.session, origin=origin, session_dir=str(self._folder.path), node=name,
                     kind=stream.kind, settings=stream.settings, streams={name: stream.payload},
                     offset_ns=stream.offset_ns,
                     offset_uncertainty_ns=stream.offset_uncertainty_ns, import_paths=paths,
@@ -147,7 +155,7 @@ class _Host:
                     child.kill()
                     child.bury()
             self._selector.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.close(remove=True)
 
     def _watch(self, stop: threading.Event) -> bool:
         """Looks after the sources; whether the session ended in order."""

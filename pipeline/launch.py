@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import secrets
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -36,7 +34,7 @@ from pipeline.plan import Place, Plan, make_plan, taken
 from pipeline.recording import ring_notes
 from pipeline.status import Event, NodeStatus, SessionRef, Status, StreamStatus, merge, node_status
 from pipeline.supervise import TURN_S, Supervisor
-from pipeline.transport import check_free, endpoint_path, remove_leftovers
+from pipeline.transport import check_free, endpoint_path, remove_leftovers, sessions_root
 
 __all__ = ["Event", "NodeStatus", "Session", "SessionRef", "Status", "StreamStatus", "check_rig_file", "live_sessions"]
 
@@ -72,14 +70,6 @@ def _odd_paces(plan: Plan) -> list[str]:
         at = ("sources", node, *inner) if stream else ("bundle",)
         notes.append(f"{plan.rig_file.document.place(at)}: {said}.")
     return notes
-
-
-def sessions_root() -> Path:
-    """The folder of this user's sessions."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.access(base, os.W_OK):
-        return Path(base) / "sensorium"
-    return Path(tempfile.gettempdir()) / f"sensorium-{os.getuid()}"
 
 
 def live_sessions(root: Path | None = None) -> list[SessionRef]:

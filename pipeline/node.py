@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, SensorError, SensoriumError
 from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
-from pipeline.stamper import Stamper
+from pipeline.stamper import ClockCheck, Stamper
 from pipeline.transport import INLINE_MAX, Publisher, RingSpec, Subscriber, ZmqBus
 
 __all__ = [
@@ -49,9 +49,6 @@ FAILURES = 30
 
 IDLE_NS = 1_000_000
 """A source that has nothing is not asked again sooner than this after it was asked."""
-
-FUTURE_NS = 1_000_000_000
-"""A time further in the future than this, and than its uncertainty, is of another clock."""
 
 EXIT_SENSOR = 4
 """Exit status of a node whose device failed for so long; the launcher restarts it without counting that as a crash."""
@@ -154,6 +151,7 @@ class SourceShell:
         self.stamper = Stamper(
             stream, source_class.payload_of(settings), life.spec.offset_ns, life.spec.offset_uncertainty_ns
         )
+        self._clock_check = ClockCheck()
         self.published = 0
         self.newest_ns: int | None = None
         self.ended = False
@@ -204,7 +202,7 @@ class SourceShell:
     def _reopen(self) -> None:
         """The clock that messages are stamped by jumped, or could not be seen for a while: says how far the numbers of
         the old epoch had come, so that what was lost of them is known, and opens a new one."""
-        self._generation = self.place.generation
+        self._generation, self._clock_check = self.place.generation, ClockCheck()
         self._beat()
         if not self.ended:
             self.stamper.open(self.place.now_ns())
@@ -254,7 +252,7 @@ class SourceShell:
     def _publish(self, reading: Reading) -> None:
         self.stamper.check(reading)
         reading = self.place.reading(reading)
-        self._check_clock(reading)
+        self._clock_check.check(reading, self.place.now_ns())
         header = self.stamper.stamp_checked(reading, self.place.now_ns())
         if header is None:
             self.context.count("order")
@@ -267,18 +265,6 @@ class SourceShell:
         self.published += 1
         self.newest_ns = header.t_end_ns
         self._last_sent_ns = self.life.clock.now_ns()
-
-    def _check_clock(self, reading: Reading) -> None:
-        """Raises SensorError for a time that cannot be the session clock's: no reader could do anything with it."""
-        now = self.place.now_ns()
-        for name in ("t_end_ns", "t_receipt_ns"):
-            time = getattr(reading, name)
-            if time > now + reading.uncertainty_ns + FUTURE_NS:
-                raise SensorError(
-                    f"`read` gave a reading whose `{name}` lies {(time - now) / 1e9:.1f} s in the future; times are "
-                    "nanoseconds on the session clock, which is `self.context.clock.now_ns()` and begins near 0 with "
-                    "the session; this is a fault of the source."
-                )
 
     def _failed(self, error: SensorError) -> None:
         self.source.close()

@@ -31,7 +31,9 @@ def closing(summary: Summary) -> RenderableType:
         if summary.endpoint:
             head = f"nothing was heard at {summary.endpoint}: is a session publishing there?"
         table = messages(summary) if summary.counters else accounts(summary.streams) if summary.streams else None
-        return Group(Text(head), *(() if table is None else (table,)), *last_lines(summary))
+        # A session without a model has said so when it began.
+        said = [] if table is not None and not summary.expected else [Text(head)]
+        return Group(*said, *(() if table is None else (table,)), *last_lines(summary))
     parts: list[RenderableType] = [Text(headline(summary)), *_foreign(summary), Text(), latencies(summary), Text()]
     return Group(
         *parts, windows(summary), *((Text(), messages(summary)) if summary.counters else ()), *last_lines(summary)

@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from pipeline.config import wrong_port
@@ -69,6 +70,14 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def sessions_root() -> Path:
+    """The folder of this user's sessions."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.access(base, os.W_OK):
+        return Path(base) / "sensorium"
+    return Path(tempfile.gettempdir()) / f"sensorium-{os.getuid()}"
 
 
 class FileLock:

@@ -175,10 +175,12 @@ def _warnings(status: Status) -> list[str]:
     """What is wrong with sources, those that gave nothing and those that died, and what nodes have warned of."""
     said = []
     for name, stream in status.streams.items():
+        node = status.nodes.get(stream.node)
+        alive = node is not None and node.state != "failed" and not node.restarts  # else its death is told below
+        if stream.total and alive and stream.failures and stream.note:
+            said.append(f"{name} gave nothing more at the end: {stream.note}")
         if not stream.total:
             dropped = ", all that it had were dropped" if stream.total_dropped else ""
-            node = status.nodes.get(stream.node)
-            alive = node is not None and node.state != "failed" and not node.restarts  # else its death is told below
             why = stream.note or (node.trouble if node is not None and alive else "")
             said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):

@@ -12,7 +12,85 @@ from pipeline.source import Reading, default_bound_ns
 STRAGGLERS = 3
 """So many readings in a row from before the bound are no stragglers: the clock jumped back."""
 
+FUTURE_NS = 1_000_000_000
+"""A time further in the future than this, and than its uncertainty, is of another clock."""
+
+PAST_NS = 600_000_000_000
+"""And one further in the past. A live source's readings may come late, but by no more than something on their way can
+hold back: the longest that is known is 360 s, of an LSL outlet whose network is away."""
+
+SLOW = 50
+"""Times of another unit go on at a thousandth of the session clock's pace or less (or a hundredth: ticks of 100 ns).
+Those of a source that is late, however late, go on at its pace, and faster while it catches up."""
+
+SLOW_SPANS, SPAN_NS = 5, 1_000_000_000
+"""Times that have gone on so slowly in so many spans in a row, each at least so long, are of another unit. One span may
+be slow where a network was away after its first reading."""
+
+_UNITS = {1_000: "microseconds", 1_000_000: "milliseconds", 1_000_000_000: "seconds"}
 _WHOLE_OR_NONE = (int, type(None))
+
+
+class ClockCheck:
+    """Whether the times of a source's readings can be the session clock's; with others no reader could do anything, but
+    count them as late. Pure: times come in as arguments."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, int] | None = None  # session time and the reading's, where the present span begins
+        self._since = (0, 0)  # where the first of the slow spans began
+        self._slow = 0
+        self._said = ""
+
+    def check(self, reading: Reading, now_ns: int) -> None:
+        """Raises SensorError if they cannot. ``now_ns``: the session clock when the reading was handed over."""
+        latest = now_ns + reading.uncertainty_ns + FUTURE_NS
+        earliest = now_ns - reading.uncertainty_ns - PAST_NS
+        for name in ("t_end_ns", "t_receipt_ns"):
+            time = getattr(reading, name)
+            if not earliest <= time <= latest:
+                where = f"{(time - now_ns) / 1e9:.1f} s in the future" if time > now_ns else _behind(now_ns - time)
+                self._refuse(
+                    f"a reading whose `{name}` lies {where}; it is {time}, and the session clock says {now_ns}"
+                )
+        self._check_pace(reading.t_end_ns, now_ns)
+        self._said = ""
+
+    def _check_pace(self, time: int, now_ns: int) -> None:
+        if self._last is None:
+            self._last = now_ns, time
+            return
+        span, gone = now_ns - self._last[0], time - self._last[1]
+        if span < SPAN_NS and self._slow < SLOW_SPANS:  # else all are looked at: an opened-again device may be well
+            return
+        if gone * SLOW > span:
+            self._slow = 0
+        else:
+            self._since = self._since if self._slow else self._last
+            self._slow += 1
+        self._last = now_ns, time
+        if self._slow >= SLOW_SPANS:
+            self._refuse(_slow_times(now_ns - self._since[0], time - self._since[1], time))
+
+    def _refuse(self, wrong: str) -> None:
+        """In the same words until a reading is well: its numbers alone are no news."""
+        self._said = self._said or (
+            f"`read` gave {wrong}; times are nanoseconds on the session clock, which is `self.context.clock.now_ns()` "
+            "and begins near 0 with the session; this is a fault of the source."
+        )
+        raise SensorError(self._said)
+
+
+def _behind(by_ns: int) -> str:
+    return f"{by_ns / 1e9:.1f} s in the past, where no reading of a live source can come from"
+
+
+def _slow_times(span_ns: int, gone_ns: int, time: int) -> str:
+    ratio = span_ns / max(gone_ns, 1)
+    fits = [f", which fits {unit}: multiply them by {n}" for n, unit in _UNITS.items() if n / 2 < ratio < n * 2]
+    return (
+        f"readings whose `t_end_ns` went on by {gone_ns} (to {time}) while the session clock went on by {span_ns}"
+        + "".join(fits if gone_ns > 0 else [])
+    )
 
 
 class Stamper:

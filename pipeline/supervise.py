@@ -32,6 +32,8 @@ TURN_S = 0.1
 STOP_NS = {"record": 60_000_000_000}
 """How long a node may take to stop before it is killed; the recorder must write what it holds."""
 STOP_DEFAULT_NS = 5_000_000_000
+PATIENCE_NS = 1_000_000_000
+"""A node that is waited for longer than this when all is to end is told of."""
 LOADING = 1 / 3
 """For this part of the time in which nodes must be ready the beginning waits for sources to be loaded."""
 SILENT_NS = 10_000_000_000
@@ -327,15 +329,25 @@ class Supervisor:
             for child in stage:
                 child.restart_at_ns = None
                 child.tell(Order(do="stop"))
-            begun_ns = self.clock.now_ns()
+            begun_ns, said = self.clock.now_ns(), False
             while living := [child for child in stage if child.process is not None]:
                 self._listen(TURN_S)
+                waited_ns = self.clock.now_ns() - begun_ns
+                if waited_ns > PATIENCE_NS and not said and not self.hard.is_set():
+                    said = True
+                    self._say_who_is_waited_for([child for child in living if child.process is not None])
                 for child in living:
-                    late = self.clock.now_ns() - begun_ns > STOP_NS.get(child.name, STOP_DEFAULT_NS)
+                    late = waited_ns > STOP_NS.get(child.name, STOP_DEFAULT_NS)
                     if child.process is not None and (late or self.hard.is_set()):
                         self._say_why_killed(child)
                         child.kill()
                         self._died(child)
+
+    def _say_who_is_waited_for(self, living: list[Child]) -> None:
+        """Of what belongs together (the sources, or one of the nodes behind them) once."""
+        for child in living:
+            limit = STOP_NS.get(child.name, STOP_DEFAULT_NS)
+            self._tell(child, "waiting", f"has not stopped yet, and is waited for, at most {limit / 1e9:g} s")
 
     def _say_why_killed(self, child: Child) -> None:
         """Of each node that it does not stop; once for all of them that nobody waits any longer for that."""

@@ -43,7 +43,15 @@ from pipeline.memory_bus import MemoryBus
 from pipeline.receiving import Parts, Received, StreamCounters, Subscriber
 from pipeline.refusals import Refusals, Why, seen_by_caller, seen_by_listener
 from pipeline.sending import Publisher, Sent
-from pipeline.session import FileLock, SessionFolder, check_name, check_remote, endpoint_path, remove_leftovers
+from pipeline.session import (
+    FileLock,
+    SessionFolder,
+    check_name,
+    check_remote,
+    endpoint_path,
+    remove_leftovers,
+    sessions_root,
+)
 from pipeline.shm import Ring, RingCounters, RingSpec, Segment, new_name, remove_segment
 
 if TYPE_CHECKING:
@@ -78,6 +86,7 @@ __all__ = [
     "make_curve_keys",
     "observe",
     "remove_leftovers",
+    "sessions_root",
     "subscribe_json",
 ]
 

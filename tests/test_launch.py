@@ -428,8 +428,12 @@ def test_a_source_that_does_not_return_is_killed_and_told_what_it_may(tmp_path: 
     sources = SOURCES | {"camera": SOURCES["camera"] | {"kind": "stubborn:Stubborn"}}
     with running(tmp_path, sources=sources) as watched:
         watched.session.stop()
-    hung = [event for event in watched.events if event.kind == "hung"]
+    events = list(watched.events)
+    hung = [event for event in events if event.kind == "hung"]
     assert [event.node for event in hung] == ["camera"]
+    waited = [event for event in events if "is waited for, at most 5 s" in event.text]
+    assert [event.node for event in waited if event.node in sources] == ["camera"]
+    assert events.index(waited[0]) < events.index(hung[0])
     assert "the `read` of a source returns within about 100 ms" in hung[0].text
 
 

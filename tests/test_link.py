@@ -519,6 +519,30 @@ def test_a_host_runs_only_what_it_trusts(tmp_path: Path) -> None:
             thread.join()
 
 
+def test_the_folder_of_a_killed_host_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    port = free_port()
+    stream = {"kind": "synthetic", "settings": {"payload": "text"}, "payload": "text"}
+    invitation = {"protocol": 1, "session": "s", "life": "l", "streams": {"x": stream}}
+    host = start_host(port)
+    try:
+        assert host.stderr is not None
+        with contextlib.closing(LinkServer(f"tcp://127.0.0.1:{port}")) as server:
+            answer(server, invitation)
+            assert any(line.startswith(b"x: ") for line in host.stderr)
+        left = list((tmp_path / "sensorium").glob("join-*"))
+        assert len(left) == 1
+        host.kill()
+        host.wait()
+    finally:
+        host.kill()
+        host.communicate()
+    stop = threading.Event()
+    stop.set()
+    join(LinkSpec(f"tcp://127.0.0.1:{port}"), say=lambda text: None, stop=stop)
+    assert not left[0].exists()
+
+
 # -- two hosts --------------------------------------------------------------------------------------------------------
 
 

@@ -326,6 +326,63 @@ def test_a_reading_of_another_clock_is_refused_and_said() -> None:
     assert made.failures == 0
 
 
+def speaking(time: Callable[[int], int], every_ns: int = 20 * MS) -> Callable[[Any], Reading]:
+    """A reading whose times are made from the session clock's, after the clock went on by ``every_ns``."""
+
+    def read(context: Any) -> Reading:
+        context.clock.advance(every_ns - 20 * MS)
+        return line(time(context.clock.now_ns()))
+
+    return read
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(10**3, "microseconds"), (10**6, "milliseconds"), (10**9, "seconds")])
+@pytest.mark.parametrize("every_ns", [20 * MS, 2500 * MS])
+def test_times_of_another_unit_are_refused_and_said(factor: int, unit: str, every_ns: int) -> None:
+    read = speaking(lambda now: now // factor, every_ns)
+    made, sender, clock = shell([read] * 400)
+    turn_until(made, lambda: made.failures)
+    assert clock.now_ns() <= 1000 * MS + 6 * max(1000 * MS, every_ns)
+    said = next(header.health for header in sender.beats if header.health)
+    assert re.search(r"`t_end_ns` went on by \d+ \(to \d+\) while the session clock went on by \d{10}", said)
+    assert f"which fits {unit}: multiply them by {factor}; times are nanoseconds on the session clock" in said
+    published = made.published
+    turn_until(made, lambda: made.failures > 4)
+    assert made.published == published  # opened again it is refused at once
+    assert {header.health for header in sender.beats} == {"", said}  # and nothing new is said
+    made.source.settings.script[:] = [speaking(lambda now: now)] * 100
+    turn_until(made, lambda: made.published > published + 10)
+
+
+def test_times_that_stand_still_are_refused() -> None:
+    made, sender, _clock = shell([line(10 * MS)] * 400)
+    turn_until(made, lambda: made.failures)
+    said = next(header.health for header in sender.beats if header.health)
+    assert "went on by 0 (to 10000000) while the session clock went on by" in said
+    assert "multiply" not in said
+
+
+def test_times_that_lie_far_back_are_refused() -> None:
+    made, sender, _clock = shell([line(-700 * 1000 * MS), line(1020 * MS)])
+    turn_until(made, lambda: sender.messages)
+    assert made.published == made.failures == 1
+    said = next(header.health for header in sender.beats if header.health)
+    assert "`t_end_ns` lies 701.0 s in the past" in said
+    assert "it is -700000000000, and the session clock says 1020000000; times are nanoseconds" in said
+
+
+def test_a_source_that_is_late_is_no_other_clock() -> None:
+    minutes = 300_000 * MS
+    late = [speaking(lambda now: now - minutes)] * 300
+    # Its network goes away after one reading, for minutes and more than once; then it gives all that it held back.
+    away = [speaking(lambda now: now - 60_000 * MS, 60_000 * MS)]
+    behind = [speaking(lambda now, back=back: now - back) for back in range(60_000 * MS, 0, -1000 * MS)]
+    seldom = [speaking(lambda now: now, 30_000 * MS)] * 10
+    made, _sender, _clock = shell([*late, *(away + behind) * 6, *seldom])
+    turn_until(made, lambda: not made.source.settings.script, turns=2000)
+    assert made.failures == 0
+
+
 NO_READINGS = [(TextLayout(2), b"hi"), 0, "hi", iter([]), np.zeros(3)]
 
 

@@ -177,6 +177,14 @@ def test_a_session_without_predictions_says_so() -> None:
     assert "no model" in text(closing(Summary(expected=False)))
 
 
+def test_a_session_without_a_model_says_so_at_its_beginning_alone() -> None:
+    summary = Summary(expected=False)
+    summary.streams = {"imu": {"sent": 7}}
+    shown = text(closing(summary))
+    assert "no model" not in shown
+    assert "imu" in shown
+
+
 def test_where_nothing_was_heard_nobody_speaks_of_a_session() -> None:
     summary = Summary()
     summary.endpoint = "tcp://127.0.0.1:5711"
@@ -442,7 +450,9 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert (rows["camera"], rows["imu"]) == (["12"], ["0"])
     assert "warning: imu gave no message: waiting for /dev/i2c-1" in shown
     assert "warning: the source imu died 2 times and had not come back" in shown
-    assert "camera gave no message" not in shown
+    assert "camera gave no" not in shown
+    seen.streams["camera"].failures, seen.streams["camera"].note = 3, "no device /dev/video0"
+    assert "warning: camera gave nothing more at the end: no device /dev/video0\n" in text(summed_up(seen))
     seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
     assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
     ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
