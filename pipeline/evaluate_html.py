@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from pipeline.evaluate_style import STYLE
-from pipeline.evaluate_text import UNITS, percent, unseen
+from pipeline.evaluate_text import UNITS, estimate, percent, unseen
 from pipeline.evaluation import Estimate, Evaluation, FaultScores, Scores, SubsetResult
 from pipeline.svg import Series, bar, curves, key, reliability
 
@@ -18,7 +18,7 @@ PLOTTED = 31
 def page(found: Evaluation) -> str:
     """The whole page."""
     body = [
-        _head(found), _warnings(found), _cards(found), _subsets(found), _reliabilities(found),
+        _head(found), _warnings(found), _cards(found), _labels(found), _subsets(found), _reliabilities(found),
         f'<div class="two"><div>{_observed(found)}</div>\n<div>{_confusions(found)}{_contributions(found)}</div></div>',
         _robustness(found), _groups(found), _sessions(found), _words(found),
     ]  # fmt: skip
@@ -45,18 +45,33 @@ def _warnings(found: Evaluation) -> str:
 
 def _cards(found: Evaluation) -> str:
     full = found.subsets[0].scores
-    stated = "not stated" if found.stated_coverage is None else f"stated: {percent(found.stated_coverage)} %"
+    stated = "not stated" if found.stated_coverage is None else f"stated {percent(found.stated_coverage)} %"
     size = "–" if full.set_size is None else f"{full.set_size:.2f}"
     cards = [
         ("accuracy", f"{percent(full.accuracy.value)} %", _interval(full.accuracy)),
         ("macro F1", percent(full.macro_f1.value), _interval(full.macro_f1)),
         ("calibration error", f"{percent(full.calibration_error)} %", "of confidence, in the mean"),
-        ("truth in the set", f"{percent(full.coverage.value)} %", f"{stated}; {size} labels"),
+        ("truth in the set", f"{percent(full.coverage.value)} %", f"{stated}; {size} labels a set"),
         ("abstains", f"{percent(full.abstained.value)} %", _interval(full.abstained)),
         ("right if it answers", f"{percent(full.answered_accuracy.value)} %", _interval(full.answered_accuracy)),
     ]
     inside = "".join(f'<div class="card"><span>{n}</span><b>{v}</b><small>{s}</small></div>' for n, v, s in cards)
     return f'<h2>With all of its streams</h2>\n<div class="cards">{inside}</div>'
+
+
+def _labels(found: Evaluation) -> str:
+    """Each label with all streams."""
+    names = ("windows", "recall %", "F1", "abstains", "sure and wrong", "told apart")
+    heads = '<th class="left">label</th>' + "".join(f"<th>{name}</th>" for name in names)
+    heads += '<th class="left">from what is most like it</th>'
+    rows = ""
+    for label, one in found.subsets[0].classes.items():
+        cells = (str(one.windows), percent(one.recall), percent(one.f1), percent(one.abstained), percent(one.wrong),
+                 percent(one.apart, 0))  # fmt: skip
+        like = "–" if one.resembles is None else escape(one.resembles)
+        rows += (f"<tr><th>{escape(label)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells)
+                 + f'<td class="left">{like}</td></tr>')  # fmt: skip
+    return _section("Each label, with all streams", "", heads, rows)
 
 
 def _interval(value: Estimate) -> str:
@@ -76,21 +91,28 @@ def _subsets(found: Evaluation) -> str:
         "%", "macro F1", "calibration<br>error", "in set", "set size", "abstains", "right if it<br>answers",
         "can tell<br>apart: right", "cannot:<br>abstains", "sure and<br>wrong",
     )  # fmt: skip
-    heads += '<th class="left">accuracy, with its interval</th>' + "".join(f"<th>{name}</th>" for name in names)
+    bars = "accuracy" if found.subsets[0].scores.accuracy.low is None else "accuracy, with its interval"
+    heads += f'<th class="left">{bars}</th>' + "".join(f"<th>{name}</th>" for name in names)
     rows = "".join(f"<tr>{_dots(one, found.streams)}{_subset(one)}</tr>" for one in found.subsets)
     about = (
-        "Any stream may be missing. A bar is the accuracy of the most probable label, also where the model "
-        "abstains; the last columns split it: over the labels that these streams can tell from every other (beside "
-        "what all streams reach on the same windows), and how often the model abstains, or is sure and wrong, where "
-        "they cannot."
+        "Any stream may be missing. In per cent, but for the set size. A bar is the accuracy of the most probable "
+        "label, also where the model abstains; the last columns split it: over the labels that these streams can tell "
+        "from every other (beside what all streams reach on the same windows), and how often the model abstains, or "
+        "is sure and wrong, where they cannot."
     )
-    return f"<h2>With any of its streams</h2>\n<p class='soft'>{about}</p>\n{_table(heads, rows)}"
+    return _section("With any of its streams", about, heads, rows)
 
 
 def _dots(one: SubsetResult, streams: Sequence[str]) -> str:
-    return "".join(
-        f'<td class="has{"" if name in one.streams else " no"}" title="{escape(name)}">●</td>' for name in streams
-    )
+    """A dot a stream, full if it is there. Its words say so to who hears the page."""
+    cells = ""
+    for name in streams:
+        there = name in one.streams
+        words = escape(name if there else f"without {name}")
+        cells += (
+            f'<td class="has{"" if there else " no"}" title="{words}" aria-label="{words}">{"●" if there else "○"}</td>'
+        )
+    return cells
 
 
 def _subset(one: SubsetResult) -> str:
@@ -102,13 +124,14 @@ def _subset(one: SubsetResult) -> str:
              percent(s.coverage.value), size, percent(s.abstained.value), percent(s.answered_accuracy.value), can,
              percent(one.rest_abstained, 0), percent(one.rest_wrong, 0)]  # fmt: skip
     plot = bar(s.accuracy.value, s.accuracy.low, s.accuracy.high)
-    return f'<td class="barcell">{plot}</td>' + "".join(f"<td>{cell}</td>" for cell in cells)
+    first = f'<td class="barcell" title="{estimate(s.accuracy)}">{plot}</td>'
+    return first + "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _observed(found: Evaluation) -> str:
     """Recall of each label with each set of streams."""
     heads = "".join(f'<th class="turn"><span>{escape(name)}</span></th>' for name in found.streams)
-    heads += "".join(f"<th>{escape(label)}</th>" for label in found.labels)
+    heads += _label_heads(found.labels)
     rows = ""
     for one in found.subsets:
         hidden = unseen(one)
@@ -119,30 +142,40 @@ def _observed(found: Evaluation) -> str:
         "How many windows of each label, in per cent, were given that label. Framed: these streams cannot tell it "
         "from some other label, so what is right there is right by frequency alone."
     )
-    return f"<h2>What each set of streams can tell</h2>\n<p class='soft'>{about}</p>\n{_table(heads, rows, 'heat fit')}"
+    return _section("What each set of streams can tell", about, heads, rows, "heat fit")
+
+
+def _label_heads(labels: Sequence[str]) -> str:
+    """Headings of narrow columns: turned where they would not stay narrow."""
+    turned = len(labels) > 5 or any(len(label) > 9 for label in labels)
+    return "".join(f'<th class="turn"><span>{escape(label)}</span></th>' if turned else f"<th>{escape(label)}</th>"
+                   for label in labels)  # fmt: skip
 
 
 def _resembling(other: str | None, apart: float | None) -> str:
     return "" if other is None or apart is None else f"most like {other}: told apart {100 * apart:.0f} % of the time"
 
 
+def strength(value: float) -> float:
+    """How much of its colour a cell shows: never so much that the page's ink could not be read on it, which also reads
+    where a printer leaves the colour out."""
+    return 0.04 + 0.5 * min(max(abs(value), 0.0), 1.0)
+
+
 def _heat(value: float | None, framed: bool = False, title: str = "", words: str | None = None) -> str:
     """A cell as dark as its share."""
     if value is None:
         return '<td class="soft">–</td>'
-    share = min(max(abs(value), 0.0), 1.0)
-    kind = ("cannot " if framed else "") + ("strong" if share > 0.65 else "")
-    colour = f"rgb(var(--heat) / {0.05 + 0.9 * share:.2f})"
+    kind = "cannot" if framed else ""
+    colour = f"rgb(var(--heat) / {strength(value):.2f})"
     shown = f"{100 * value:.0f}" if words is None else words
-    return f'<td class="{kind.strip()}" style="background:{colour}" title="{escape(title)}">{shown}</td>'
+    return f'<td class="{kind}" style="background:{colour}" title="{escape(title)}">{shown}</td>'
 
 
 def _confusions(found: Evaluation) -> str:
     first, *others = found.subsets
     about = "Truth in rows, in per cent of the row; what the model says in columns, also where it abstains."
-    more = "".join(
-        f"<h3>{escape(' + '.join(one.streams))}</h3>\n{_confusion(one, found.labels)}" for one in others[:PLOTTED]
-    )
+    more = "".join(f"<h3>{escape(_name(one))}</h3>\n{_confusion(one, found.labels)}" for one in others[:PLOTTED])
     more = f"<details><summary>with fewer streams</summary>{more}</details>" if more else ""
     return f"<h2>Confusions</h2>\n<p class='soft'>{about}</p>\n{_confusion(first, found.labels)}{more}"
 
@@ -150,14 +183,18 @@ def _confusions(found: Evaluation) -> str:
 def _confusion(one: SubsetResult, labels: Sequence[str]) -> str:
     blind = any(row[-1] for row in one.confusion)
     columns = [*labels, "no label"] if blind else list(labels)
-    heads = "".join(f"<th>{escape(label)}</th>" for label in ("truth", *columns, "windows"))
+    heads = f"<th>truth</th>{_label_heads(columns)}<th>windows</th>"
     rows = ""
     for label, row in zip(labels, one.confusion, strict=True):
         total = sum(row)
         cells = "".join(_heat(n / total if total else None, title=f"{n} of {total} windows", words=_part(n, total))
                         for n in row[: len(columns)])  # fmt: skip
         rows += f"<tr><th>{escape(label)}</th>{cells}<td>{total}</td></tr>"
-    return _table(heads, rows, "heat fit")
+    return _table(f"confusions with {_name(one)}", heads, rows, "heat fit")
+
+
+def _name(one: SubsetResult) -> str:
+    return " + ".join(one.streams)
 
 
 def _part(n: int, total: int) -> str:
@@ -167,7 +204,7 @@ def _part(n: int, total: int) -> str:
 def _reliabilities(found: Evaluation) -> str:
     cards = ""
     for one in found.subsets[:PLOTTED]:
-        name = " + ".join(one.streams)
+        name = _name(one)
         r, error = one.reliability, one.scores.calibration_error
         plot = reliability(r.confidence, r.accuracy, f"reliability with {name}")
         verdict = "bad" if error is None or error > 0.05 else "good"
@@ -180,6 +217,8 @@ def _reliabilities(found: Evaluation) -> str:
         "right (up). On the dashed line it is as good as it says; above it is better. An error above 5 % is "
         "red."
     )
+    if len(found.subsets) > PLOTTED:
+        about += f" The other {len(found.subsets) - PLOTTED} sets of streams are in --json."
     return f"<h2>Is it as sure as it should be?</h2>\n<p class='soft'>{about}</p>\n<div class='plots'>{cards}</div>"
 
 
@@ -198,7 +237,7 @@ def _contributions(found: Evaluation) -> str:
         "Mean share of each stream in the confidence (Shapley values), over the windows of a label that were "
         "predicted right. A row sums to what the model knows beyond what it says when it sees nothing."
     )
-    return f"<h2>Who told it</h2>\n<p class='soft'>{about}</p>\n{_table(heads, rows, 'heat fit')}"
+    return _section("Who told it", about, heads, rows, "heat fit")
 
 
 def _robustness(found: Evaluation) -> str:
@@ -218,12 +257,25 @@ def _robustness(found: Evaluation) -> str:
             cards += f'<div class="card"><h3>{escape(stream)}</h3>{plot}</div>'
     about = (
         "Accuracy when one stream gets worse and nobody tells the model. A line that falls below the dashed one is "
-        "a stream that does more harm than its absence."
+        "a stream that does more harm than its absence. Of each fault three strengths: mild, medium, severe."
     )
     return (
         f"<h2>When a stream goes wrong</h2>\n<p class='soft'>{about}</p>\n<div class='legend'>{legend}</div>\n"
-        f"<div class='plots wide'>{cards}</div>"
+        f"<div class='plots wide'>{cards}</div>\n<details><summary>in numbers</summary>{_faults(found)}</details>"
     )
+
+
+def _faults(found: Evaluation) -> str:
+    names = ("accuracy %", "macro F1", "in set", "abstains", "right if it answers")
+    heads = '<th class="left">stream</th><th class="left">what is wrong</th>' + "".join(f"<th>{n}</th>" for n in names)
+    rows = ""
+    for one in found.robustness:
+        s, level = one.scores, "" if one.fault == "missing" else f"{one.level:g} "
+        cells = (estimate(s.accuracy), percent(s.macro_f1.value), percent(s.coverage.value), percent(s.abstained.value),
+                 percent(s.answered_accuracy.value))  # fmt: skip
+        rows += (f'<tr><th>{escape(one.stream)}</th><td class="left">{level}{escape(UNITS[one.fault])}</td>'
+                 + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")  # fmt: skip
+    return _table("when a stream goes wrong, in numbers", heads, rows)
 
 
 def _levels(found: Evaluation, kind: str) -> str:
@@ -247,7 +299,7 @@ def _groups(found: Evaluation) -> str:
     heads = f'<th class="left">{escape(found.attribute or "")}</th><th>sessions</th>' + _score_heads()
     rows = "".join(f"<tr><th>{escape(one.value)}</th><td>{one.sessions}</td>{_score_cells(one.scores)}</tr>"
                    for one in found.groups)  # fmt: skip
-    return f"<h2>By {escape(found.attribute or '')}</h2>\n{_table(heads, rows)}"
+    return _section(f"By {found.attribute or ''}", "", heads, rows)
 
 
 def _sessions(found: Evaluation) -> str:
@@ -257,7 +309,7 @@ def _sessions(found: Evaluation) -> str:
         trained = f' <small class="bad">{one.used}</small>' if one.used else ""
         rows += (f"<tr><th>{escape(one.file)}{trained}</th>{_score_cells(one.scores)}"
                  f'<td class="left"><small>{one.sha256[:16]}…</small></td></tr>')  # fmt: skip
-    return f"<h2>Sessions</h2>\n{_table(heads, rows)}"
+    return _section("Sessions", "", heads, rows)
 
 
 def _score_heads() -> str:
@@ -266,22 +318,33 @@ def _score_heads() -> str:
 
 
 def _score_cells(s: Scores) -> str:
-    cells = [str(s.windows), percent(s.accuracy.value), percent(s.macro_f1.value), percent(s.calibration_error),
+    cells = [str(s.windows), estimate(s.accuracy), percent(s.macro_f1.value), percent(s.calibration_error),
              percent(s.coverage.value), percent(s.abstained.value), percent(s.answered_accuracy.value)]  # fmt: skip
     return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
-def _table(heads: str, rows: str, kind: str = "") -> str:
-    return f'<div class="scroll {kind}"><table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+def _section(title: str, about: str, heads: str, rows: str, kind: str = "") -> str:
+    words = f"<p class='soft'>{about}</p>\n" if about else ""
+    return f"<h2>{escape(title)}</h2>\n{words}{_table(title, heads, rows, kind)}"
+
+
+def _table(name: str, heads: str, rows: str, kind: str = "") -> str:
+    """A table in a frame that scrolls where it is too wide, by the keyboard as well."""
+    frame = f'class="scroll {kind}" tabindex="0" role="region" aria-label="{escape(name)}"'
+    return f"<div {frame}><table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
 
 
 def _words(found: Evaluation) -> str:
     stated = "" if found.stated_coverage is None else f" The bundle states {percent(found.stated_coverage)} %."
     return f"""<h2>In these numbers</h2>
-<p class="soft"><b>Windows</b> are replayed by event time through the aligner and the fusion that run live; the truth is
-the label at a window's end. <b>Intervals</b> (95 %) are drawn over whole sessions, since windows of one session
-resemble each other. <b>Calibration error</b> is the mean distance between confidence and share right over ten bins of
-equal size. <b>In set</b> is how often the prediction set holds the truth.{stated} Unless the bundle's sets may be
-empty, they hold the most probable label, so that an accuracy above that covers more. <b>Told apart</b> is the area
-under the curve of the odds between two labels; from 0.9 on two labels count as told apart. A window with nothing in it
-of the streams in question has no label: it counts as wrong and as abstained.</p>"""
+<p class="soft"><b>Windows</b> are replayed by event time through the aligner and the fusion that run live; the truth
+is the label at a window's end. <b>Accuracy</b> and the confusions take the most probable label, also where the model
+<b>abstains</b>, which is where it is too unsure to stand by it; <b>right if it answers</b> is of the other windows
+alone. <b>Sure and wrong</b> is the share of windows with a wrong answer that it stood by. <b>Macro F1</b> is the mean
+of the labels' F1, each counting alike however rare. <b>Intervals</b> (95 %) are drawn over whole sessions, since
+windows of one session resemble each other. <b>Calibration error</b> is the mean distance between confidence and share
+right over ten bins of equal size. <b>In set</b> is how often the prediction set, the labels that the model does not
+rule out, holds the truth; <b>set size</b> is how many labels it has in the mean.{stated} Unless the bundle's sets may
+be empty, they hold the most probable label, so that an accuracy above that covers more. <b>Told apart</b> is the area
+under the curve of the odds between two labels; from 0.9 on two labels count as told apart. A window with nothing in
+it of the streams in question has no label: it counts as wrong and as abstained.</p>"""

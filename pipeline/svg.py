@@ -35,7 +35,7 @@ def bar(value: float | None, low: float | None = None, high: float | None = None
 def reliability(said: Sequence[float], found: Sequence[float], title: str) -> str:
     """What was said against what was found: on the diagonal a model is as good as it says; each point's distance from
     it is drawn."""
-    size, left, top = 150.0, 34.0, 8.0
+    size, left, top = 150.0, 44.0, 8.0
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + size * x, top + size * (1 - y)
@@ -52,6 +52,7 @@ def reliability(said: Sequence[float], found: Sequence[float], title: str) -> st
     parts += [_text(left - 5, top + size * (1 - v) + 4, f"{v:g}", "end") for v in (0, 0.5, 1)]
     parts += [_text(left + size * v, top + size + 15, f"{v:g}", "middle") for v in (0, 0.5, 1)]
     parts.append(_text(left + size / 2, top + size + 30, "confidence", "middle"))
+    parts.append(_text(11, top + size / 2, "right", "middle", turned=True))
     return _svg(left + size + 10, top + size + 36, parts, title)
 
 
@@ -111,8 +112,9 @@ def _dot(x: float, y: float, i: int) -> str:
     return f'<rect class="dot s{i}" x="{_n(x - 2.8)}" y="{_n(y - 2.8)}" width="5.6" height="5.6"{turn}/>'
 
 
-def _text(x: float, y: float, words: str, anchor: str) -> str:
-    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(words)}</text>'
+def _text(x: float, y: float, words: str, anchor: str, *, turned: bool = False) -> str:
+    turn = f' transform="rotate(-90 {_n(x)} {_n(y)})"' if turned else ""
+    return f'<text x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}"{turn}>{escape(words)}</text>'
 
 
 def _n(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,9 +24,11 @@ from pipeline.clock import ManualClock
 from pipeline.disturb import Disturber
 from pipeline.errors import BundleError, ConfigError, RecordingError, SensoriumError
 from pipeline.evaluate import evaluate
-from pipeline.evaluate_html import page
+from pipeline.evaluate_html import page, strength
 from pipeline.evaluate_pass import Struck
 from pipeline.evaluate_score import members_of
+from pipeline.evaluate_style import STYLE
+from pipeline.evaluate_text import estimate
 from pipeline.evaluation import Evaluation
 from pipeline.faults import Loss
 from pipeline.inference import FuseOptions, Fuser, content_of
@@ -441,6 +444,59 @@ def test_the_page_needs_nothing_and_shows_everything(demo: Evaluation) -> None:
 def test_names_cannot_write_into_the_page(demo: Evaluation) -> None:
     session = msgspec.structs.replace(demo.sessions[0], file="<script>alert(1)</script>.mcap")
     assert "<script>" not in page(msgspec.structs.replace(demo, sessions=[session]))
+
+
+def luminance(colour: Any) -> float:
+    parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return float(np.dot(parts, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one: Any, other: Any) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def colours(name: str) -> list[list[int]]:
+    """A colour of the page's style: light, dark."""
+    found = re.findall(rf"--{name}: (?:#([0-9a-f]+)|(\d+ \d+ \d+));", STYLE)
+    assert len(found) == 2
+    digits = [[c * 2 for c in word] if len(word) == 3 else re.findall("..", word) for word, _ in found]
+    return [[int(c, 16) for c in pair] if pair else [int(c) for c in rgb.split()]
+            for pair, (_, rgb) in zip(digits, found, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dark", [0, 1])
+def test_whatever_stands_in_the_page_can_be_read(dark: int) -> None:
+    card, heat, ink = (np.array(colours(name)[dark]) for name in ("card", "heat", "ink"))
+    for share in np.linspace(-1, 1, 41):
+        part = strength(share)
+        assert contrast(part * heat + (1 - part) * card, ink) >= 4.5
+    for name in ("s0", "s1", "s2", "bad", "soft"):
+        assert contrast(colours(name)[dark], card) >= 4.5, name
+    assert contrast(colours("warn")[dark], colours("warnink")[dark]) >= 4.5
+
+
+def test_the_page_has_every_number_of_the_terminal(tmp_path: Path, bundle: Path) -> None:
+    paths = [write_session(tmp_path / f"s{i}.mcap", seed=i, day=str(i // 2)) for i in range(4)]
+    found = evaluate(bundle, paths, robustness=True, by="day")
+    words = read(page(found)).words
+    for group in found.groups:
+        assert estimate(group.scores.accuracy) in words
+    assert all(f"{100 * one.f1:.1f}" in words for one in found.subsets[0].classes.values() if one.f1 is not None)
+    assert all(estimate(one.scores.accuracy) in words for one in found.robustness)
+
+
+def test_the_page_can_be_heard_and_scrolled_by_keyboard(demo: Evaluation) -> None:
+    text = page(demo)
+    assert text.count("<table>") == text.count('tabindex="0" role="region" aria-label="')
+    without = sum(len(demo.streams) - len(one.streams) for one in demo.subsets)
+    assert text.count(">○</td>") == 2 * without == text.count('aria-label="without ')
+
+
+def test_long_labels_do_not_widen_the_tables(demo: Evaluation) -> None:
+    longer = msgspec.structs.replace(demo, labels=["rough_ground", *demo.labels[1:]])
+    assert '<th class="turn"><span>rough_ground</span></th>' in page(longer)
+    assert "<th>tone</th>" in page(demo)
 
 
 def test_the_command(tmp_path: Path, bundle: Path) -> None:
