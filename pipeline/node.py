@@ -252,8 +252,9 @@ class SourceShell:
     def _publish(self, reading: Reading) -> None:
         self.stamper.check(reading)
         reading = self.place.reading(reading)
-        self._clock_check.check(reading, self.place.now_ns())
-        header = self.stamper.stamp_checked(reading, self.place.now_ns())
+        now_ns = self.place.now_ns()
+        self._clock_check.check(reading, now_ns)
+        header = self.stamper.stamp_checked(reading, now_ns)
         if header is None:
             self.context.count("order")
             return

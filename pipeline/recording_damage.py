@@ -33,6 +33,8 @@ _HEAD = struct.Struct("<BQ")
 _FOOTER = struct.Struct("<BQQQI")
 _DATA_END = struct.Struct("<BQI")
 _BLOCK = 1 << 20
+_SECTOR = 512
+"""So many zeros are no part of a record that was cut off by chance."""
 
 Read = Callable[[int, int], bytes]
 """Of a file: so many bytes from a place on, fewer at its end."""
@@ -92,10 +94,6 @@ def lacking_end(read: Read, size: int) -> str:
     if zeros < _SECTOR:
         return "its end is missing"
     return f"its end is missing: its last {zeros} bytes are zeros, which a power cut or a fault of the disk leaves"
-
-
-_SECTOR = 512
-"""So many zeros are no part of a record that was cut off by chance."""
 
 
 def _sum(file: BinaryIO, start: int, end: int) -> int:

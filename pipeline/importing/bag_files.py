@@ -18,6 +18,8 @@ import msgspec
 import zstandard
 from mcap.exceptions import McapError
 from mcap.reader import SeekingReader
+from mcap.records import Statistics
+from mcap.summary import Summary
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.importing.foxglove_messages import foxglove_decoder
@@ -111,6 +113,13 @@ class RosbagsBag(Bag):
             self._reader.close()
 
 
+def _has_index(summary: Summary, statistics: Statistics) -> bool:
+    """Whether the end of an MCAP file says where all of its messages are, and of which channels."""
+    if not statistics.message_count:
+        return True
+    return bool(summary.chunk_indexes) and statistics.channel_message_counts.keys() <= summary.channels.keys()
+
+
 class McapBag(Bag):
     """An MCAP file that is no recording of ours."""
 
@@ -128,16 +137,7 @@ class McapBag(Bag):
             self._reader = SeekingReader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
             statistics = summary and summary.statistics
-            if (
-                not summary
-                or not statistics
-                or (
-                    statistics.message_count
-                    and (
-                        not summary.chunk_indexes or statistics.channel_message_counts.keys() - summary.channels.keys()
-                    )
-                )
-            ):
+            if not summary or not statistics or not _has_index(summary, statistics):
                 raise RecordingError(f"{path} has no index. Make one with: mcap recover {path.name} -o whole.mcap")
             if any(index.name == "sensorium" for index in summary.metadata_indexes):
                 raise _ours(path)
