@@ -67,24 +67,10 @@ import msgspec
 
 from pipeline.errors import ConfigError
 from pipeline.messages import Message
+from pipeline.picking import AllTrack, LatestTrack, NearestTrack
 from pipeline.resampling import ResampleTrack
-from pipeline.rules import (
-    FOREVER,
-    All,
-    AllTrack,
-    Content,
-    Counters,
-    Latest,
-    LatestTrack,
-    Nearest,
-    NearestTrack,
-    Range,
-    Resample,
-    Rule,
-    StreamSpec,
-    Track,
-    ranges,
-)
+from pipeline.rules import FOREVER, All, Latest, Nearest, Resample, Rule, StreamSpec
+from pipeline.track import Content, Counters, Range, Track, ranges
 
 __all__ = [
     "AlignSpec",

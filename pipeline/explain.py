@@ -26,8 +26,8 @@ from pipeline.messages import Header
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading, summarise
 from pipeline.replay import replay_steps
-from pipeline.rules import Track
 from pipeline.summary import Summary, ordered, quantiles
+from pipeline.track import Track
 
 PLACES = ("used", "late", "no_window", "superseded", "duplicate", "rejected", "buffered")
 """Where a message that was received can have gone."""

@@ -9,8 +9,9 @@ import numpy as np
 from pipeline import resample
 from pipeline.errors import ConfigError
 from pipeline.messages import AudioLayout, Header, ImuLayout, Message, SignalLayout, nbytes_of, signal_dtype
-from pipeline.rules import FOREVER, Content, Resample, StreamSpec, Track, by_time
+from pipeline.rules import FOREVER, Resample, StreamSpec
 from pipeline.samples import FewSamples, ManySamples, last_sample_ns
+from pipeline.track import Content, Track, by_time
 
 IMU_CHANNELS = 6
 _AT_ONCE = bytes(8)  # an offset of 0
