@@ -88,10 +88,14 @@ def new_file(path: Path, what: str = "file") -> Path:
 
 
 def new_name(text: str) -> Path:
-    """``text`` as the path of a file to be made. Raises ConfigError for one that ends as folders do, which a path
-    forgets."""
+    """``text`` as the path of a recording to be made. Raises ConfigError for one that ends as folders do, which a path
+    forgets, or as other files than recordings."""
+    from pipeline.config import wrong_suffix
+
     if text.endswith("/"):
         raise ConfigError(f"{text} names a folder, and a recording is a file; name one in it, like {text}session.mcap")
+    if wrong := wrong_suffix(text):
+        raise ConfigError(f"{text}: {wrong}.")
     return Path(text)
 
 
