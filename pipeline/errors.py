@@ -99,6 +99,11 @@ def joined(errors: Sequence[SensoriumError]) -> SensoriumError:
     return whole
 
 
+def taken(path: object, what: str = "file") -> ConfigError:
+    """That a new ``what`` cannot be at ``path``, where something is."""
+    return ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
+
+
 def install(extra: str = "") -> str:
     """What to type for one of our own extras, or for none. ``-e``, as ``make demo`` installs: without it pip makes a
     copy, in which no change of the checkout arrives and no shipped model lies."""

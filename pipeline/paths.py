@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, closest
+from pipeline.errors import ConfigError, closest, taken
 from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
@@ -81,7 +81,7 @@ def new_file(path: Path, what: str = "file") -> Path:
     if what == "file" and path.is_dir():  # which nobody should be told to remove
         raise ConfigError(f"{path} is a folder; name a new file in it.")
     if path.exists():
-        raise ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
+        raise taken(path, what)
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
     return path.resolve()
