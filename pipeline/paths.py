@@ -4,6 +4,7 @@ ran."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -80,6 +81,8 @@ def new_file(path: Path, what: str = "file") -> Path:
     """``path``, absolute, if a ``what`` can be written there that destroys nothing. Raises ConfigError."""
     if what == "file" and path.is_dir():  # which nobody should be told to remove
         raise ConfigError(f"{path} is a folder; name a new file in it.")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # nor this
+        raise ConfigError(f"{path} is a pipe or a device; name a new {what}.")
     if path.exists():
         raise taken(path, what)
     if not path.resolve().parent.is_dir():
@@ -143,8 +146,13 @@ def existing(path: Path) -> Path:
         raise ConfigError(f"{path} is {_folder(path)}")
     if path.suffix in (".yaml", ".yml") and path.is_file():
         raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {path}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is a pipe or a device, and a recording is a file; write it to one first.")
+    if path.is_symlink() and not path.is_file():
+        there = os.readlink(path)
+        raise ConfigError(f"{path} is a link to what is not there, {there}; mend it, or name the recording.")
     if not path.is_file():
-        names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        names = [file.name for file in path.parent.glob(f"*{path.suffix}") if file.is_file()]
         raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
     return path
 

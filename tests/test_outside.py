@@ -158,6 +158,25 @@ def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(place: Path, call: Call) -> None:
+    (place / "link.mcap").symlink_to("away.mcap")
+    (place / "round.mcap").symlink_to("round.mcap")
+    os.mkfifo(place / "pipe.mcap")
+    for asked, said in (
+        (["info", "link.mcap"], "link.mcap is a link to what is not there, away.mcap; mend it, or name the recording."),
+        (["info", "round.mcap"], "round.mcap is a link to what is not there, round.mcap;"),
+        (["replay", "pipe.mcap"], "pipe.mcap is a pipe or a device, and a recording is a file; write it to one first."),
+        (["info", "/dev/null"], "/dev/null is a pipe or a device, and"),
+        (["info", "lnik.mcap"], "lnik.mcap: there is no such file.\n"),
+        (["import", "pipe.mcap", "-o", "x.mcap"], "pipe.mcap is a pipe or a device, and what is imported is a file"),
+        (["recover", DEMO, "-o", "/dev/full"], "/dev/full is a pipe or a device; name a new file."),
+        (["replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "pipe.mcap"], "pipe.mcap is a pipe or a device;"),
+    ):
+        code, out, err = call(place, *asked)
+        assert (code, out) == (2, ""), err
+        assert f"error: {said}" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize(
     ("command", "ended_in"),

@@ -52,6 +52,8 @@ def import_file(
     options = options or ImportOptions()
     if not path.exists():
         raise ConfigError(f"{path} is no file and no folder: name what is to be imported")
+    if not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is a pipe or a device, and what is imported is a file; write it to one first.")
     if not overwrite:
         refuse_existing(out)
     intervals = [] if labels is None else read_labels(Path(labels))
