@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
+from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install, typed
 from pipeline.outside import naming, uncreatable
 from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
@@ -657,7 +657,7 @@ def import_file(
         print(f"{stream}  {count} messages")
     for text in filter(None, [left_out and f"left out: {left_out}", info.note]):
         _say(text)
-    screen.print(f"{out}: done; see it with: sensorium info {out}", soft_wrap=True)
+    screen.print(f"{out}: done; see it with: sensorium info {typed(out)}", soft_wrap=True)
 
 
 def make_keys(name: str, out: Path) -> None:
@@ -752,7 +752,7 @@ def simulate(
     left = f"; {there} {stays}" if there else ""
     shown = written[0].file if written else generate.session_file(out, seed, ranges)
     print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s{room}{left}; "
-          f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
+          f"see {'one' if count is not None else 'it'} with: sensorium info {typed(shown)}",
           file=sys.stderr)  # fmt: skip
 
 

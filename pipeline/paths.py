@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, closest, taken
+from pipeline.errors import ConfigError, closest, taken, typed
 from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
@@ -38,7 +38,7 @@ def find_rig(name: str | None) -> Path:
     if not name:
         raise ConfigError(f"the rig's name is empty; name one YAML file. {_known(rigs)}")
     if path.suffix == ".mcap":
-        raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {name}")
+        raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {typed(name)}")
     if path.is_dir():
         raise ConfigError(f"{name} is a folder; a rig is one YAML file. {_known(rigs, path)}")
     if path.exists():  # a pipe, too
@@ -145,7 +145,7 @@ def existing(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path} is {_folder(path)}")
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {path}")
+        raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {typed(path)}")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path} is a pipe or a device, and a recording is a file; write it to one first.")
     if path.is_symlink() and not path.is_file():
@@ -160,7 +160,7 @@ def existing(path: Path) -> Path:
 def _folder(path: Path) -> str:
     """What a folder is that was named in place of a recording, and what to do with it."""
     if (path / "model.yaml").is_file():
-        return f"a bundle and no recording; to predict with it type: sensorium replay RECORDING --bundle {path}"
+        return f"a bundle and no recording; to predict with it type: sensorium replay RECORDING --bundle {typed(path)}"
     inside = sorted(path.glob("*.mcap"))
     if not inside:
         return "a folder without recordings; a recording is one MCAP file, such as `sensorium record` makes."

@@ -177,6 +177,22 @@ def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(place: Path,
         assert f"error: {said}" in err
 
 
+def test_a_command_that_is_to_be_typed_takes_a_path_with_spaces_for_one(place: Path, call: Call) -> None:
+    content = bytearray(Path(DEMO).read_bytes())
+    content[1_500_000] ^= 4
+    (place / "my walk.mcap").write_bytes(content)
+    (place / "my rig.yaml").write_text((place / "rig.yaml").read_text())
+    for asked, said in (
+        (["calibrate", "my walk.mcap"], "sensorium info 'my walk.mcap'; and "),
+        (["calibrate", "my walk.mcap"], "sensorium recover 'my walk.mcap' -o NEW.mcap"),
+        (["import", "my walk.mcap", "-o", "x.mcap"], "sensorium info 'my walk.mcap'\n"),
+        (["run", "my walk.mcap"], "sensorium replay 'my walk.mcap'\n"),
+        (["info", "my rig.yaml"], "sensorium run 'my rig.yaml'\n"),
+    ):
+        assert said in call(place, *asked)[2]
+    assert "sensorium recover 'my walk.mcap' -o" in call(place, "info", "my walk.mcap")[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize(
     ("command", "ended_in"),
