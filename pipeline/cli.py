@@ -362,7 +362,7 @@ def calibrate(
 @app.command()
 def recalibrate(
     recording: Recording,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="NEW", help="the MCAP file to write")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="NEW", parser=_new_name, help="the MCAP file to write")],
     offsets: Annotated[
         list[str] | None,
         typer.Option("--offset", metavar="STREAM=MS[,MS]", help="add this to a stream's times, and so unsure is it"),
@@ -427,7 +427,7 @@ def train(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a recording of some other system: a file or a folder")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file to write")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", parser=_new_name, help="the MCAP file to write")],
     labels: Annotated[Path | None, typer.Option(metavar="FILE", help="what is true when: CSV or JSON")] = None,
     streams: Annotated[
         str | None,
@@ -455,7 +455,7 @@ def import_(
 @app.command()
 def simulate(
     world: Annotated[str, typer.Argument(metavar="WORLD", help="what to simulate: rover")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file; with --count a folder")],
+    out: Annotated[str, typer.Option("-o", "--out", metavar="OUT", help="the MCAP file; with --count a folder")],
     seed: Annotated[int, typer.Option(min=0, help="which world; of several sessions the first's")] = 0,
     duration: Annotated[float, typer.Option("--duration", metavar="S", min=1.0, help="length of a session")] = 20.0,
     ranges: Annotated[Ranges, typer.Option(help="which worlds to draw from")] = Ranges.train,
@@ -475,8 +475,9 @@ def simulate(
     """
     from pipeline import commands
 
+    place = _new_name(out) if count is None else Path(out)
     commands.simulate(
-        world, out, seed=seed, duration_s=duration, ranges=ranges.value, count=count, jobs=jobs, json=json
+        world, place, seed=seed, duration_s=duration, ranges=ranges.value, count=count, jobs=jobs, json=json
     )
 
 

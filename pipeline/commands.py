@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install
+from pipeline.errors import ConfigError, Interrupted, RecordingError, SensoriumError, install, typed
 from pipeline.outside import naming, uncreatable
 from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping, write_whole
 from pipeline.strict import listed, nearest
@@ -488,7 +488,7 @@ def recalibrate(recording: Path, out: Path, offsets: list[str], *, find: bool, r
     from pipeline.terminal import console
 
     screen = console(sys.stderr)
-    with RecordingReader(existing(recording)) as reader, screen.status("reading") as status:
+    with making(out), RecordingReader(existing(recording)) as reader, screen.status("reading") as status:
         found: dict[str, Shift] = {}
         if find:
             from pipeline import calibrate as calibrating
@@ -597,6 +597,17 @@ def ended_politely() -> Iterator[None]:
             signal.signal(number, old)
 
 
+@contextmanager
+def making(out: Path) -> Iterator[None]:
+    """Within it ``out`` is written, which appears only when it is whole: what ends it early says that it is not
+    made."""
+    try:
+        with ended_politely():
+            yield
+    except KeyboardInterrupt as stop:
+        raise interrupted(f"interrupted; {out} is not made", stop) from None
+
+
 def _cores() -> int:
     """How many this process may use; at most as many as have enough memory with them, 0.3 GB each."""
     return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
@@ -628,7 +639,7 @@ def import_file(
     wanted = tuple(entry.strip() for entry in (streams or "").split(",") if entry.strip())
     if file.exists():  # else that is what to say
         writable(out, "-o")
-    with screen.status(f"reading {file.name}") as status:
+    with making(out), screen.status(f"reading {file.name}") as status:
         info = importing.import_file(
             file,
             new_file(out),
@@ -646,7 +657,7 @@ def import_file(
         print(f"{stream}  {count} messages")
     for text in filter(None, [left_out and f"left out: {left_out}", info.note]):
         _say(text)
-    screen.print(f"{out}: done; see it with: sensorium info {out}", soft_wrap=True)
+    screen.print(f"{out}: done; see it with: sensorium info {typed(out)}", soft_wrap=True)
 
 
 def make_keys(name: str, out: Path) -> None:
@@ -741,7 +752,7 @@ def simulate(
     left = f"; {there} {stays}" if there else ""
     shown = written[0].file if written else generate.session_file(out, seed, ranges)
     print(f"{out}: {len(written)} session{'s' * (len(written) != 1)} of {duration_s:g} s{room}{left}; "
-          f"see {'one' if count is not None else 'it'} with: sensorium info {shown}",
+          f"see {'one' if count is not None else 'it'} with: sensorium info {typed(shown)}",
           file=sys.stderr)  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.commands import ended_politely, interrupted, print_json, writable
+from pipeline.commands import making, print_json, writable
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.paths import existing, own_bundle, recorded_mapping
 
@@ -78,14 +78,11 @@ def recover(recording: Path, out: Path, *, partial: bool, json: bool) -> None:
 
     existing(recording)
     place = writable(out, "-o")
-    try:
-        with ended_politely(), console(sys.stderr).status("reading") as status:
-            made = recovering(
-                recording, place, partial=partial,
-                progress=lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s"),
-            )  # fmt: skip
-    except KeyboardInterrupt as stop:
-        raise interrupted(f"interrupted; {out} is not made", stop) from None
+    with making(out), console(sys.stderr).status("reading") as status:
+        made = recovering(
+            recording, place, partial=partial,
+            progress=lambda t_ns: status.update(f"writing {out.name}: {t_ns / 1e9:.0f} s"),
+        )  # fmt: skip
     if json:
         print_json(made)
     else:

@@ -90,10 +90,19 @@ class FusionEntry(_Strict, frozen=True):
     cache_mib: Positive = 256
 
 
+def wrong_suffix(path: str) -> str:
+    """Why a recording is not to have this name, in words: it ends as another kind of file does. Nothing if it ends in
+    `.mcap`, or has no suffix."""
+    suffix = Path(path).suffix
+    if suffix.lower() in ("", ".mcap"):
+        return ""
+    return f"it ends in `{suffix}`, and a recording is an MCAP file; name it like {Path(path).with_suffix('.mcap')}"
+
+
 class RecordEntry(_Strict, frozen=True):
-    """A recording: ``path`` may hold ``{session}`` and ``{time}``; ``streams`` null means all. With ``limit_mb`` it is
-    a ring: ``path`` is a folder of segments, each a recording of ``segment_s`` at most, all of them together never
-    larger than the limit; the oldest are deleted, and later sessions go on in the same ring."""
+    """A recording, an MCAP file: ``path`` may hold ``{session}`` and ``{time}``; ``streams`` null means all. With
+    ``limit_mb`` it is a ring: ``path`` is a folder of segments, each a recording of ``segment_s`` at most, all of them
+    together never larger than the limit; the oldest are deleted, and later sessions go on in the same ring."""
 
     path: str
     streams: tuple[str, ...] | None = None
@@ -104,6 +113,8 @@ class RecordEntry(_Strict, frozen=True):
 
     def __post_init__(self) -> None:
         if self.limit_mb is None:
+            if wrong := wrong_suffix(self.path):
+                raise ValueError(f"`path: {self.path}`: {wrong}.")
             return
         if "{" in self.path or self.path.endswith(".mcap"):
             raise ValueError(

@@ -7,6 +7,7 @@ code that catches one of these either handles it or lets it pass, and never logs
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -97,6 +98,16 @@ def joined(errors: Sequence[SensoriumError]) -> SensoriumError:
     whole = kind("\n".join(map(str, ordered)))
     whole.line, whole.together = ordered[0].line, tuple(ordered)
     return whole
+
+
+def taken(path: object, what: str = "file") -> ConfigError:
+    """That a new ``what`` cannot be at ``path``, where something is."""
+    return ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
+
+
+def typed(path: object) -> str:
+    """A path in a command that is to be typed: a shell takes it for one word."""
+    return shlex.quote(str(path))
 
 
 def install(extra: str = "") -> str:

@@ -4,13 +4,14 @@ ran."""
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, closest
+from pipeline.errors import ConfigError, closest, taken, typed
 from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
@@ -37,7 +38,7 @@ def find_rig(name: str | None) -> Path:
     if not name:
         raise ConfigError(f"the rig's name is empty; name one YAML file. {_known(rigs)}")
     if path.suffix == ".mcap":
-        raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {name}")
+        raise ConfigError(f"{name} is a recording, not a rig; to predict it again type: sensorium replay {typed(name)}")
     if path.is_dir():
         raise ConfigError(f"{name} is a folder; a rig is one YAML file. {_known(rigs, path)}")
     if path.exists():  # a pipe, too
@@ -80,18 +81,24 @@ def new_file(path: Path, what: str = "file") -> Path:
     """``path``, absolute, if a ``what`` can be written there that destroys nothing. Raises ConfigError."""
     if what == "file" and path.is_dir():  # which nobody should be told to remove
         raise ConfigError(f"{path} is a folder; name a new file in it.")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # nor this
+        raise ConfigError(f"{path} is a pipe or a device; name a new {what}.")
     if path.exists():
-        raise ConfigError(f"{path} exists already, and is not overwritten; name another {what}, or remove it.")
+        raise taken(path, what)
     if not path.resolve().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.parent} to write into.")
     return path.resolve()
 
 
 def new_name(text: str) -> Path:
-    """``text`` as the path of a file to be made. Raises ConfigError for one that ends as folders do, which a path
-    forgets."""
+    """``text`` as the path of a recording to be made. Raises ConfigError for one that ends as folders do, which a path
+    forgets, or as other files than recordings."""
+    from pipeline.config import wrong_suffix
+
     if text.endswith("/"):
         raise ConfigError(f"{text} names a folder, and a recording is a file; name one in it, like {text}session.mcap")
+    if wrong := wrong_suffix(text):
+        raise ConfigError(f"{text}: {wrong}.")
     return Path(text)
 
 
@@ -138,9 +145,14 @@ def existing(path: Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"{path} is {_folder(path)}")
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {path}")
+        raise ConfigError(f"{path} is a rig and no recording; to run it type: sensorium run {typed(path)}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is a pipe or a device, and a recording is a file; write it to one first.")
+    if path.is_symlink() and not path.is_file():
+        there = os.readlink(path)
+        raise ConfigError(f"{path} is a link to what is not there, {there}; mend it, or name the recording.")
     if not path.is_file():
-        names = [file.name for file in path.parent.glob(f"*{path.suffix}")]
+        names = [file.name for file in path.parent.glob(f"*{path.suffix}") if file.is_file()]
         raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
     return path
 
@@ -148,7 +160,7 @@ def existing(path: Path) -> Path:
 def _folder(path: Path) -> str:
     """What a folder is that was named in place of a recording, and what to do with it."""
     if (path / "model.yaml").is_file():
-        return f"a bundle and no recording; to predict with it type: sensorium replay RECORDING --bundle {path}"
+        return f"a bundle and no recording; to predict with it type: sensorium replay RECORDING --bundle {typed(path)}"
     inside = sorted(path.glob("*.mcap"))
     if not inside:
         return "a folder without recordings; a recording is one MCAP file, such as `sensorium record` makes."

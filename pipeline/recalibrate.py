@@ -126,7 +126,8 @@ def recalibrate(
     columns = _columns(reader, shifts)
     plans = {name: _plan(columns[name], shift) for name, shift in shifts.items()}
     dropped: Counter[str] = Counter()
-    with whole_file(out) as part, RecordingWriter(part, _session(reader, shifts), overwrite=True) as writer:
+    session = _session(reader, shifts)
+    with whole_file(out, overwrite=False) as part, RecordingWriter(part, session, overwrite=True) as writer:
         for name, data in reader.attachments.items():
             if name != RIG and not name.startswith(CALIBRATION):
                 writer.attach(name, data)

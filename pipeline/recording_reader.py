@@ -24,7 +24,7 @@ from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
 from mcap.records import Attachment, Channel, ChunkIndex, Metadata, Schema
 
-from pipeline.errors import RecordingError
+from pipeline.errors import RecordingError, typed
 from pipeline.messages import Header, Message, Payload
 from pipeline.recording_damage import (
     DAMAGE,
@@ -184,9 +184,10 @@ class RecordingReader:
         return os.pread(self._file.fileno(), length, offset)
 
     def _damaged(self, where: str) -> RecordingError:
+        path = typed(self.path)
         return RecordingError(
-            f"{self.path} is damaged{where}. What can be read is shown by: sensorium info {self.path}; and written to "
-            f"a new recording by: sensorium recover {self.path} -o NEW.mcap"
+            f"{self.path} is damaged{where}. What can be read is shown by: sensorium info {path}; and written to "
+            f"a new recording by: sensorium recover {path} -o NEW.mcap"
         )
 
     def _scan(self) -> bool:
@@ -223,7 +224,7 @@ class RecordingReader:
         if SESSION in self._metadata and int.from_bytes(self._read(body, 2), "little") in self._channels:
             raise ForeignLayoutError(
                 f"{self.path} was written anew by another tool, and without chunks, which recordings consist of. Write "
-                f"it with chunks: mcap compress {self.path.name} -o chunked.mcap"
+                f"it with chunks: mcap compress {typed(self.path.name)} -o chunked.mcap"
             )
 
     def _learn_channels(self) -> None:

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from mcap.writer import CompressionType, IndexType, Writer
 
-from pipeline.errors import ConfigError, RecordingError, WireError
+from pipeline.errors import ConfigError, RecordingError, WireError, taken
 from pipeline.messages import Message, payload_of, wrong_data
 from pipeline.recording_schemas import ANY_OBJECT, BEAT_TOPIC, LABEL_TOPIC, TOPIC_SCHEMAS, Schema, encode, schema_of
 
@@ -350,10 +350,7 @@ class _Output:
             self._fd = os.open(path, flags, 0o644)
         except OSError as error:
             if os.path.lexists(path):
-                raise ConfigError(
-                    f"{path} exists already, and a recording never replaces a file unasked: choose another name, "
-                    "or ask for it to be overwritten"
-                ) from None
+                raise taken(path) from None
             in_the_way = next((parent for parent in path.parents if parent.exists()), path)
             why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
             raise RecordingError(f"{path} cannot be created: {why}") from None
@@ -447,7 +444,7 @@ def _linked(part: Path, out: Path) -> bool:
 def refuse_existing(out: Path) -> None:
     """Raises ConfigError if there is anything of this name, be it a link that leads nowhere."""
     if os.path.lexists(out):
-        raise ConfigError(f"{out} exists already, and is not overwritten: choose another name, or remove it")
+        raise taken(out)
 
 
 def free_path(path: Path) -> Path:

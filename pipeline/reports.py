@@ -10,6 +10,7 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from pipeline.errors import typed
 from pipeline.recording import Deleted, deleted_text
 from pipeline.sheet import Sheet, counted, number, numbers, size
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
@@ -187,7 +188,8 @@ def damage_text(found: Damage, recording: Path) -> RenderableType:
     said.append("".join(f"\n  {line}" for line in lines))
     said.append(f"\nlacking in all: {lost_text(found)}")
     partial = " --partial" if found.unreadable else ""
-    said.append(f"\nwhat is intact goes into a new recording with: sensorium recover {recording} -o NEW.mcap{partial}")
+    todo = f"sensorium recover {typed(recording)} -o NEW.mcap{partial}"
+    said.append(f"\nwhat is intact goes into a new recording with: {todo}")
     return said
 
 

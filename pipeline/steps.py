@@ -30,6 +30,8 @@ LOST = "lost on the way from the align node"
 """The cause of windows that were published, and whose loss nobody announced."""
 UNHEARD = "lost on the way from the fusion node"
 """The same of predictions."""
+UNMADE = "the session ended before it, or the fusion node had died"
+"""The cause of predictions that were never sent until the session's end."""
 
 
 class Gap(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -144,12 +146,13 @@ class Unpredicted:
         return [self._explained(gap) for gap in _ranges([k for k in missing if k != step])], True
 
     def end(self, made: int) -> list[Gap]:
-        """The gaps at the end of the session; ``made`` is the last prediction that was ever sent."""
-        missing = list(self._waiting)
+        """The gaps at the end of the session; ``made`` is the last prediction that was ever sent: all up to it are
+        lost, be it with a node that had died, and those behind it were never made."""
+        lost = _ranges([step for step in self._waiting if step <= made])
+        never = _ranges([step for step in self._waiting if step > made])
         self._waiting.clear()
-        never = Gap(made + 1, max(missing, default=made), "the session ended before it, or the fusion node had died")
-        self.announce(never)
-        return [self._explained(gap) for gap in _ranges(missing)]
+        unmade = [Gap(gap.first, gap.last, UNMADE, "prediction") for gap in never]
+        return [self._explained(gap) for gap in lost] + unmade
 
     def _explained(self, gap: Gap) -> Gap:
         """``gap`` with its cause. What touches a death is of that death: the last that a node sent dies with it."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 import yaml
 
-from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest, joined
+from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest, joined, typed
 from pipeline.errors import listed as listed
 from pipeline.errors import nearest as nearest
 
@@ -84,7 +84,7 @@ class Document:
             raise ConfigError(f"{path}: there is no such file.{_similar_file(Path(path))}") from None
         except UnicodeDecodeError as error:
             if error.object.startswith(_MCAP):
-                said = f"this is a recording and no YAML file; what it holds says: sensorium info {path}"
+                said = f"this is a recording and no YAML file; what it holds says: sensorium info {typed(path)}"
             else:
                 said = "this is no text, so it cannot be read as YAML; name a text file in UTF-8."
             raise ConfigError(f"{path}: {said}") from None

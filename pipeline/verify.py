@@ -220,12 +220,14 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
     unknown = _Unknown({stream.name for stream in spec.streams if stream.ordered})
     aligner: Aligner | None = None
     begun = reader.info.since is None
+    died = _died_before(reader)
     expected = 1
     for data, log_ns, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
         if manifest.step != expected:
             if begun:
-                result.doubt(f"windows {expected} to {manifest.step - 1} are not in the recording")
+                with_it = f", nor {_predictions_text(gap)}" if (gap := died.get(expected)) else ""
+                result.doubt(f"windows {expected} to {manifest.step - 1} are not in the recording{with_it}")
                 aligner = None  # whoever made the next one began anew, or what it had heard meanwhile is not known
                 unknown.all(manifest, f"what windows {expected} to {manifest.step - 1} had received", False)
             elif reader.info.ring is not None:
@@ -427,7 +429,11 @@ class _Predictions:
         self._whole = 0  # so many windows since then are verified
         # What came before the file's beginning, or in a gap, nobody knows, until one comes out the same.
         self._unsettled = reader.info.since is not None
-        self._never = _never_predicted(reader)
+        self._never = _said_missing(reader, "prediction")
+        self._unmade = _said_missing(reader, "window")
+        self._died = {k for gap in _died_before(reader).values() for k in range(gap.first, gap.last + 1)}
+        self._owed: list[int] = []
+        """Windows without a prediction that are named with the windows missing behind them, if those are missing."""
         self._advance()
 
     def _advance(self) -> None:
@@ -446,12 +452,17 @@ class _Predictions:
         self._skip_to(manifest.step)
         if self._last is not None and manifest.step != self._last + 1:
             self._unsettled = self._broken = True  # whether the fusion node had the windows in between, nobody knows
+            self._owed.clear()
         self._last = manifest.step
+        self._doubt_owed()
         if self._next is None or self._next.window.index != manifest.step:
             # No prediction for this window: fusion was away, and begins anew with the next one; or it was lost.
             if self._fused:
                 text = f"window {manifest.step} has no recorded prediction"
-                (self._result.refer if self._behind(manifest) else self._result.doubt)(text)
+                if manifest.step in self._died:
+                    self._owed.append(manifest.step)
+                else:
+                    (self._result.refer if self._behind(manifest) else self._result.doubt)(text)
             self._unsettled = self._unsettled or self._fuser is not None
             self._fuser = None
             return
@@ -479,8 +490,14 @@ class _Predictions:
         while self._next is not None and self._next.window.index < step:
             text = f"prediction {self._next.window.index} has no recorded window"
             before = self._ring and self._last is None
-            (self._result.refer if before else self._result.doubt)(text)
+            if self._next.window.index not in self._unmade or before:  # else the window is doubted already
+                (self._result.refer if before else self._result.doubt)(text)
             self._advance()
+
+    def _doubt_owed(self) -> None:
+        for step in self._owed:
+            self._result.doubt(f"window {step} has no recorded prediction")
+        self._owed.clear()
 
     def _behind(self, manifest: Manifest) -> bool:
         """Whether the prediction of a window is in the next segment, for all that this one says."""
@@ -489,6 +506,7 @@ class _Predictions:
 
     def finish(self) -> None:
         """Recorded predictions without a recorded window cannot be verified."""
+        self._doubt_owed()
         while self._next is not None:
             self._result.doubt(f"prediction {self._next.window.index} has no recorded window")
             self._advance()
@@ -507,6 +525,7 @@ class _Gap(msgspec.Struct):
     last: int = msgspec.field(name="to")
     of: str = "window"
     stream: str | None = None
+    cause: str = ""
 
 
 def _gaps(reader: RecordingReader) -> Iterator[_Gap]:
@@ -514,9 +533,24 @@ def _gaps(reader: RecordingReader) -> Iterator[_Gap]:
         yield msgspec.json.decode(data, type=_Gap)
 
 
-def _never_predicted(reader: RecordingReader) -> set[int]:
-    """The windows of which the recording says that their predictions never came."""
-    return {k for gap in _gaps(reader) if gap.of == "prediction" for k in range(gap.first, gap.last + 1)}
+def _said_missing(reader: RecordingReader, of: str) -> set[int]:
+    """The windows of which the recording says that they, or their predictions, never came."""
+    gaps = (gap for gap in _gaps(reader) if gap.stream is None and gap.of == of)
+    return {k for gap in gaps for k in range(gap.first, gap.last + 1)}
+
+
+def _died_before(reader: RecordingReader) -> dict[int, _Gap]:
+    """The predictions that the aligner's death took with it, by the first window that it took: the last windows that
+    it sent may have come to the recorder and not to the fusion node."""
+    gaps = [gap for gap in _gaps(reader) if gap.stream is None]
+    causes = {gap.first: gap.cause for gap in gaps if gap.of == "window"}
+    return {gap.last + 1: gap for gap in gaps if gap.of == "prediction" and causes.get(gap.last + 1) == gap.cause}
+
+
+def _predictions_text(gap: _Gap) -> str:
+    if gap.first == gap.last:
+        return f"the prediction of window {gap.first}"
+    return f"the predictions of windows {gap.first} to {gap.last}"
 
 
 def _prediction_difference(recorded: Prediction, made: Prediction, exact: bool) -> Difference | None:

@@ -186,7 +186,7 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         (["import", "nothing.mp4", "-o", "x.mcap"], "nothing.mp4"),
         (["import", "rig.yaml", "-o", "nowhere/x.mcap"], "there is no folder"),
         (["record", "rig.yaml"], "-o session.mcap"),
-        (["record", "rig.yaml", "-o", "rig.yaml"], "not overwritten"),
+        (["record", "rig.yaml", "-o", f"{ROOT}/recordings/demo.mcap"], "not overwritten"),
         (["run", "rig.yaml", "--record", "/proc/x.mcap"], "error: /proc/x.mcap cannot be created: "),
         (
             ["record", "rig.yaml", "-o", "newdir/"],
@@ -194,6 +194,17 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
         ),
         (["record", "rig.yaml", "-o", "."], "error: . is a folder; name a new file in it.\n"),
         (["run", "rig.yaml", "--record", "newdir/"], "like newdir/session.mcap"),
+        (
+            ["record", "rig.yaml", "-o", "here/x.db3"],
+            "error: here/x.db3: it ends in `.db3`, and a recording is an MCAP file; name it like here/x.mcap.\n",
+        ),
+        (["run", "rig.yaml", "--record", "x.json"], "error: x.json: it ends in `.json`"),
+        (["import", "rig.yaml", "-o", "x.bag"], "error: x.bag: it ends in `.bag`"),
+        (["import", "rig.yaml", "-o", "newdir/"], "like newdir/session.mcap"),
+        (["recover", "x.mcap", "-o", "x.bak"], "error: x.bak: it ends in `.bak`"),
+        (["recalibrate", "x.mcap", "-o", "x.bag", "--find"], "error: x.bag: it ends in `.bag`"),
+        (["simulate", "rover", "-o", "x.mp4"], "error: x.mp4: it ends in `.mp4`"),
+        (["simulate", "rover", "-o", "newdir/"], "like newdir/session.mcap"),
         (["evaluate", "rig.yaml", f"{ROOT}/models/demo"], "error: rig.yaml is a file, and a bundle is a folder"),
         (
             ["replay", f"{ROOT}/recordings/demo.mcap", "--bundle", f"{ROOT}/models/demo/model.yaml"],

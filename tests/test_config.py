@@ -94,6 +94,7 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG.replace("demo", "yes"), 1, ("YAML reads yes without quotes as true",)),
     (RIG.replace("name", "nmae"), 1, ("`nmae` is no key here. Did you mean `name`?",)),
     (RIG + "  imu: {kidn: imu}\n", 4, ("the key `kind` is missing; it needs text. Is `kidn` meant to be it?",)),
+    (RIG + "record: {path: '../{time}.bag'}\n", 4, ("it ends in `.bag`", "name it like ../{time}.mcap")),
     (RIG + "record: {path: '{time}', limit_mb: 3}\n", 4, ("record.limit_mb", "at least 32")),
     ("", None, ("found nothing", "`sources`")),
     ("- a\n", None, ("a list", "`name`")),

@@ -275,7 +275,11 @@ def test_what_cannot_be_imported_leaves_nothing_behind(make_file: Callable[..., 
         import_file(make_file(frames=[0, 40]), out)
     import_file(make_file(frames=[0, 40, 80]), out, overwrite=True)
     assert len(messages(out, "camera")) == 3
-    assert [entry.name for entry in out.parent.iterdir()] == ["a.mcap"]
+    mine = out.with_name("b.mcap")
+    with pytest.raises(ConfigError, match="exists already"):  # somebody else's, made meanwhile
+        import_file(make_file(frames=[0, 40]), mine, progress=lambda t_ns: mine.write_bytes(b"mine"))
+    assert mine.read_bytes() == b"mine"
+    assert sorted(entry.name for entry in out.parent.iterdir()) == ["a.mcap", "b.mcap"]
 
 
 def test_an_interrupted_import_leaves_nothing_behind(make_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
 from pipeline.sending import as_bytes, as_part
 from pipeline.source import KINDS, Reading, Source, load_kind
 from pipeline.stamper import STRAGGLERS, Stamper
-from pipeline.steps import UNHEARD, Account, Gap, Unpredicted, decode_step, encode_step
+from pipeline.steps import UNHEARD, UNMADE, Account, Gap, Unpredicted, decode_step, encode_step
 
 MS = 1_000_000
 
@@ -663,12 +663,13 @@ def test_every_window_has_a_prediction_or_lies_in_one_gap(predicted: list[bool],
                 assert first is not again
                 gaps += found
             seen.append(index)
-    made = max(seen, default=0)  # the fusion node died with the rest
-    gaps += account.end(made)
+    sent = data.draw(st.integers(max(seen, default=0), len(predicted)))  # the rest died with the fusion node
+    gaps += account.end(sent)
     named = [k for gap in gaps for k in range(gap.first, gap.last + 1)]
     assert sorted(seen + named) == list(range(1, len(predicted) + 1))
     assert all(gap.of == "prediction" for gap in gaps)
-    assert all((gap.cause == UNHEARD) == (gap.last <= made) for gap in gaps)
+    assert all(gap.cause == (UNHEARD if gap.last <= sent else UNMADE) for gap in gaps)
+    assert not any(gap.first <= sent < gap.last for gap in gaps)
 
 
 def test_predictions_that_were_never_made_are_told_from_those_that_were_lost() -> None:
@@ -680,9 +681,13 @@ def test_predictions_that_were_never_made_are_told_from_those_that_were_lost() -
     assert [(gap.first, gap.last, gap.cause == UNHEARD) for gap in gaps] == [(1, 2, True), (4, 5, True), (7, 9, False)]
     account.prediction(20)
     assert [(gap.first, gap.last, gap.cause == UNHEARD) for gap in account.end(30)] == [(21, 30, True)]
-    account.window(31)
-    account.window(32)
-    assert "had died" in account.end(31)[0].cause  # with it went what it had sent last
+    for step in range(31, 36):
+        account.window(step)
+    assert account.end(33) == [Gap(31, 33, UNHEARD, "prediction"), Gap(34, 35, UNMADE, "prediction")]
+    account.window(36)
+    account.announce(Gap(36, 36, "the fusion node was restarted", "prediction"))
+    account.window(37)
+    assert [gap.cause for gap in account.end(36)] == ["the fusion node was restarted", UNMADE]
 
 
 @pytest.mark.parametrize("field", ["t_capture_ns", "t_end_ns", "t_receipt_ns"])

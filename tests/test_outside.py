@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import wave
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -157,19 +158,71 @@ def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_of_a_recovery_that_is_ended_nothing_stays(tmp_path: Path) -> None:
-    interrupt = """
-import os, signal
-import pipeline.recording_salvage as salvage
-copy_to = salvage.SalvagedReader.copy_to
-def ended(self, writer, progress):
-    return copy_to(self, writer, lambda t_ns: os.kill(os.getpid(), signal.SIGTERM))
-salvage.SalvagedReader.copy_to = ended
-"""
+def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(place: Path, call: Call) -> None:
+    (place / "link.mcap").symlink_to("away.mcap")
+    (place / "round.mcap").symlink_to("round.mcap")
+    os.mkfifo(place / "pipe.mcap")
+    for asked, said in (
+        (["info", "link.mcap"], "link.mcap is a link to what is not there, away.mcap; mend it, or name the recording."),
+        (["info", "round.mcap"], "round.mcap is a link to what is not there, round.mcap;"),
+        (["replay", "pipe.mcap"], "pipe.mcap is a pipe or a device, and a recording is a file; write it to one first."),
+        (["info", "/dev/null"], "/dev/null is a pipe or a device, and"),
+        (["info", "lnik.mcap"], "lnik.mcap: there is no such file.\n"),
+        (["import", "pipe.mcap", "-o", "x.mcap"], "pipe.mcap is a pipe or a device, and what is imported is a file"),
+        (["recover", DEMO, "-o", "/dev/full"], "/dev/full is a pipe or a device; name a new file."),
+        (["replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "pipe.mcap"], "pipe.mcap is a pipe or a device;"),
+    ):
+        code, out, err = call(place, *asked)
+        assert (code, out) == (2, ""), err
+        assert f"error: {said}" in err
+
+
+def test_a_command_that_is_to_be_typed_takes_a_path_with_spaces_for_one(place: Path, call: Call) -> None:
+    content = bytearray(Path(DEMO).read_bytes())
+    content[1_500_000] ^= 4
+    (place / "my walk.mcap").write_bytes(content)
+    (place / "my rig.yaml").write_text((place / "rig.yaml").read_text())
+    for asked, said in (
+        (["calibrate", "my walk.mcap"], "sensorium info 'my walk.mcap'; and "),
+        (["calibrate", "my walk.mcap"], "sensorium recover 'my walk.mcap' -o NEW.mcap"),
+        (["import", "my walk.mcap", "-o", "x.mcap"], "sensorium info 'my walk.mcap'\n"),
+        (["run", "my walk.mcap"], "sensorium replay 'my walk.mcap'\n"),
+        (["info", "my rig.yaml"], "sensorium run 'my rig.yaml'\n"),
+    ):
+        assert said in call(place, *asked)[2]
+    assert "sensorium recover 'my walk.mcap' -o" in call(place, "info", "my walk.mcap")[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("command", "ended_in"),
+    [
+        (("recover", "cut.mcap"), "pipeline.recording_salvage.SalvagedReader.copy_to"),
+        (("recalibrate", DEMO, "--offset", "imu=1"), "pipeline.recalibrate._copy"),
+        (("import", "sound.wav"), "pipeline.importing.Session.messages"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, tuple) else "",
+)
+def test_of_a_recording_whose_making_is_ended_nothing_stays(
+    tmp_path: Path, command: tuple[str, ...], ended_in: str, number: signal.Signals
+) -> None:
     (tmp_path / "cut.mcap").write_bytes(Path(DEMO).read_bytes()[:2_000_000])
-    done = python(interrupt, "recover", "cut.mcap", "-o", "whole.mcap", folder=tmp_path)
-    assert (done.returncode, done.stderr) == (143, b"error: interrupted; whole.mcap is not made\n")
-    assert [file.name for file in tmp_path.iterdir()] == ["cut.mcap"]
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(8000))
+    place, _, name = ended_in.rpartition(".")
+    interrupt = f"""
+import os, pkgutil
+place = pkgutil.resolve_name({place!r})
+def ended(*arguments):
+    assert [file for file in os.listdir() if file.endswith(".tmp")]
+    os.kill(os.getpid(), {number:d})
+place.{name} = ended
+"""
+    before = sorted(tmp_path.iterdir())
+    done = python(interrupt, *command, "-o", "made.mcap", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, b"error: interrupted; made.mcap is not made\n")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

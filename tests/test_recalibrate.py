@@ -220,6 +220,10 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
             recalibrate(reader, tmp_path / "c.mcap", {"micro": Shift()})
         with pytest.raises(ConfigError, match="exists already"):
             recalibrate(reader, tmp_path / "b.mcap", {})
+        mine = tmp_path / "mine.mcap"
+        with pytest.raises(ConfigError, match="exists already"):  # somebody else's, made meanwhile
+            recalibrate(reader, mine, {"imu": Shift(offset_ns=1)}, lambda t_ns: mine.write_bytes(b"mine"))
+        assert mine.read_bytes() == b"mine"
         for bad in ("imu", "imu=x", "imu=1,-2", "imu=inf"):
             with pytest.raises(ConfigError, match="expected one like"):
                 asked_shifts(reader, [bad], [], {})

@@ -24,10 +24,11 @@ from pipeline.explain import Session, explain
 from pipeline.explain_window import explain_window
 from pipeline.messages import Header, Message, TextLayout
 from pipeline.prediction import Prediction
-from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, RecordingWriter
+from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, RecordingWriter
 from pipeline.recording_damage import damage
 from pipeline.recording_salvage import lost_text, recover
 from pipeline.recording_writer import Deleted, RingPart
+from pipeline.steps import Gap
 from pipeline.verify import _Held, verify
 from tests.mcap_places import places
 from tests.rigs import STREAMS
@@ -225,6 +226,7 @@ def rewritten(
     window: Callable[[int], bool] = everything,
     prediction: Callable[[int], bool] = everything,
     log: Callable[[int], bool] = everything,
+    gaps: tuple[Gap, ...] = (),
     **info: Any,
 ) -> Path:
     """The session with only what is asked for."""
@@ -241,6 +243,8 @@ def rewritten(
             for data, log_ns, publish_ns in reader.json(PREDICTION_TOPIC):
                 if log(log_ns) and prediction(msgspec.json.decode(data, type=Prediction).window.index):
                     writer.write_json(PREDICTION_TOPIC, data, log_ns, publish_ns)
+            for gap in gaps:
+                writer.write_json(GAP_TOPIC, msgspec.json.encode(gap), reader.end_ns)
     return out
 
 
@@ -278,6 +282,30 @@ def test_windows_that_the_recorder_lost_make_none_after_them_different(whole: Pa
         assert found.windows >= len(steps(whole)) - 2 - 5
         if predictions is everything:
             assert f"prediction {middle} has no recorded window" in found.unverifiable
+
+
+@pytest.mark.slow
+def test_the_death_of_an_aligner_is_one_doubt_whoever_had_its_last_window(whole: Path) -> None:
+    last, back, why = len(steps(whole)) // 2, len(steps(whole)) // 2 + 3, "the align node was restarted"
+    bundle = load_bundle(whole / "model")
+
+    def doubts(window: Callable[[int], bool], prediction: Callable[[int], bool], *gaps: Gap) -> list[str]:
+        found = verify(rewritten(whole, window=window, prediction=prediction, gaps=gaps), bundle)
+        assert found.first_difference is None
+        assert not found.holds
+        # Here the aligner lived on, so that later windows may hold messages which no window in the file lists.
+        return [text for text in found.unverifiable if "had received is not" not in text and "looks back" not in text]
+
+    recorder_had_it = Gap(last + 1, back - 1, why), Gap(last, last, why, "prediction")
+    said = f"windows {last + 1} to {back - 1} are not in the recording, nor the prediction of window {last}"
+    assert doubts(lambda k: k <= last or k >= back, lambda k: k < last or k >= back, *recorder_had_it) == [said]
+    fusion_had_it = Gap(last, back - 1, why)
+    said = f"windows {last} to {back - 1} are not in the recording"
+    assert doubts(lambda k: k < last or k >= back, lambda k: k <= last or k >= back, fusion_had_it) == [said]
+    # Nothing that the recording says of itself makes it hold.
+    said = f"window {last} has no recorded prediction"
+    assert doubts(lambda k: k <= last, lambda k: k < last, *recorder_had_it) == [said]
+    assert said in doubts(everything, lambda k: k != last, *recorder_had_it)
 
 
 @pytest.mark.slow

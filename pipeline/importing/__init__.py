@@ -22,7 +22,7 @@ from pipeline.importing.choosing import choose
 from pipeline.importing.labels import read_labels
 from pipeline.importing.pictures import Pictures
 from pipeline.recording import Compression, Label, RecordingWriter, SessionInfo
-from pipeline.recording_writer import whole_file
+from pipeline.recording_writer import refuse_existing, whole_file
 
 IMPORTERS: tuple[Importer, ...] = (Bags(), Captures(), Pictures(), AudioVideo())
 """Asked in order; the first that accepts a file imports it."""
@@ -52,8 +52,10 @@ def import_file(
     options = options or ImportOptions()
     if not path.exists():
         raise ConfigError(f"{path} is no file and no folder: name what is to be imported")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists already: choose another name, or ask for it to be overwritten")
+    if not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is a pipe or a device, and what is imported is a file; write it to one first.")
+    if not overwrite:
+        refuse_existing(out)
     intervals = [] if labels is None else read_labels(Path(labels))
     opened = _importer_of(path).open(path, options)
     try:
@@ -69,7 +71,7 @@ def import_file(
             arrival="received" if opened.arrives else "capture_end",
             extra={"imported_from": path.name, "sha256": digest, **said, **opened.facts},
         )
-        with whole_file(out) as part, RecordingWriter(part, info, compression, overwrite=True) as writer:
+        with whole_file(out, overwrite) as part, RecordingWriter(part, info, compression, overwrite=True) as writer:
             for interval in intervals:
                 label = _on_session(interval, opened.zero_ns - session.origin_ns)
                 writer.write_label(label, max(label.start_ns, 0))

@@ -21,7 +21,7 @@ from mcap.reader import SeekingReader
 from mcap.records import Statistics
 from mcap.summary import Summary
 
-from pipeline.errors import ConfigError, RecordingError
+from pipeline.errors import ConfigError, RecordingError, typed
 from pipeline.importing.foxglove_messages import foxglove_decoder
 from pipeline.importing.images import Unusable
 from pipeline.importing.ros_types import Decode, Definition, decoder, full_name, rosbags
@@ -138,7 +138,8 @@ class McapBag(Bag):
             summary = self._reader.get_summary()
             statistics = summary and summary.statistics
             if not summary or not statistics or not _has_index(summary, statistics):
-                raise RecordingError(f"{path} has no index. Make one with: mcap recover {path.name} -o whole.mcap")
+                made = f"mcap recover {typed(path.name)} -o whole.mcap"
+                raise RecordingError(f"{path} has no index. Make one with: {made}")
             if any(index.name == "sensorium" for index in summary.metadata_indexes):
                 raise _ours(path)
         except (McapError, *_DAMAGE) as error:
@@ -176,7 +177,8 @@ class McapBag(Bag):
 
 def _ours(path: Path) -> ConfigError:
     return ConfigError(
-        f"{path} is a recording of Sensorium already, and need not be imported; see it with: sensorium info {path}"
+        f"{path} is a recording of Sensorium already, and need not be imported; see it with: "
+        f"sensorium info {typed(path)}"
     )
 
 
@@ -203,8 +205,9 @@ def _database_errors() -> tuple[type[BaseException], ...]:
 
 
 def _unreadable(path: Path, error: BaseException) -> RecordingError:
-    cures = {".bag": f"rosbag reindex {path.name}", ".mcap": f"mcap recover {path.name} -o whole.mcap"}
-    cure = cures.get(path.suffix, f"ros2 bag reindex {path.name}")
+    name = typed(path.name)
+    cures = {".bag": f"rosbag reindex {name}", ".mcap": f"mcap recover {name} -o whole.mcap"}
+    cure = cures.get(path.suffix, f"ros2 bag reindex {name}")
     said = " ".join(str(part) for part in error.args) or type(error).__name__
     return RecordingError(
         f"{path} cannot be read: {said.rstrip('.')}. A recorder that was killed leaves such a file; what is whole in "

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, RecordingError
+from pipeline.errors import ConfigError, RecordingError, typed
 from pipeline.importing.bag_files import Bag, McapBag, Raw, RosbagsBag, Topic
 from pipeline.importing.base import ImportOptions, Opened, Piece
 from pipeline.importing.choosing import choose, stream_name
@@ -61,7 +61,7 @@ def _check_there(path: Path) -> None:
         files = sorted(file.name for kind in ("*.db3", "*.mcap") for file in path.glob(kind))
         raise RecordingError(
             f"{path} lacks its metadata.yaml, which says which of its files hold what ({', '.join(files)}). Import one "
-            f"of these files by itself, or make a new one: ros2 bag reindex {path}"
+            f"of these files by itself, or make a new one: ros2 bag reindex {typed(path)}"
         )
     if path.is_file() and not path.stat().st_size:
         raise RecordingError(f"{path} is empty: nothing was recorded, or its recorder died before it began")

@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.confidence import fit_calibration
-from pipeline.errors import BundleError, RecordingError
+from pipeline.errors import BundleError, RecordingError, taken
 from pipeline.inference import FuseOptions, Fuser
 from pipeline.learn.begin import WEIGHTS
 from pipeline.learn.card import Score, card, score
@@ -95,11 +95,11 @@ def _default_cache(folder: Path, stack: ExitStack, watch: Watch) -> Path:
 
 
 def export(trained: Trained, out: Path, watch: Watch | None = None) -> Exported:
-    """Writes the bundle ``out``, which must not exist. Nothing is left there if anything does not hold: BundleError
-    where torch and ONNX Runtime, or the live path and the trained model, do not agree."""
+    """Writes the bundle ``out``, which must not exist (ConfigError). Nothing is left there if anything does not hold:
+    BundleError where torch and ONNX Runtime, or the live path and the trained model, do not agree."""
     watch = watch or Silent()
     if out.exists():
-        raise BundleError(f"{out} exists already, and is not overwritten; name another place, or remove it")
+        raise taken(out, "folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
