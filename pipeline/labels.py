@@ -8,12 +8,12 @@ and one column an attribute. The truth of a window is the label at its end (``pi
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, RecordingError, listed, nearest
 from pipeline.recording import Label, RecordingReader, reading
+from pipeline.tables import table_rows, table_text
 
 SIDECAR = ".labels.csv"
 SESSIONS = "sessions.csv"
@@ -155,20 +155,14 @@ def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str
 
 def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:
     """File -> attribute -> value of a ``sessions.csv``. Raises ConfigError."""
-    try:
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{table} cannot be read: {error}") from None
     found: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(rows, start=2):
-        file = row.pop("file", None)
-        if not file or None in row or None in row.values():
-            raise ConfigError(
-                f"{table}, line {number}: it needs a `file`, and one value for every column of the header"
-            )
+    for line, row in table_rows(table, table_text(table), ("file",)):
+        file = row.pop("file")
+        if not file:
+            raise ConfigError(f"{table}, line {line}: it names no `file`; write the name of its session, or remove it")
         if file in found:
-            raise ConfigError(f"{table}, line {number}: `{file}` has a line already; keep one of them")
-        found[file] = {key.strip(): value.strip() for key, value in row.items()}
+            raise ConfigError(f"{table}, line {line}: `{file}` has a line already; keep one of them")
+        found[file] = row
     return found
 
 
