@@ -165,6 +165,9 @@ def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
     for part in ("## Data", "## Training", "## How good", "## Calibration", "## Checks", "## Limits", "seed 0"):
         assert part in text
     assert str(trained.parent) not in text
+    heads = text.partition("| streams | accuracy")[2].partition(" |\n")[0].split(" | ")[1:]
+    assert len(heads) == 7
+    assert all(f"{head.removesuffix(' %').lower()}:" in text.lower() for head in heads)
     assert "through the live path are the windows that were learnt from" in text
     assert load_bundle(trained).calibration.set_coverage == 0.9
     assert set(load_bundle(trained).calibration.subsets) == {"camera", "imu", "camera+imu"}

@@ -18,6 +18,15 @@ from pipeline.strict import listed
 
 Array = np.ndarray[Any, Any]
 
+_LEGEND = (
+    "Accuracy: the most probable label is the truth, also where the model abstains. Macro-F1: the mean of the labels' "
+    "F1, each counting alike. Log loss: the mean of -ln of the probability that the truth was given; 0 is the best. "
+    "Calibration error: how far confidence is from how often it is right. In set: the prediction set, the labels that "
+    "it does not rule out, holds the truth; set size: how many labels it has in the mean. Answered: it does not "
+    "abstain; of these right: its accuracy there."
+)
+"""What the columns of ``_how_good`` mean."""
+
 
 class Score(NamedTuple):
     """How good the model is on some windows with only ``streams`` left. Shares of 1."""
@@ -190,7 +199,7 @@ def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
             f"{right} |"
         )
     missing = _lacking(trained, "tested on", "So nothing is known of these, and the figures are of the others.")
-    return "\n".join(rows) + (f"\n\n{missing.strip()}" if missing else "")
+    return "\n".join(rows) + f"\n\n{_LEGEND}{missing}"
 
 
 def _by_label(trained: Trained, said: Said) -> str:
