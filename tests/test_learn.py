@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from pipeline.replay import replay_predictions
 from pipeline.strict import Document
 from tests import scenes
 from tests.conftest import ROOT
+from tests.tiny_bundle import GRID, write_bundle
 
 torch = pytest.importorskip("torch", reason="the package torch is not installed (extra `learn`)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
@@ -273,9 +275,52 @@ def test_another_training_begins_from_it(trained: Path, sessions: Path, tmp_path
         own = [key for key in weights.files if key.startswith(("encoders.imu.", "encoders.camera."))]
         assert len(own) > 10
         assert all(np.array_equal(weights[key], state[key].numpy()) for key in own)
-    other = configured(sessions, {"imu": {"token": 7}}, init={"bundle": str(trained)})
-    with pytest.raises(BundleError, match="another one than the training file"):
-        learn.train(other, recorded(other), device="cpu")
+
+
+@pytest.fixture
+def earlier(sessions: Path, tmp_path: Path) -> Path:
+    """A bundle with weights, of a training that nobody waited for."""
+    config = configured(sessions, {"imu": {"token": 1, "encoder": {"widths": [8, 12]}}})
+    encoder = recipe_of(config).encoders["imu"]
+    file = io.BytesIO()
+    np.savez(file, **{f"encoders.imu.{key}": value.numpy() for key, value in encoder.state_dict().items()})
+    files = {"weights.npz": file.getvalue(), "train.yaml": config.document.text.encode()}
+    return write_bundle(tmp_path / "earlier", {"imu": GRID}, files=files)
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        ({"token": 7}, "`token` is 1 there and 7 here; `encoder.widths` is [8, 12] there and [48, 64, 96] here. "),
+        (
+            {"token": 1, "encoder": {"widths": [8, 12], "statistics": False}},
+            "`encoder.statistics` is true there and false here. ",
+        ),
+    ],
+)
+def test_an_encoder_of_another_shape_is_said_before_anything_is_prepared(
+    sessions: Path, tmp_path: Path, earlier: Path, stream: dict[str, Any], said: str
+) -> None:
+    config = configured(sessions, {"imu": stream}, init={"bundle": str(earlier)})
+    with pytest.raises(BundleError) as caught:
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    begins = f"{earlier}: its encoder of `imu` is another one than the training file describes: {said}Training begins"
+    assert str(caught.value)[: len(begins)] == begins
+    assert "give it these settings, or call the stream otherwise (`recorded_as: imu`)" in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_nothing_to_begin_from_is_said_before_anything_is_prepared(
+    sessions: Path, tmp_path: Path, earlier: Path
+) -> None:
+    config = configured(sessions, ("camera",), init={"bundle": str(earlier)})
+    with pytest.raises(BundleError, match="no stream in common to begin from"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    bare = write_bundle(tmp_path / "bare", {"imu": GRID})
+    config = configured(sessions, init={"bundle": str(bare)})
+    with pytest.raises(BundleError, match=r"bare has no weights.npz"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_frozen_is_named(sessions: Path) -> None:

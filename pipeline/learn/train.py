@@ -22,7 +22,7 @@ from torch.nn import functional
 from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.labels import look_alike
-from pipeline.learn.begin import begin_from
+from pipeline.learn.begin import begin_from, check_beginning
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
 from pipeline.learn.dataset import (
     Batch,
@@ -98,7 +98,7 @@ def prepare_all(
     unlabelled: Sequence[Session] = (),
     jobs: int = 1,
 ) -> Prepared:
-    """The sessions, prepared by ``jobs`` processes and labelled. Raises RecordingError, ConfigError."""
+    """The sessions, prepared by ``jobs`` processes and labelled. Raises RecordingError, ConfigError, BundleError."""
     watch, file = watch or Silent(), config.file
     _check_names(sessions)
     layouts = _layouts(config, sessions)
@@ -108,6 +108,8 @@ def prepare_all(
         streams, build_encoders(streams, settings), config.names(), settings, to_ns(file.window.hop_ms),
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
+    if file.init is not None:  # before much is prepared in vain
+        check_beginning(config, file.init, streams, recipe.encoders)
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     stated = [session.labels(known) for session in sessions]
