@@ -650,7 +650,14 @@ def fail(wrong: list[str], exit_code: int) -> None:
     message = "\n".join(f"error: {one}" for one in wrong)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
-        message = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in message.splitlines())
+        message = "\n".join(_filled(line, width) for line in message.splitlines())
     with suppress(OSError):  # there is nobody left to tell
         print(message, file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _filled(line: str, width: int) -> str:
+    """``line`` in lines of ``width``. A command stays one, and a path whole, so that they can be copied."""
+    if line.startswith("sensorium "):
+        return line
+    return textwrap.fill(line, width, break_on_hyphens=False, break_long_words=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -1034,7 +1035,7 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
         finally:
             running.kill()
     assert running.returncode == 128 + how
-    assert "interrupted; go on with: sensorium train" in stderr
+    assert "interrupted; go on with:\nsensorium train" in stderr
     assert "Traceback" not in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [".prepared", "b.unfinished", "tmp", "train.yaml"]
     assert not list(own.glob("sensorium*"))  # what else lies there is torch's
@@ -1042,25 +1043,36 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def ended(*_: Any, **__: Any) -> None:
+        raise ends
 
-    monkeypatch.setattr(learn, "train_bundle", interrupted)
-    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
-    asked = ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]
+    ends: BaseException = KeyboardInterrupt()
+    monkeypatch.setattr(learn, "train_bundle", ended)
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(configured(tmp_path).document.text)
+    asked = ["train", "train.yaml", "-o", "b"]
     result = CliRunner().invoke(cli.app, asked)
     assert isinstance(result.exception, errors.Interrupted)
     assert result.exception.exit_code == 130
-    assert str(result.exception).endswith("--resume")
+    assert str(result.exception).splitlines() == [
+        "interrupted before an epoch was over; begin again with:", "sensorium train train.yaml -o b",
+    ]  # fmt: skip
     assert "note:" not in result.stderr
-    more = ["--seed", "3", "--epochs", "9", "--init-from", str(tmp_path / "an other"), "--freeze", "--device", "cpu"]
-    told = str(CliRunner().invoke(cli.app, [*asked, *more]).exception).partition("sensorium ")[2]
-    assert shlex.split(told) == [*asked, "--resume", *more]  # or it would be another training
     assert "nothing is to be gone on with" in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
-    (tmp_path / "b.unfinished").mkdir()
+    Path("b.unfinished", "teacher-1").mkdir(parents=True)
+    assert "note:" not in CliRunner().invoke(cli.app, asked).stderr  # nothing lies in it
+    Path("b.unfinished", "teacher-1", "checkpoint.pt").touch()
+    more = ["--seed", "0", "--epochs", "9", "--init-from", "an other", "--freeze", "--device", "cpu", "--jobs", "3"]
+    again = str(CliRunner().invoke(cli.app, [*asked, *more]).exception).splitlines()
+    assert again[0] == "interrupted; go on with:"
+    assert shlex.split(again[1]) == ["sensorium", *asked, *more, "--resume"]  # or it would be another training
     assert "`--resume` would go on with it" in CliRunner().invoke(cli.app, asked).stderr
     assert "note:" not in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
-    (tmp_path / "b").mkdir()
+    ends = OSError(errno.ENOSPC, "No space left on device", "b")
+    full = CliRunner().invoke(cli.app, asked)
+    assert full.exception is ends
+    assert full.stderr.endswith("go on with:\nsensorium train train.yaml -o b --resume\n")
+    Path("b").mkdir()
     assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
 
 
