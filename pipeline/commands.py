@@ -569,7 +569,8 @@ def train(
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
     screen = console(sys.stdout)
-    screen.print(curves(trained.curves), "", score_table(made.scores))
+    untested = "no labelled window was kept to test on: nothing is known of how good it is on others"
+    screen.print(curves(trained.curves), "", score_table(made.scores) if made.scores else untested)
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
 
 

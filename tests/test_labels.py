@@ -72,6 +72,13 @@ def test_a_sidecar_of_another_unit_or_session(recording: Path) -> None:
     sidecar.write_text("start_s,end_s,label\n0,2,walk\n1795914110,1795914112,stand\n")
     with pytest.raises(RecordingError, match=r"after the session's end at 3.000 s; .* its own session$"):
         session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n-9,-8,walk\n2,3,stand\n")
+    with pytest.raises(
+        RecordingError, match=r"walk.labels.csv: the label `walk` from -9.000 s to -8.000 s ends before"
+    ):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n-9,2,walk\n2,3,stand\n")
+    assert len(session_labels(recording)) == 2
     sidecar.write_text("start_s,end_s,label\n0,2,walk\n2,99,stand\n")  # till the end, whenever that is
     assert session_labels(recording)[-1] == Label(2 * NS, 99 * NS, "stand")
     sidecar.write_text("start_s,end_s,label\n0,3,walk\n3.0,3.1,stand\n")
@@ -95,12 +102,17 @@ def test_a_decimal_comma_is_no_label(recording: Path) -> None:
         (Label(NS, NS, "a"), "ends before it begins"),
         (Label(2 * NS, NS, "a"), "ends before it begins"),
         (Label(0, NS, ""), "has no name"),
-        (Label(5 * NS, 6 * NS, "a"), "begins after the session's end at 4.000 s"),
+        (Label(5 * NS + 1, 6 * NS, "a"), "begins after the session's end at 4.000 s"),
     ],
 )
 def test_a_label_that_means_nothing(label: Label, said: str) -> None:
     with pytest.raises(RecordingError, match=f"^here: .*{said}"):
         checked([label], "here", end_ns=4 * NS)
+
+
+def test_a_label_may_be_rounded_beyond_the_end() -> None:
+    late = Label(5 * NS, 6 * NS, "a")
+    assert checked([late], "here", end_ns=4 * NS) == [late]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), max_size=6))

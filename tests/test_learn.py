@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -229,6 +230,18 @@ def test_a_label_that_is_nearly_another_is_said(
     assert "clam" in prepare_all(config, found, tmp_path, watch).labels
     assert len(watch.notes) == 1
     assert watch.notes[0].startswith(f"the label `clam`, which only {first} has, is nearly `calm`, and becomes a class")
+
+
+def test_a_session_whose_labels_no_window_meets_is_said(tmp_path: Path) -> None:
+    labels = [Label(0, NS, "a"), Label(NS, 2 * NS, "b")]
+    scenes.record(tmp_path / "one.mcap", 1, 2.0, labels, streams=["imu"])
+    scenes.record(tmp_path / "two.mcap", 2, 2.0, [Label(NS // 100, NS // 50, "a")], streams=["imu"])
+    scenes.record(tmp_path / "three.mcap", 3, 2.0, [Label(0, 2 * NS, "c")], streams=["imu"])  # as was asked for
+    watch, config = Noting(), configured(tmp_path, ignore_labels=["c"])
+    prepare_all(config, recorded(config), tmp_path / "cache", watch)
+    assert [note.partition(", so")[0] for note in watch.notes] == [
+        "no window of two.mcap ends within one of its labels"
+    ]
 
 
 def test_windows_that_no_session_fills_are_said(sessions: Path) -> None:
@@ -1074,6 +1087,15 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     assert full.stderr.endswith("go on with:\nsensorium train train.yaml -o b --resume\n")
     Path("b").mkdir()
     assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
+
+
+def test_a_training_that_nobody_tested_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = SimpleNamespace(curves=[{"phase": "training", "epoch": 1, "loss": 1.0}]), SimpleNamespace(scores=[])
+    monkeypatch.setattr(learn, "train_bundle", lambda *_, **__: made)
+    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
+    said = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]).stdout
+    assert "no labelled window was kept to test on" in said
+    assert "accuracy" not in said
 
 
 def test_a_training_leaves_an_unfinished_state_where_the_command_looks_for_it(

@@ -82,7 +82,7 @@ def card(
     agreement: Mapping[str, float],
     proven: str,
 ) -> str:
-    """The card as Markdown. ``scores`` and ``said`` are of the sessions tested on, empty where there are none."""
+    """The card as Markdown. ``scores`` and ``said`` are of the sessions tested on, empty where no label is in them."""
     file = trained.config.file
     parts = [
         f"# {file.name}",
@@ -187,7 +187,7 @@ def _lacking(trained: Trained, part: str, so: str) -> str:
 
 def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
     if not scores:
-        return "No session was kept to test on, so nothing is known of how good it is on others."
+        return "No labelled window was kept to test on, so nothing is known of how good it is on others."
     rows = ["On the sessions tested on, with all other streams masked:", "",
             "| streams | accuracy % | macro-F1 | log loss | calibration error % | in set % | set size | answered % | "
             "of these right % |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -216,7 +216,7 @@ def _by_label(trained: Trained, said: Said) -> str:
 
 def _calibration(trained: Trained, calibration: Calibration) -> str:
     if calibration.set_coverage is None:
-        return "No session was held out, so its confidence is not calibrated and its sets hold one label."
+        return "No labelled window was held out, so its confidence is not calibrated and its sets hold one label."
     entry = trained.config.file.calibration
     subsets = calibration.subsets.values()
     count = sum(bool(own.mix) for own in subsets)

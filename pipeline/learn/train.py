@@ -45,6 +45,7 @@ from pipeline.learn.sessions import Session
 from pipeline.learn.teaching import Teachers, blended, missed
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
+from pipeline.recording import Label
 from pipeline.scoring import accuracy, confusion, macro_f1
 from pipeline.strict import listed
 
@@ -114,19 +115,37 @@ def prepare_all(
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     stated = [session.labels(known) for session in sessions]
     if file.labels is None:
-        names = [session.name for session in sessions]
-        for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
-            watch.note(
-                f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If "
-                "it is a slip correct it; `labels` in the training file says which there are"
-            )
+        _note_slips(sessions, stated, watch)
     made = []
     for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
         made.append(one)
         watch.advance()
     found, more = made[: len(sessions)], made[len(sessions) :]
     labelled, labels = label_sessions([*zip(found, stated, strict=True)], file.labels, file.ignore_labels)
+    _note_unreached(labelled, stated, labels, watch)
     return Prepared(recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more])
+
+
+def _note_slips(sessions: Sequence[Session], stated: Sequence[Sequence[Label]], watch: Watch) -> None:
+    names = [session.name for session in sessions]
+    for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
+        watch.note(
+            f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If it is "
+            "a slip correct it; `labels` in the training file says which there are"
+        )
+
+
+def _note_unreached(
+    sessions: Sequence[Labelled], stated: Sequence[Sequence[Label]], labels: tuple[str, ...], watch: Watch
+) -> None:
+    """Says which sessions have labels to learn, and no window that has one of them."""
+    for one, own in zip(sessions, stated, strict=True):
+        if (one.truth < 0).all() and any(label.label in labels for label in own):
+            first_s, last_s = one.session.end_ns[0] / 1e9, one.session.end_ns[-1] / 1e9
+            watch.note(
+                f"no window of {one.session.name} ends within one of its labels, so nothing is learnt from it: its "
+                f"windows end once a hop, from {first_s:.3f} to {last_s:.3f} s. Correct its labels' times, or leave it out"
+            )
 
 
 def _check_names(sessions: Sequence[Session]) -> None:
