@@ -130,8 +130,8 @@ def _note_slips(sessions: Sequence[Session], stated: Sequence[Sequence[Label]], 
     names = [session.name for session in sessions]
     for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
         watch.note(
-            f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If it is "
-            "a slip correct it; `labels` in the training file says which there are"
+            f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If it "
+            "is a slip correct it; `labels` in the training file says which there are"
         )
 
 
@@ -143,8 +143,8 @@ def _note_unreached(
         if (one.truth < 0).all() and any(label.label in labels for label in own):
             first_s, last_s = one.session.end_ns[0] / 1e9, one.session.end_ns[-1] / 1e9
             watch.note(
-                f"no window of {one.session.name} ends within one of its labels, so nothing is learnt from it: its "
-                f"windows end once a hop, from {first_s:.3f} to {last_s:.3f} s. Correct its labels' times, or leave it out"
+                f"no window of {one.session.name} ends within one of its labels, so nothing is learnt from it: "
+                f"windows end once a hop, from {first_s:.3f} to {last_s:.3f} s. Correct its labels, or leave it out"
             )
 
 
@@ -195,9 +195,10 @@ def train(
         parts = split(ready.sessions, config.file.split, len(ready.labels))
         _check_parts(parts, ready.labels)
         for part, missing in parts.lacking(ready.labels).items():
+            what, them = ("labels", "them") if len(missing) > 1 else ("label", "it")
             watch.note(
-                f"no session {part} has the label {listed(missing)}: nothing is known of it there, and the figures are "
-                "of the others alone. Record more sessions, or name others under `split`"
+                f"no session {part} has the {what} {listed(missing)}: nothing is known of {them} there, and the "
+                "figures are of the others alone. Record more sessions, or name others under `split`"
             )
         if longer := _longer_than_all(config, ready.sessions):
             watch.note(longer)
