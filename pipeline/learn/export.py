@@ -282,8 +282,7 @@ def prove(trained: Trained, bundle: Bundle) -> str:
     fuser = Fuser(bundle, FuseOptions(contributions=False), streams=trained.config.names())
     rows = {int(step): row for row, step in enumerate(labelled.session.step.tolist()) if step >= 0}
     worst, count = 0.0, 0
-    recipe_spec = trained.spec
-    for count, given in enumerate(session.steps(recipe_spec, trained.config.file.windows), 1):
+    for count, given in enumerate(session.steps(trained.spec, trained.config.file.windows), 1):
         fuser.step(given.manifest, given.content, given.masked)
         row = rows[given.manifest.step]
         if given.manifest.digest != labelled.session.digests[row]:

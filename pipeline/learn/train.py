@@ -307,6 +307,14 @@ class _Run:
         self._curves = earlier + phase.curves
         self._model.load_state_dict(learnt["model"].state_dict())
 
+    def trained(self, sources: Sequence[Session]) -> Trained:
+        recipe = self._ready.recipe
+        self._model.to("cpu").eval()
+        return Trained(
+            self._model, self._config, recipe.streams, self._ready.labels, self._ready.layouts, self._parts,
+            self._curves, sources, recipe.spec(), self._begun_from,
+        )  # fmt: skip
+
     def _phase(self, name: str, module: nn.Module, epochs: int, learning_rate: float, weight_decay: float) -> Phase:
         entry = self._config.file.train
         return Phase(
@@ -365,14 +373,6 @@ class _Run:
         self._model.load_state_dict(learnt["model"].state_dict())
 
     # -- with labels ---------------------------------------------------------------------------------------------------
-
-    def trained(self, sources: Sequence[Session]) -> Trained:
-        recipe = self._ready.recipe
-        self._model.to("cpu").eval()
-        return Trained(
-            self._model, self._config, recipe.streams, self._ready.labels, self._ready.layouts, self._parts,
-            self._curves, sources, recipe.spec(), self._begun_from,
-        )  # fmt: skip
 
     def _batches(self, draws: Draws) -> tuple[int, Iterator[Batch]]:
         size = self._config.file.train.batch_windows
@@ -455,7 +455,7 @@ def scores(logits: Array, truth: Array, labels: int) -> dict[str, float]:
     if not len(truth):
         return {}
     predicted = logits.argmax(1)
-    lost = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
+    lost = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
     found = {
         "held_out_windows": len(truth),
         "held_out_accuracy": accuracy(truth, predicted),
