@@ -268,6 +268,10 @@ def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_
     text = card(found, Calibration(set_coverage=0.9), [], None, {}, "")
     assert "No session held out has `shake`. For these nothing is fitted" in text
     assert "No session tested on has" not in text
+    for name in ("s0", "s2"):
+        (tmp_path / f"{name}.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n3,4,tone\n")
+    learn.train(config, recorded(config), device="cpu", watch=watch)
+    assert "has the labels `shake`, `tone`: nothing is known of them there" in watch.notes[-1]
 
 
 @pytest.mark.slow
