@@ -500,6 +500,22 @@ def evaluate(
     do to it, if nobody notices.
 
     \b
+    Columns, in per cent but for the set size:
+      accuracy          the most probable label is the truth, abstained or not
+      macro F1          the mean of the labels' F1, each counting alike
+      calib. error      how far confidence is from how often it is right
+      in set            the truth is in its set of all that it does not rule out
+      set size          how many labels that set has in the mean
+      abstains          windows in which it is too unsure to stand by its answer
+      right if not      accuracy in the other windows
+      cannot tell apart labels that these streams cannot tell from some other;
+                        in their windows it abstains (`abstains there`), or is
+                        `sure and wrong`: stands by a wrong answer
+      most like         the label that this one is taken for most easily, and how
+                        well the two are told apart (1 always, 0.5 never)
+      X's share         how far stream X spoke for the label, where that was right
+
+    \b
     Example:
       sensorium evaluate models/demo recordings/demo.mcap
       sensorium evaluate models/demo recordings/ --robustness --html report.html
@@ -635,7 +651,14 @@ def fail(wrong: list[str], exit_code: int) -> None:
     message = "\n".join(f"error: {one}" for one in wrong)
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
-        message = "\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in message.splitlines())
+        message = "\n".join(_filled(line, width) for line in message.splitlines())
     with suppress(OSError):  # there is nobody left to tell
         print(message, file=sys.stderr)
     sys.exit(exit_code)
+
+
+def _filled(line: str, width: int) -> str:
+    """``line`` in lines of ``width``. A command stays one, and a path whole, so that they can be copied."""
+    if line.startswith("sensorium "):
+        return line
+    return textwrap.fill(line, width, break_on_hyphens=False, break_long_words=False)

@@ -535,16 +535,22 @@ def train(
     if absent:
         raise ConfigError(f"training needs {listed(absent)}, not installed here. {install('learn')}")
     from pipeline import learn
+    from pipeline.learn.loop import CHECKPOINT
 
+    again = _train_command(file, out, seed=seed, epochs=epochs, init_from=init_from, freeze=freeze, device=device,
+                           jobs=jobs)  # fmt: skip
     out = writable(out, "-o", "folder")
     config = learn.read_config(file)
     if init_from is not None or freeze:
         config = learn.beginning_from(config, init_from, freeze)
     config = learn.with_overrides(config, seed=seed, epochs=epochs)
-    unfinished = out.with_name(f"{out.name}.unfinished").is_dir()
-    if unfinished and not resume:
+
+    def kept() -> bool:
+        return any(out.with_name(f"{out.name}.unfinished").rglob(CHECKPOINT))
+
+    if kept() and not resume:
         _say(f"a training of {out.name} was interrupted here, and is begun anew; `--resume` would go on with it")
-    if resume and not unfinished:
+    if resume and not kept():
         _say(f"no training of {out.name} was interrupted here: nothing is to be gone on with, and it begins anew")
     tell = _print_line if json else None
     try:
@@ -552,19 +558,29 @@ def train(
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt as stop:
-        again = ["sensorium", "train", str(file), "-o", str(out), "--resume"]
-        again += [] if seed is None else ["--seed", str(seed)]
-        again += [] if epochs is None else ["--epochs", str(epochs)]
-        again += [] if init_from is None else ["--init-from", str(init_from)]
-        again += ["--freeze"] if freeze else []
-        again += [] if device == "auto" else ["--device", device]
-        raise interrupted(f"interrupted; go on with: {shlex.join(again)}", stop) from None
+        if kept():
+            raise interrupted(f"interrupted; go on with:\n{again} --resume", stop) from None
+        raise interrupted(f"interrupted before an epoch was over; begin again with:\n{again}", stop) from None
+    except OSError:
+        if kept():
+            _say(f"the last whole epoch is kept; when what is said below is mended, go on with:\n{again} --resume")
+        raise
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})
         return
     screen = console(sys.stdout)
-    screen.print(curves(trained.curves), "", score_table(made.scores))
+    untested = "no labelled window was kept to test on: nothing is known of how good it is on others"
+    screen.print(curves(trained.curves), "", score_table(made.scores) if made.scores else untested)
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
+
+
+def _train_command(file: Path, out: Path, **options: Any) -> str:
+    """What to type for a training with these options, as they were given."""
+    words = ["sensorium", "train", str(file), "-o", str(out)]
+    for name, value in options.items():
+        if value is not None and value is not False and value != "auto":
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 class _Terminated(KeyboardInterrupt):

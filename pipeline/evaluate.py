@@ -244,4 +244,6 @@ def _warnings(sessions: Sequence[Session], passes: Sequence[Pass], bundle: Bundl
             said.append(f"{session.path.name} is incomplete: only what could be read of it is counted")
         if session.missing:
             said.append(f"{session.path.name} has no {', '.join(session.missing)}")
+    for why in dict.fromkeys(session.unread for session in sessions if session.unread):
+        said.append(f"{why}. Only --by would need it: the attributes here are those in the recordings alone")
     return said

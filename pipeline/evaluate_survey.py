@@ -27,6 +27,8 @@ class Session(NamedTuple):
     mapping: dict[str, str | None]
     missing: list[str]
     complete: bool
+    unread: str
+    """Why the table of attributes beside it cannot be read, where nothing rests on it; "" if it can."""
 
 
 def found_in(places: Sequence[Path]) -> list[Path]:
@@ -53,8 +55,9 @@ def survey(bundle: Bundle, recordings: Sequence[Path], by: str | None = None) ->
             labels = session_labels(reader, bundle.labels)
             rig = {rig: name for name, rig in plan.streams.items()}
             missing = [rig[name] for name in plan.missing] + [n for n in bundle.streams if n not in plan.streams]
-            found = Session(path, reader.info.session, _sha256(path), labels, session_attributes(reader), mapping,
-                            missing, reader.info.complete)  # fmt: skip
+            attributes, unread = _attributes(reader, by)
+            found = Session(path, reader.info.session, _sha256(path), labels, attributes, mapping, missing,
+                            reader.info.complete, unread)  # fmt: skip
         twice = next((one.path for one in sessions if one.sha256 == found.sha256), None)
         if twice is not None:
             raise ConfigError(f"{path} is the same recording as {twice}; counted twice it would seem more certain.")
@@ -66,6 +69,16 @@ def survey(bundle: Bundle, recordings: Sequence[Path], by: str | None = None) ->
             )
         sessions.append(found)
     return sessions
+
+
+def _attributes(reader: RecordingReader, by: str | None) -> tuple[dict[str, str], str]:
+    """What is known of a session, and why no more of it can be read. Raises ConfigError where ``by`` needs it."""
+    try:
+        return session_attributes(reader), ""
+    except ConfigError as error:
+        if by is not None:
+            raise
+        return dict(reader.info.extra), str(error)
 
 
 def _sha256(path: Path) -> str:

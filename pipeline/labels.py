@@ -8,12 +8,12 @@ and one column an attribute. The truth of a window is the label at its end (``pi
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import ConfigError, RecordingError, listed, nearest
 from pipeline.recording import Label, RecordingReader, reading
+from pipeline.tables import table_rows, table_text
 
 SIDECAR = ".labels.csv"
 SESSIONS = "sessions.csv"
@@ -54,10 +54,18 @@ def known_labels(reader: RecordingReader) -> list[Label]:
 
 
 def _check_reach(labels: Collection[Label], reader: RecordingReader) -> None:
-    """Raises RecordingError for a label of the sidecar for a time that the session does not reach: the unit or the file
-    is another one, and then no label of it is where it was meant to be."""
+    """Raises RecordingError for a label of the sidecar for a time that the session does not have: the unit, the zero or
+    the file is another one, and then no label of it is where it was meant to be."""
     sidecar, end_ns = reader.path.with_suffix(SIDECAR), reader.end_ns
-    if not sidecar.is_file() or not reader.info.complete or not end_ns:
+    if not sidecar.is_file():
+        return
+    early = next((label for label in labels if label.end_ns <= 0), None)
+    if early is not None:
+        raise RecordingError(
+            f"{sidecar}: the label `{early.label}` from {_s(early.start_ns)} to {_s(early.end_ns)} ends before the "
+            "session begins; correct its times, which are in seconds from there"
+        )
+    if not reader.info.complete or not end_ns:
         return
     far = [label for label in labels if label.start_ns > end_ns + REACH_NS]
     if not far:
@@ -85,8 +93,8 @@ def _read(sidecar: Path) -> list[Label]:
 def checked(
     labels: Iterable[Label], where: str, known: Collection[str] | None = None, end_ns: int | None = None
 ) -> list[Label]:
-    """``labels`` in order of time. RecordingError, which begins with ``where``, if one is empty, ends before it
-    begins, is none of ``known``, begins after the session's end ``end_ns``, or overlaps another."""
+    """``labels`` in order of time. RecordingError, which begins with ``where``, if one is empty, ends before it begins,
+    is none of ``known``, begins more than ``REACH_NS`` after the session's end ``end_ns``, or overlaps another."""
     ordered = sorted(labels, key=lambda label: (label.start_ns, label.end_ns, label.label))
     before: Label | None = None
     for label in ordered:
@@ -97,7 +105,7 @@ def checked(
             raise RecordingError(f"{what} ends before it begins; correct its times")
         if known is not None and label.label not in known:
             raise RecordingError(f"{what} is none of {listed(known)}.{nearest(label.label, known)}")
-        if end_ns is not None and label.start_ns >= end_ns:
+        if end_ns is not None and label.start_ns > end_ns + REACH_NS:
             raise RecordingError(f"{what} begins after the session's end at {_s(end_ns)}; correct its times")
         if before is not None and label.start_ns < before.end_ns:
             raise RecordingError(
@@ -155,20 +163,14 @@ def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str
 
 def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:
     """File -> attribute -> value of a ``sessions.csv``. Raises ConfigError."""
-    try:
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{table} cannot be read: {error}") from None
     found: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(rows, start=2):
-        file = row.pop("file", None)
-        if not file or None in row or None in row.values():
-            raise ConfigError(
-                f"{table}, line {number}: it needs a `file`, and one value for every column of the header"
-            )
+    for line, row in table_rows(table, table_text(table), ("file",)):
+        file = row.pop("file")
+        if not file:
+            raise ConfigError(f"{table}, line {line}: it names no `file`; write the name of its session, or remove it")
         if file in found:
-            raise ConfigError(f"{table}, line {number}: `{file}` has a line already; keep one of them")
-        found[file] = {key.strip(): value.strip() for key, value in row.items()}
+            raise ConfigError(f"{table}, line {line}: `{file}` has a line already; keep one of them")
+        found[file] = row
     return found
 
 

@@ -138,6 +138,19 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
     assert re.search(rf"Example:\n +sensorium {name}\b", result.output)
 
 
+def test_what_is_to_be_copied_from_an_error_stays_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    command, path = "sensorium train train.yaml -o /a/folder/b --resume", "/tmp" + "/folder" * 9
+    with pytest.raises(SystemExit):
+        cli.fail([f"interrupted, and it is {path} that words are about; go on with:\n{command}"], 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: interrupted, and it is", path, "that words are about; go on with:", command,
+    ]  # fmt: skip
+
+
 def test_the_version_is_the_packages(call: Call, place: Path) -> None:
     assert call(place, "--version") == (0, f"sensorium {version('sensorium')}\n", "")
     code, out, _ = call(place, "--help")

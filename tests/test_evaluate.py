@@ -28,7 +28,7 @@ from pipeline.evaluate_html import page, strength
 from pipeline.evaluate_pass import Struck
 from pipeline.evaluate_score import members_of
 from pipeline.evaluate_style import STYLE
-from pipeline.evaluate_text import estimate
+from pipeline.evaluate_text import _HEADINGS, estimate
 from pipeline.evaluation import Evaluation
 from pipeline.faults import Loss
 from pipeline.inference import FuseOptions, Fuser, content_of
@@ -172,6 +172,18 @@ def test_sessions_groups_and_intervals(tmp_path: Path, bundle: Path) -> None:
         evaluate(bundle, [folder], by="days")
 
 
+def test_a_table_of_attributes_that_nobody_asked_for_stops_nothing(tmp_path: Path, bundle: Path) -> None:
+    paths = [write_session(tmp_path / f"s{i}.mcap", seed=i, day="mon") for i in range(2)]
+    (tmp_path / "sessions.csv").write_text("name,day\ns0.mcap,tue\n")
+    found = evaluate(bundle, paths)
+    assert [one.attributes for one in found.sessions] == [{"day": "mon"}] * 2
+    assert [text.partition(" is `")[0] for text in found.warnings if "sessions.csv" in text] == [
+        f"{tmp_path / 'sessions.csv'}, line 1"
+    ]
+    with pytest.raises(ConfigError, match=r"sessions.csv, line 1 is `name,day`"):
+        evaluate(bundle, paths, by="day")
+
+
 def test_a_sidecar_says_what_was_true(tmp_path: Path, bundle: Path) -> None:
     path = write_session(tmp_path / "a.mcap")
     path.with_name("a.labels.csv").write_text("start_s,end_s,label\n0,2,yes\n2,4,no\n")
@@ -263,6 +275,13 @@ def test_recordings_that_cannot_be_evaluated(tmp_path: Path, bundle: Path) -> No
     with RecordingWriter(tmp_path / "text.mcap", SessionInfo(session="s")) as writer:
         writer.write(message("notes", 0, 0, TextLayout(2), b"hi"), 0)
     refused(BundleError, "no stream in common", tmp_path / "text.mcap")
+
+
+def test_the_help_explains_every_column() -> None:
+    shown = " ".join(CliRunner().invoke(cli.app, ["evaluate", "--help"], terminal_width=80).stdout.split())
+    headings = (*_HEADINGS, "cannot tell apart", "abstains\nthere", "sure and\nwrong", "most like", "'s share")
+    for heading in headings:
+        assert " ".join(heading.split()) in shown
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

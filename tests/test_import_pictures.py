@@ -105,8 +105,11 @@ def test_a_folder_without_times_or_with_several(folder: Callable[[str], Path], t
     with pytest.raises(ConfigError, match=r"2 CSV files \(more.csv, times.csv\).*--times"):
         frames(path)
     assert len(frames(path, ImportOptions(times=path / "more.csv"))) == 2
-    with pytest.raises(ConfigError, match="cannot be read from"):
+    with pytest.raises(ConfigError, match=r"none.csv cannot be read: No such file or directory$"):
         frames(path, ImportOptions(times=path / "none.csv"))
+    (path / "more.csv").write_bytes("time_s,file\n1,left/1.png\n2,gr\u00fcn.jpg\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"more.csv, line 3: the byte 0xfc is not UTF-8"):
+        frames(path, ImportOptions(times=path / "more.csv"))
     for table in path.glob("*.csv"):
         table.unlink()
     with pytest.raises(ConfigError, match="no CSV file; one must say"):

@@ -239,13 +239,29 @@ def test_labels_lie_on_the_file_as_a_player_shows_it(make_file: Callable[..., Pa
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", "start_s,label\n1,x\n", "is `start_s,label`; it must be the heading, `start_s,end_s,label`"),
-        ("a.csv", "start_s,end_s,label\n1,2,x\n1,y,z\n", "row 2 .* no numbers"),
+        (
+            "a.csv",
+            "start_s,label\n1,x\n",
+            "line 1 is `start_s,label`; it must be the heading, .* `start_s,end_s,label`",
+        ),
+        (
+            "a.csv",
+            "start_s;end_s;label\n0,5;2;x\n",
+            "a.csv, line 1: .* by semicolons, .*: `start_s,end_s,label`. .* a point",
+        ),
+        ("a.csv", "start_s\tend_s\tlabel\n0\t2\tx\n", "line 1: the columns are separated by tabs"),
+        ("a.csv", "start_s,end_s,label\n\n1,2,x\n1,y,z\n", "a.csv, line 4: `end_s` is `y`, and no number of seconds"),
+        ("a.csv", 'start_s,end_s,label\n"0,5","1,5",x\n', "line 2: `start_s` is `0,5`, .* decimals with a point: 0.5$"),
+        ("a.csv", "start_s,end_s,label\n0;2;x\n", "line 2: `0;2;x` has 1 value, .* separate values by commas"),
         ("a.csv", "start_s,end_s,label\n2,1,x\n", "must end later"),
         ("a.json", "{", "no valid JSON"),
         ("a.json", "{}", "no list"),
-        ("a.json", "[3]", "row 1"),
-        ("a.json", '[{"start_s": 0, "end_s": NaN, "label": "x"}]', "must end later"),
+        ("a.json", "[3]", "a.json, entry 1 is 3; every entry needs `start_s`, `end_s`, `label`"),
+        (
+            "a.json",
+            '[{"start_s": 0, "end_s": NaN, "label": "x"}]',
+            "entry 1: `end_s` is `nan`, and no number of seconds",
+        ),
     ],
 )
 def test_labels_that_make_no_sense(tmp_path: Path, name: str, content: str, words: str) -> None:

@@ -48,10 +48,12 @@ def test_the_sidecar_wins(recording: Path) -> None:
     with pytest.raises(RecordingError, match=r"walk.labels.csv has no labels, and hides .* of its own \(2\). Remove"):
         session_labels(recording)
     sidecar.write_text("0,3,clear\n")
-    with pytest.raises(ConfigError, match=r"of .*walk.labels.csv is `0,3,clear`; it must be the heading, `start_s,"):
+    with pytest.raises(
+        ConfigError, match=r"walk.labels.csv, line 1 is `0,3,clear`; it must be the heading, with .*`start_s,end"
+    ):
         session_labels(recording)
     sidecar.write_text("start_s,end_s,label\n2,1,run\n")
-    with pytest.raises(ConfigError, match="row 1"):
+    with pytest.raises(ConfigError, match=r"walk.labels.csv, line 2: it begins at 2 s and ends at 1 s"):
         session_labels(recording)
 
 
@@ -70,6 +72,13 @@ def test_a_sidecar_of_another_unit_or_session(recording: Path) -> None:
     sidecar.write_text("start_s,end_s,label\n0,2,walk\n1795914110,1795914112,stand\n")
     with pytest.raises(RecordingError, match=r"after the session's end at 3.000 s; .* its own session$"):
         session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n-9,-8,walk\n2,3,stand\n")
+    with pytest.raises(
+        RecordingError, match=r"walk.labels.csv: the label `walk` from -9.000 s to -8.000 s ends before"
+    ):
+        session_labels(recording)
+    sidecar.write_text("start_s,end_s,label\n-9,2,walk\n2,3,stand\n")
+    assert len(session_labels(recording)) == 2
     sidecar.write_text("start_s,end_s,label\n0,2,walk\n2,99,stand\n")  # till the end, whenever that is
     assert session_labels(recording)[-1] == Label(2 * NS, 99 * NS, "stand")
     sidecar.write_text("start_s,end_s,label\n0,3,walk\n3.0,3.1,stand\n")
@@ -79,7 +88,9 @@ def test_a_sidecar_of_another_unit_or_session(recording: Path) -> None:
 def test_a_decimal_comma_is_no_label(recording: Path) -> None:
     sidecar = recording.with_name("walk.labels.csv")
     sidecar.write_text("start_s,end_s,label\n0,2,5,walk\n")
-    with pytest.raises(ConfigError, match=r"row 1 of .*walk.labels.csv has more values .* with a point"):
+    with pytest.raises(
+        ConfigError, match=r"walk.labels.csv, line 2: `0,2,5,walk` has 4 values, .* 3 columns; .* with a point"
+    ):
         session_labels(recording)
     sidecar.write_text('start_s, end_s, label\n0, 2.5, "walk, slow"\n')
     assert session_labels(recording) == [Label(0, 5 * NS // 2, "walk, slow")]
@@ -91,12 +102,17 @@ def test_a_decimal_comma_is_no_label(recording: Path) -> None:
         (Label(NS, NS, "a"), "ends before it begins"),
         (Label(2 * NS, NS, "a"), "ends before it begins"),
         (Label(0, NS, ""), "has no name"),
-        (Label(5 * NS, 6 * NS, "a"), "begins after the session's end at 4.000 s"),
+        (Label(5 * NS + 1, 6 * NS, "a"), "begins after the session's end at 4.000 s"),
     ],
 )
 def test_a_label_that_means_nothing(label: Label, said: str) -> None:
     with pytest.raises(RecordingError, match=f"^here: .*{said}"):
         checked([label], "here", end_ns=4 * NS)
+
+
+def test_a_label_may_be_rounded_beyond_the_end() -> None:
+    late = Label(5 * NS, 6 * NS, "a")
+    assert checked([late], "here", end_ns=4 * NS) == [late]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), max_size=6))
@@ -143,9 +159,19 @@ def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("name,person\nwalk.mcap,bob\n", "line 2: it needs a `file`"),
-        ("file,person\nwalk.mcap\n", "line 2: it needs"),
-        ("file,person\nwalk.mcap,bob,2\n", "line 2: it needs"),
+        (
+            "name,person\nwalk.mcap,bob\n",
+            "csv, line 1 is `name,person`; it must be the heading, with the column `file`",
+        ),
+        ("file;person\nwalk.mcap;bob\n", "csv, line 1: the columns are separated by semicolons, and must be by commas"),
+        ("file,person,person\n", "csv, line 1: the heading has the column `person` twice"),
+        (
+            "file,person\n\nwalk.mcap\n",
+            "csv, line 3: `walk.mcap` has 1 value, and the heading 2 columns; write a value",
+        ),
+        ("file,person\nwalk.mcap;bob\n", "csv, line 2: `walk.mcap;bob` has 1 value, .*; separate values by commas"),
+        ("file,person\nwalk.mcap,bob,2\n", "csv, line 2: `walk.mcap,bob,2` has 3 values, and the heading 2 columns"),
+        ("file,person\n,bob\n", "csv, line 2: it names no `file`"),
         ("file,person\nwalk.mcap,bob\nwalk.mcap,eve\n", "line 3: `walk.mcap` has a line already"),
     ],
 )
@@ -157,6 +183,13 @@ def test_a_wrong_table(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "sessions.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_sessions(tmp_path / "sessions.csv")
+    table = tmp_path / "sessions.csv"
+    table.write_bytes("file,person\nwalk.mcap,bob\nrun.mcap,J\u00f6rg\n".encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"sessions.csv, line 3: the byte 0xf6 is not UTF-8, .* Save it anew in UTF-8"
+    ):
+        read_sessions(table)
+    with pytest.raises(ConfigError, match=r"none.csv cannot be read: No such file or directory$"):
+        read_sessions(tmp_path / "none.csv")
+    table.write_text("\ufefffile,person\r\nwalk.mcap,J\u00f6rg\r\n", encoding="utf-8")
+    assert read_sessions(table) == {"walk.mcap": {"person": "J\u00f6rg"}}

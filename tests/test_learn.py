@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -36,6 +39,7 @@ from pipeline.replay import replay_predictions
 from pipeline.strict import Document
 from tests import scenes
 from tests.conftest import ROOT
+from tests.tiny_bundle import GRID, write_bundle
 
 torch = pytest.importorskip("torch", reason="the package torch is not installed (extra `learn`)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
@@ -165,6 +169,9 @@ def test_the_card_says_what_it_is_made_of(trained: Path) -> None:
     for part in ("## Data", "## Training", "## How good", "## Calibration", "## Checks", "## Limits", "seed 0"):
         assert part in text
     assert str(trained.parent) not in text
+    heads = text.partition("| streams | accuracy")[2].partition(" |\n")[0].split(" | ")[1:]
+    assert len(heads) == 7
+    assert all(f"{head.removesuffix(' %').lower()}:" in text.lower() for head in heads)
     assert "through the live path are the windows that were learnt from" in text
     assert load_bundle(trained).calibration.set_coverage == 0.9
     assert set(load_bundle(trained).calibration.subsets) == {"camera", "imu", "camera+imu"}
@@ -225,6 +232,18 @@ def test_a_label_that_is_nearly_another_is_said(
     assert watch.notes[0].startswith(f"the label `clam`, which only {first} has, is nearly `calm`, and becomes a class")
 
 
+def test_a_session_whose_labels_no_window_meets_is_said(tmp_path: Path) -> None:
+    labels = [Label(0, NS, "a"), Label(NS, 2 * NS, "b")]
+    scenes.record(tmp_path / "one.mcap", 1, 2.0, labels, streams=["imu"])
+    scenes.record(tmp_path / "two.mcap", 2, 2.0, [Label(NS // 100, NS // 50, "a")], streams=["imu"])
+    scenes.record(tmp_path / "three.mcap", 3, 2.0, [Label(0, 2 * NS, "c")], streams=["imu"])  # as was asked for
+    watch, config = Noting(), configured(tmp_path, ignore_labels=["c"])
+    prepare_all(config, recorded(config), tmp_path / "cache", watch)
+    assert [note.partition(", so")[0] for note in watch.notes] == [
+        "no window of two.mcap ends within one of its labels"
+    ]
+
+
 def test_windows_that_no_session_fills_are_said(sessions: Path) -> None:
     steps = round(SECONDS * 10)  # of 100 ms
     for given, said in ((steps - 3, False), (steps + 3, True)):
@@ -249,6 +268,10 @@ def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_
     text = card(found, Calibration(set_coverage=0.9), [], None, {}, "")
     assert "No session held out has `shake`. For these nothing is fitted" in text
     assert "No session tested on has" not in text
+    for name in ("s0", "s2"):
+        (tmp_path / f"{name}.labels.csv").write_text("start_s,end_s,label\n1,2,calm\n2,3,shake\n3,4,tone\n")
+    learn.train(config, recorded(config), device="cpu", watch=watch)
+    assert "has the labels `shake`, `tone`: nothing is known of them there" in watch.notes[-1]
 
 
 @pytest.mark.slow
@@ -270,9 +293,52 @@ def test_another_training_begins_from_it(trained: Path, sessions: Path, tmp_path
         own = [key for key in weights.files if key.startswith(("encoders.imu.", "encoders.camera."))]
         assert len(own) > 10
         assert all(np.array_equal(weights[key], state[key].numpy()) for key in own)
-    other = configured(sessions, {"imu": {"token": 7}}, init={"bundle": str(trained)})
-    with pytest.raises(BundleError, match="another one than the training file"):
-        learn.train(other, recorded(other), device="cpu")
+
+
+@pytest.fixture
+def earlier(sessions: Path, tmp_path: Path) -> Path:
+    """A bundle with weights, of a training that nobody waited for."""
+    config = configured(sessions, {"imu": {"token": 1, "encoder": {"widths": [8, 12]}}})
+    encoder = recipe_of(config).encoders["imu"]
+    file = io.BytesIO()
+    np.savez(file, **{f"encoders.imu.{key}": value.numpy() for key, value in encoder.state_dict().items()})
+    files = {"weights.npz": file.getvalue(), "train.yaml": config.document.text.encode()}
+    return write_bundle(tmp_path / "earlier", {"imu": GRID}, files=files)
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        ({"token": 7}, "`token` is 1 there and 7 here; `encoder.widths` is [8, 12] there and [48, 64, 96] here. "),
+        (
+            {"token": 1, "encoder": {"widths": [8, 12], "statistics": False}},
+            "`encoder.statistics` is true there and false here. ",
+        ),
+    ],
+)
+def test_an_encoder_of_another_shape_is_said_before_anything_is_prepared(
+    sessions: Path, tmp_path: Path, earlier: Path, stream: dict[str, Any], said: str
+) -> None:
+    config = configured(sessions, {"imu": stream}, init={"bundle": str(earlier)})
+    with pytest.raises(BundleError) as caught:
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    begins = f"{earlier}: its encoder of `imu` is another one than the training file describes: {said}Training begins"
+    assert str(caught.value)[: len(begins)] == begins
+    assert "give it these settings, or call the stream otherwise (`recorded_as: imu`)" in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_nothing_to_begin_from_is_said_before_anything_is_prepared(
+    sessions: Path, tmp_path: Path, earlier: Path
+) -> None:
+    config = configured(sessions, ("camera",), init={"bundle": str(earlier)})
+    with pytest.raises(BundleError, match="no stream in common to begin from"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    bare = write_bundle(tmp_path / "bare", {"imu": GRID})
+    config = configured(sessions, init={"bundle": str(bare)})
+    with pytest.raises(BundleError, match=r"bare has no weights.npz"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_what_is_frozen_is_named(sessions: Path) -> None:
@@ -986,7 +1052,7 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
         finally:
             running.kill()
     assert running.returncode == 128 + how
-    assert "interrupted; go on with: sensorium train" in stderr
+    assert "interrupted; go on with:\nsensorium train" in stderr
     assert "Traceback" not in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [".prepared", "b.unfinished", "tmp", "train.yaml"]
     assert not list(own.glob("sensorium*"))  # what else lies there is torch's
@@ -994,26 +1060,46 @@ def test_an_ended_training_leaves_what_it_can_be_gone_on_from_and_nothing_else(
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def ended(*_: Any, **__: Any) -> None:
+        raise ends
 
-    monkeypatch.setattr(learn, "train_bundle", interrupted)
-    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
-    asked = ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]
+    ends: BaseException = KeyboardInterrupt()
+    monkeypatch.setattr(learn, "train_bundle", ended)
+    monkeypatch.chdir(tmp_path)
+    Path("train.yaml").write_text(configured(tmp_path).document.text)
+    asked = ["train", "train.yaml", "-o", "b"]
     result = CliRunner().invoke(cli.app, asked)
     assert isinstance(result.exception, errors.Interrupted)
     assert result.exception.exit_code == 130
-    assert str(result.exception).endswith("--resume")
+    assert str(result.exception).splitlines() == [
+        "interrupted before an epoch was over; begin again with:", "sensorium train train.yaml -o b",
+    ]  # fmt: skip
     assert "note:" not in result.stderr
-    more = ["--seed", "3", "--epochs", "9", "--init-from", str(tmp_path / "an other"), "--freeze", "--device", "cpu"]
-    told = str(CliRunner().invoke(cli.app, [*asked, *more]).exception).partition("sensorium ")[2]
-    assert shlex.split(told) == [*asked, "--resume", *more]  # or it would be another training
     assert "nothing is to be gone on with" in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
-    (tmp_path / "b.unfinished").mkdir()
+    Path("b.unfinished", "teacher-1").mkdir(parents=True)
+    assert "note:" not in CliRunner().invoke(cli.app, asked).stderr  # nothing lies in it
+    Path("b.unfinished", "teacher-1", "checkpoint.pt").touch()
+    more = ["--seed", "0", "--epochs", "9", "--init-from", "an other", "--freeze", "--device", "cpu", "--jobs", "3"]
+    again = str(CliRunner().invoke(cli.app, [*asked, *more]).exception).splitlines()
+    assert again[0] == "interrupted; go on with:"
+    assert shlex.split(again[1]) == ["sensorium", *asked, *more, "--resume"]  # or it would be another training
     assert "`--resume` would go on with it" in CliRunner().invoke(cli.app, asked).stderr
     assert "note:" not in CliRunner().invoke(cli.app, [*asked, "--resume"]).stderr
-    (tmp_path / "b").mkdir()
+    ends = OSError(errno.ENOSPC, "No space left on device", "b")
+    full = CliRunner().invoke(cli.app, asked)
+    assert full.exception is ends
+    assert full.stderr.endswith("go on with:\nsensorium train train.yaml -o b --resume\n")
+    Path("b").mkdir()
     assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
+
+
+def test_a_training_that_nobody_tested_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = SimpleNamespace(curves=[{"phase": "training", "epoch": 1, "loss": 1.0}]), SimpleNamespace(scores=[])
+    monkeypatch.setattr(learn, "train_bundle", lambda *_, **__: made)
+    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
+    said = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]).stdout
+    assert "no labelled window was kept to test on" in said
+    assert "accuracy" not in said
 
 
 def test_a_training_leaves_an_unfinished_state_where_the_command_looks_for_it(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from pipeline.curves import Bars
+from pipeline.curves import Bars, curves, score_table
 from pipeline.errors import plain
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.life import ON_THE_WAY, QUEUE_FULL, RecordReport
@@ -510,3 +510,13 @@ def test_progress_bars_leave_room_for_what_somebody_types(width: int) -> None:
     shown = [line for line in re.split(r"[\r\n]|\x1b\[[0-9;?]*[A-Za-z]", written.getvalue()) if line]
     assert [line.split(" ")[0] for line in shown[-2:]] == ["preparing", "training"]
     assert max(map(cell_len, shown)) <= width - len("^C")
+
+
+def test_what_came_of_a_training_fits_80_columns() -> None:
+    rows = [{"phase": "teacher 10", "epoch": i, "loss": 10.0 + i, "held_out_accuracy": i / 50} for i in range(50)]
+    assert [len(line.split()) for line in on_terminal(curves(rows), 80)] == [3, 6, 8]  # one table, whole lines
+    scored = SimpleNamespace(streams=("imu", "microphone"), windows=1234, accuracy=1.0, macro_f1=1.0,
+                             calibration_error=0.1, answered=1.0, right=1.0)  # fmt: skip
+    lines = on_terminal(score_table([scored]), 80)
+    assert len(lines) == 3  # headings in two
+    assert lines[-1].split() == ["imu", "+", "microphone", "1234", "100.0%", "1.000", "10.0%", "100.0%", "100.0%"]

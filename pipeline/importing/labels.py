@@ -10,61 +10,56 @@ or JSON, a list of objects with the same three keys.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.recording import Label
+from pipeline.tables import table_rows, table_text
 
 _COLUMNS = ("start_s", "end_s", "label")
+_COMMA = re.compile(r"\s*-?\d+,\d+\s*")
 
 
 def read_labels(path: Path) -> list[Label]:
-    """The intervals of a CSV or JSON file in the order of the file. ConfigError names the row that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"labels cannot be read from {path}: {error}") from None
-    rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _csv_rows(path, text)
-    return [_label(path, number, row) for number, row in enumerate(rows, start=1)]
+    """The intervals of a CSV or JSON file in the order of the file. ConfigError names the line that is wrong."""
+    text = table_text(path)
+    if path.suffix.lower() == ".json":
+        return [_label(f"{path}, entry {number}", row) for number, row in _json_rows(path, text)]
+    return [_label(f"{path}, line {number}", row) for number, row in table_rows(path, text, _COLUMNS)]
 
 
-def _csv_rows(path: Path, text: str) -> Iterable[Any]:
-    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    if rows.fieldnames is not None and not set(_COLUMNS) <= set(rows.fieldnames):
-        raise ConfigError(
-            f"the first line of {path} is `{','.join(rows.fieldnames)}`; it must be the heading, "
-            f"`{','.join(_COLUMNS)}`, and each line below it an interval"
-        )
-    return rows
-
-
-def _json_rows(path: Path, text: str) -> Iterable[Any]:
+def _json_rows(path: Path, text: str) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
         rows = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is no valid JSON: {error}") from None
     if not isinstance(rows, list):
-        raise ConfigError(f"{path} holds no list: labels are a list of objects with {', '.join(_COLUMNS)}")
-    return rows
+        raise ConfigError(f"{path} holds no list: labels are a list of objects with {listed(_COLUMNS)}")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or any(row.get(column) is None for column in _COLUMNS):
+            raise ConfigError(f"{path}, entry {number} is {json.dumps(row)}; every entry needs {listed(_COLUMNS)}")
+        yield number, row
 
 
-def _label(path: Path, number: int, row: Any) -> Label:
-    if not isinstance(row, dict) or any(row.get(column) is None for column in _COLUMNS):
-        raise ConfigError(f"row {number} of {path} is {row!r}; every row needs {', '.join(_COLUMNS)}")
-    if None in row:  # csv's key for what the heading has no column for
-        raise ConfigError(
-            f"row {number} of {path} has more values than the heading has columns; write decimals with a point (0.5), "
-            'and a label with a comma in quotes ("a, b")'
-        )
-    try:
-        start_s, end_s = float(row["start_s"]), float(row["end_s"])
-    except (TypeError, ValueError):
-        raise ConfigError(f"row {number} of {path} has times that are no numbers of seconds: {row!r}") from None
-    if not (math.isfinite(start_s) and math.isfinite(end_s) and start_s < end_s):
-        raise ConfigError(f"row {number} of {path} begins at {start_s} s and ends at {end_s} s; it must end later")
+def _label(where: str, row: Mapping[str, Any]) -> Label:
+    start_s, end_s = (_seconds(where, column, row[column]) for column in ("start_s", "end_s"))
+    if start_s >= end_s:
+        raise ConfigError(f"{where}: it begins at {start_s:g} s and ends at {end_s:g} s; it must end later")
     return Label(round(start_s * 1e9), round(end_s * 1e9), str(row["label"]).strip())
+
+
+def _seconds(where: str, column: str, value: Any) -> float:
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if math.isfinite(found):
+        return found
+    pointed = str(value).replace(",", ".")
+    hint = f"write its decimals with a point: {pointed}" if _COMMA.fullmatch(str(value)) else "write it like 12.5"
+    raise ConfigError(f"{where}: `{column}` is `{value}`, and no number of seconds; {hint}")

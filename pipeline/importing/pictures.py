@@ -27,6 +27,7 @@ from typing import NamedTuple
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.importing.base import ImportOptions, Opened, Piece
 from pipeline.importing.images import Unusable, compressed_frame
+from pipeline.tables import table_text
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 UNITS_NS = {"ns": 1, "us": 1000, "µs": 1000, "ms": 10**6, "s": 10**9, "sec": 10**9, "seconds": 10**9}
@@ -104,11 +105,7 @@ def frames(folder: Path, rows: list[Row], options: ImportOptions, dropped: Count
 
 def read_times(table: Path) -> tuple[list[Row], list[str]]:
     """The rows of the CSV, and the columns that are not used. ConfigError names the line that is wrong."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the pictures' times cannot be read from {table}: {error}") from None
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(table_text(table).splitlines(), start=1) if line.strip()]
     if len(lines) < 2:
         raise ConfigError(f"{table} holds no times: it needs a header line and a line a picture")
     delimiter = next((mark for mark in ",;\t" if mark in lines[0][1]), " ")

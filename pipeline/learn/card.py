@@ -18,6 +18,15 @@ from pipeline.strict import listed
 
 Array = np.ndarray[Any, Any]
 
+_LEGEND = (
+    "Accuracy: the most probable label is the truth, also where the model abstains. Macro-F1: the mean of the labels' "
+    "F1, each counting alike. Log loss: the mean of -ln of the probability that the truth was given; 0 is the best. "
+    "Calibration error: how far confidence is from how often it is right. In set: the prediction set, the labels that "
+    "it does not rule out, holds the truth; set size: how many labels it has in the mean. Answered: it does not "
+    "abstain; of these right: its accuracy there."
+)
+"""What the columns of ``_how_good`` mean."""
+
 
 class Score(NamedTuple):
     """How good the model is on some windows with only ``streams`` left. Shares of 1."""
@@ -73,7 +82,7 @@ def card(
     agreement: Mapping[str, float],
     proven: str,
 ) -> str:
-    """The card as Markdown. ``scores`` and ``said`` are of the sessions tested on, empty where there are none."""
+    """The card as Markdown. ``scores`` and ``said`` are of the sessions tested on, empty where no label is in them."""
     file = trained.config.file
     parts = [
         f"# {file.name}",
@@ -178,7 +187,7 @@ def _lacking(trained: Trained, part: str, so: str) -> str:
 
 def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
     if not scores:
-        return "No session was kept to test on, so nothing is known of how good it is on others."
+        return "No labelled window was kept to test on, so nothing is known of how good it is on others."
     rows = ["On the sessions tested on, with all other streams masked:", "",
             "| streams | accuracy % | macro-F1 | log loss | calibration error % | in set % | set size | answered % | "
             "of these right % |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -190,7 +199,7 @@ def _how_good(trained: Trained, scores: Sequence[Score]) -> str:
             f"{right} |"
         )
     missing = _lacking(trained, "tested on", "So nothing is known of these, and the figures are of the others.")
-    return "\n".join(rows) + (f"\n\n{missing.strip()}" if missing else "")
+    return "\n".join(rows) + f"\n\n{_LEGEND}{missing}"
 
 
 def _by_label(trained: Trained, said: Said) -> str:
@@ -207,7 +216,7 @@ def _by_label(trained: Trained, said: Said) -> str:
 
 def _calibration(trained: Trained, calibration: Calibration) -> str:
     if calibration.set_coverage is None:
-        return "No session was held out, so its confidence is not calibrated and its sets hold one label."
+        return "No labelled window was held out, so its confidence is not calibrated and its sets hold one label."
     entry = trained.config.file.calibration
     subsets = calibration.subsets.values()
     count = sum(bool(own.mix) for own in subsets)

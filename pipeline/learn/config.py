@@ -16,6 +16,7 @@ import msgspec
 from pipeline.errors import ConfigError, Together
 from pipeline.learn.encoders import SETTINGS
 from pipeline.learn.fusion import FusionSettings
+from pipeline.learn.limits import Count, NotNegative, Positive, PositiveFloat, Probability, Share
 from pipeline.learn.robust import RobustSettings
 from pipeline.messages import Layout, Payload, SignalLayout, payload_of
 from pipeline.modelfile import (
@@ -30,13 +31,8 @@ from pipeline.modelfile import (
 )
 from pipeline.strict import Document, listed, nearest
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 Strategy = Literal["early", "late", "hybrid"]
-Part = Annotated[float, msgspec.Meta(ge=0, lt=1)] | tuple[str, ...]
+Part = Share | tuple[str, ...]
 
 
 class _Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -113,7 +109,7 @@ class TeachersEntry(_Strict, frozen=True):
 
     count: Annotated[int, msgspec.Meta(ge=1, le=32)] = 4
     epochs: Positive | None = None
-    blend: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.7
+    blend: Probability = 0.7
 
     def train(self, entry: TrainEntry) -> TrainEntry:
         """How each of them is trained where the model is by ``entry``."""
@@ -294,7 +290,8 @@ def with_overrides(config: Config, **changes: Any) -> Config:
 def beginning_from(config: Config, bundle: Path | None, freeze: bool) -> Config:
     """``config`` with another bundle to begin from, or with its encoders frozen. ConfigError if there is none."""
     given = config.file.init
-    if bundle is None and given is None:
+    if bundle is not None:
+        given = InitEntry(bundle=bundle.resolve(), freeze=given is not None and given.freeze)
+    if given is None:
         raise ConfigError("--freeze keeps the encoders of another bundle as they are; name one with --init-from.")
-    path = bundle.resolve() if bundle is not None else given.bundle if given is not None else Path()
-    return with_overrides(config, init=InitEntry(bundle=path, freeze=freeze or (given is not None and given.freeze)))
+    return with_overrides(config, init=msgspec.structs.replace(given, freeze=freeze or given.freeze))

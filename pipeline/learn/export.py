@@ -22,7 +22,7 @@ from pipeline.bundle import Bundle, load_bundle
 from pipeline.confidence import fit_calibration
 from pipeline.errors import BundleError, RecordingError, taken
 from pipeline.inference import FuseOptions, Fuser
-from pipeline.learn.begin import WEIGHTS
+from pipeline.learn.begin import CONFIG, WEIGHTS
 from pipeline.learn.card import Score, card, score
 from pipeline.learn.config import Config, check_config, stream_entry
 from pipeline.learn.dataset import Labelled
@@ -39,7 +39,7 @@ SAMPLES = 16
 """Real steps of each stream on which the graphs are compared."""
 PROVEN = 50
 """Steps of a session that are run through the live path."""
-FUSION, CURVES, CONFIG, CARD = "fusion.onnx", "training.json", "train.yaml", "README.md"
+FUSION, CURVES, CARD = "fusion.onnx", "training.json", "README.md"
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -282,8 +282,7 @@ def prove(trained: Trained, bundle: Bundle) -> str:
     fuser = Fuser(bundle, FuseOptions(contributions=False), streams=trained.config.names())
     rows = {int(step): row for row, step in enumerate(labelled.session.step.tolist()) if step >= 0}
     worst, count = 0.0, 0
-    recipe_spec = trained.spec
-    for count, given in enumerate(session.steps(recipe_spec, trained.config.file.windows), 1):
+    for count, given in enumerate(session.steps(trained.spec, trained.config.file.windows), 1):
         fuser.step(given.manifest, given.content, given.masked)
         row = rows[given.manifest.step]
         if given.manifest.digest != labelled.session.digests[row]:

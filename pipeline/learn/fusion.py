@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.learn.limits import Positive, Share
 from pipeline.learn.summaries import HIDDEN, Condense, Each, Moved, Perceptron, Summary, normed
 from pipeline.strict import listed, nearest
 
@@ -49,8 +50,8 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     queries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
     layers: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     heads: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
-    fine: Annotated[int, msgspec.Meta(ge=1)] = 12
-    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.1
+    fine: Positive = 12
+    dropout: Share = 0.1
     head: Literal["perceptron", "linear"] = "perceptron"
     impute: bool = True
     change: bool = False

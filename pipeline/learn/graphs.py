@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 def encoder_graph(encoder: StreamEncoder, stream: BundleStream, example: Mapping[str, Array]) -> bytes:
     """encoder.STREAM.onnx, traced on the inputs of one real step."""
     x = encoder_input(stream)
-    open_ = {i: _dim(str(i)) for i, size in enumerate(x.shape) if not isinstance(size, int)}
+    open_ = {i: torch.export.Dim.DYNAMIC for i, size in enumerate(x.shape) if not isinstance(size, int)}
     shapes: dict[str, Any] = {"x": open_}
     given = {"x": torch.from_numpy(example["x"])}
     if stream.samples:
@@ -45,12 +45,8 @@ def fusion_graph(fusion: Fusion, rows: int = 3) -> bytes:
     given = []
     for token in fusion.tokens.values():
         given += [torch.randn(rows, fusion.steps, token), torch.ones(rows, fusion.steps)]
-    batch = _dim("batch")
+    batch = torch.export.Dim("batch", min=1, max=1 << 20)
     return _export(graph, tuple(given), graph.inputs, "logits", (tuple({0: batch} for _ in given),))
-
-
-def _dim(name: str) -> Any:
-    return torch.export.Dim.DYNAMIC if name != "batch" else torch.export.Dim("batch", min=1, max=1 << 20)
 
 
 def _export(

@@ -148,8 +148,7 @@ def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 class Phase:
-    """A phase of training of ``module``: ``epochs`` of ``batches``. ``loss`` gives what is to be minimised of a batch,
-    and what stands in the curves; ``judge`` the rest of an epoch's row, from the mean of the weights."""
+    """A phase of training of ``module``; ``average`` is another such module, which becomes the mean of its weights."""
 
     def __init__(
         self,
@@ -180,7 +179,9 @@ class Phase:
         watch: Watch,
         modulate: Callable[[Draws], None] = lambda draws: None,
     ) -> None:
-        """Runs what is left of the phase; ``modulate`` is called between gradients and changes, ``after`` after every
+        """Runs what is left of the phase. For each epoch ``batches`` gives how many batches there are, and these;
+        ``loss`` what is to be minimised of a batch, and what stands in the curves; ``judge`` the rest of the epoch's
+        row, from the mean of the weights. ``modulate`` is called between gradients and changes, ``after`` after every
         epoch."""
         watch.begin(self.name, self.epochs * 100)
         watch.advance(self.done * 100)

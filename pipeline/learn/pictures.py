@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.learn.blocks import Moments, Normalise, ResidualNet, averaging
+from pipeline.learn.limits import Positive, PositiveFloat, Share
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 SAMPLES = 4
 """Pixels sampled along each side of a cell."""
 TURN = 4096
@@ -34,7 +32,7 @@ TURN = 4096
 class PictureSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``widths``: channels of the residual blocks, from the second on each half as wide and high as the one before."""
 
-    widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (16, 32, 64)
+    widths: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)] = (16, 32, 64)
     dropout: Share = 0.1
 
 
@@ -59,11 +57,11 @@ class SweepSettings(PictureSettings, frozen=True, forbid_unknown_fields=True, kw
     rows: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
     down_deg: Annotated[float, msgspec.Meta(gt=-85, lt=85)] = -25.0
     up_deg: Annotated[float, msgspec.Meta(gt=-85, lt=85)] = 20.0
-    near_m: Positive = 0.1
-    far_m: Positive = 50.0
+    near_m: PositiveFloat = 0.1
+    far_m: PositiveFloat = 50.0
     turn_deg: Annotated[float, msgspec.Meta(ge=0, le=180)] = 0.0
     drop: Share = 0.1
-    widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (16, 24, 48)
+    widths: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)] = (16, 24, 48)
 
 
 class PictureEncoder(StreamEncoder):

@@ -18,17 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
 
 import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.learn.stream_encoder import StreamEncoder, uniform
-
-Probability = Annotated[float, msgspec.Meta(ge=0, le=1)]
-NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+from pipeline.learn.limits import NotNegative, Probability
+from pipeline.learn.stream_encoder import StreamEncoder, uniform, wide
 
 
 class RobustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -97,16 +94,12 @@ def _spoiled(
         steps = _where(hit, frozen(steps, present, when), steps)
     if (hit := kind == 3).any():
         blank = encoder.blank(steps)
-        steps = _where(hit, torch.where(_wide(when > 0, steps), blank, steps), steps)
+        steps = _where(hit, torch.where(wide(when > 0, steps), blank, steps), steps)
     return steps
 
 
-def _wide(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(*values.shape, *(1,) * (like.dim() - values.dim()))
-
-
 def _where(hit: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    return torch.where(_wide(hit, one), one, other)
+    return torch.where(wide(hit, one), one, other)
 
 
 def stretches(lots: int, length: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -124,7 +117,7 @@ def frozen(steps: Tensor, present: Tensor, when: Tensor) -> Tensor:
     good = (present > 0) & (when <= 0)
     last = torch.where(good, place, -1).cummax(1).values
     index = torch.where((when > 0) & (last >= 0), last, place)
-    return steps.gather(1, _wide(index, steps).expand_as(steps))
+    return steps.gather(1, wide(index, steps).expand_as(steps))
 
 
 # -- what is announced -----------------------------------------------------------------------------------------------

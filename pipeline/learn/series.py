@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.learn.blocks import SMALLEST, TINY, Moments, Normalise, ResidualNet, pooled, statistics
+from pipeline.learn.limits import Count, NotNegative, Positive, Share
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
 GRAVITY = 9.80665
@@ -29,9 +30,6 @@ SHORTEST = 0.05
 """No unit of length is taken to be less, summed over a step."""
 LEAST = 0.2
 """Of the median scale of all points: what hardly moves (a spine) is noise, and is not made as large as a hand."""
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-Range = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,19 +49,19 @@ class SeriesSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     time: the same, done with somebody else's posture and vigour. After MixStyle: Zhou et al. 2021, where it is done to
     what a layer gives)."""
 
-    widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
-    kernel: Count = 5
+    widths: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)] = (48, 64, 96)
+    kernel: Positive = 5
     dropout: Share = 0.1
     halve: bool = True
-    stride: Annotated[int, msgspec.Meta(ge=0)] = 0
+    stride: Count = 0
     points: Annotated[int, msgspec.Meta(ge=2)] = 32
-    differences: tuple[Count, ...] = (1,)
+    differences: tuple[Positive, ...] = (1,)
     statistics: bool = True
     warp: Annotated[float, msgspec.Meta(ge=0, le=0.4)] = 0.0
     bend: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     scale: Share = 0.0
-    turn_deg: Range = 0.0
-    jitter: Range = 0.0
+    turn_deg: NotNegative = 0.0
+    jitter: NotNegative = 0.0
     hide: Share = 0.0
     thin: Share = 0.0
     style: Share = 0.0
@@ -86,14 +84,14 @@ class SignalSettings(SeriesSettings, frozen=True, forbid_unknown_fields=True, kw
     ``components``: so many principal components (of the training) in the place of the channels, for signals of hundreds
     of them, of which a network would learn the training by heart."""
 
-    components: Annotated[int, msgspec.Meta(ge=0)] = 0
+    components: Count = 0
     dims: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
-    origin: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    origin: Count | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     axis: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
     unit: tuple[int, int] | None = None
     parents: tuple[int, ...] = ()
-    limbs: Range = 0.0
+    limbs: NotNegative = 0.0
 
 
 class SeriesEncoder(StreamEncoder):
@@ -174,10 +172,10 @@ class SeriesEncoder(StreamEncoder):
     def forward(self, prepared: Tensor) -> Tensor:
         values, weight = self.features(prepared)
         valid = weight[:, :1]
-        normal = self.normalise(values).clamp(-LIMIT, LIMIT) * weight
-        parts = [pooled(self.net(torch.cat([normal, valid], 1)), valid)]
+        scaled = self.normalise(values).clamp(-LIMIT, LIMIT) * weight
+        parts = [pooled(self.net(torch.cat([scaled, valid], 1)), valid)]
         if self.settings.statistics:
-            parts.append(statistics(normal, valid))
+            parts.append(statistics(scaled, valid))
         token: Tensor = self.head(torch.cat(parts, 1))
         return token
 
@@ -207,14 +205,14 @@ class SeriesEncoder(StreamEncoder):
         values = torch.where(valid > 0, values, 0.0)
         count = valid.sum(over, keepdim=True)
         mean = values.sum(over, keepdim=True) / count.clamp(min=1)
-        spread = (((values - mean).square() * valid).sum(over, keepdim=True) / count.clamp(min=1) + TINY).sqrt()
+        scale = (((values - mean).square() * valid).sum(over, keepdim=True) / count.clamp(min=1) + TINY).sqrt()
         other = uniform((lots,), 0, 1, generator, values).argsort()
         some = uniform((lots, 1, 1, 1), 0, 1, generator, values) < self.settings.style
         # The third power: mostly little, as by the distribution that the authors draw from, Beta(0.3, 0.3), folded.
         part = uniform((lots, 1, 1, 1), 0, 1, generator, values) ** 3 / 2
         part = torch.where(some & (count > 0) & (count[other] > 0), part, 0.0)
-        given_mean, given_spread = (x + part * (x[other] - x) for x in (mean, spread))
-        return given_mean + (values - mean) * (given_spread / spread)
+        given_mean, given_scale = (x + part * (x[other] - x) for x in (mean, scale))
+        return given_mean + (values - mean) * (given_scale / scale)
 
     def _warped(self, values: Tensor, valid: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A part of each step, stretched to its length, or the step with its ends repeated."""
@@ -249,10 +247,10 @@ class SeriesEncoder(StreamEncoder):
     def _hidden(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """A stretch of each step at the step's mean."""
         lots = len(values)
-        length = uniform((lots, 1), 0, self.settings.hide, generator, values)
-        start = uniform((lots, 1), 0, 1, generator, values) * (1 - length)
+        extent = uniform((lots, 1), 0, self.settings.hide, generator, values)
+        start = uniform((lots, 1), 0, 1, generator, values) * (1 - extent)
         share = torch.linspace(0, 1, self.points).to(values)
-        hit = ((share >= start) & (share < start + length))[:, None, None]
+        hit = ((share >= start) & (share < start + extent))[:, None, None]
         return torch.where(hit, values.mean(3, keepdim=True), values)
 
     def _scales(self, lots: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -307,7 +305,7 @@ class ImuEncoder(SeriesEncoder):
 
     def _turned(self, values: Tensor, generator: torch.Generator) -> Tensor:
         lots = len(values)
-        axis = nn.functional.normalize(normal((lots, 3), generator, values), dim=1)
+        axis = functional.normalize(normal((lots, 3), generator, values), dim=1)
         angle = torch.deg2rad(uniform((lots, 1), -1, 1, generator, values) * self.settings.turn_deg)
         turn = rotation(axis, angle)[:, None]
         return torch.cat([turn @ values[:, :, :3], turn @ values[:, :, 3:]], 2)
@@ -414,9 +412,9 @@ class Principal(nn.Module):
         if not count:
             return
         mean = total / count
-        spread = squares / count - mean[:, None] * mean
-        scale = spread.diagonal().clamp(min=SMALLEST**2) ** -0.25
-        axes = torch.linalg.eigh(scale[:, None] * spread * scale).eigenvectors.flip(1)[:, : len(self.axes)].T
+        covariance = squares / count - mean[:, None] * mean
+        scale = covariance.diagonal().clamp(min=SMALLEST**2) ** -0.25
+        axes = torch.linalg.eigh(scale[:, None] * covariance * scale).eigenvectors.flip(1)[:, : len(self.axes)].T
         axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # an axis may point either way
         self.mean.copy_(mean[None, :, None])
         self.axes.copy_(axes * scale)

@@ -18,13 +18,11 @@ from torch.nn import functional
 
 from pipeline.errors import ConfigError
 from pipeline.learn.blocks import Moments, Normalise, ResidualNet, pooled
+from pipeline.learn.limits import NotNegative, Positive, PositiveFloat, Share
 from pipeline.learn.stream_encoder import StreamEncoder, normal, spread, uniform
 
 FLOOR = 1e-8
 """A band's value is log(1 + power / FLOOR): 0 in silence."""
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 class AudioSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -32,14 +30,14 @@ class AudioSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     rate unless given). ``widths``: channels of the residual blocks. Augmentation: ``gain_db`` (greatest change of
     loudness), ``mask`` (share of the bands, and of the time, that may be blanked; Park et al., SpecAugment, 2019)."""
 
-    window_ms: Positive = 25.0
-    stride_ms: Positive = 10.0
+    window_ms: PositiveFloat = 25.0
+    stride_ms: PositiveFloat = 10.0
     mels: Annotated[int, msgspec.Meta(ge=4)] = 40
-    low_hz: Annotated[float, msgspec.Meta(ge=0)] = 50.0
-    high_hz: Positive | None = None
-    widths: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)] = (12, 24, 48)
+    low_hz: NotNegative = 50.0
+    high_hz: PositiveFloat | None = None
+    widths: Annotated[tuple[Positive, ...], msgspec.Meta(min_length=1)] = (12, 24, 48)
     dropout: Share = 0.1
-    gain_db: Annotated[float, msgspec.Meta(ge=0)] = 6.0
+    gain_db: NotNegative = 6.0
     mask: Share = 0.2
 
 

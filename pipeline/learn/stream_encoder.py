@@ -49,12 +49,11 @@ class StreamEncoder(nn.Module):
     def slid(self, prepared: Tensor, present: Tensor, late: Tensor) -> Tensor:
         """The steps [B, L, ...] as they come from a clock that is wrong by ``late`` [B] steps: each step's content is
         that of another one. What would lie outside of the chunk, or is not ``present`` [B, L], stays as it is."""
-        lots, length = prepared.shape[:2]
+        length = prepared.shape[1]
         place = torch.arange(length, device=prepared.device)[None]
         other = (place - late.round().long()[:, None]).clamp(0, length - 1)
         index = torch.where(present.gather(1, other) > 0, other, place)
-        wide = index.reshape(lots, length, *(1,) * (prepared.dim() - 2)).expand_as(prepared)
-        return prepared.gather(1, wide)
+        return prepared.gather(1, wide(index, prepared).expand_as(prepared))
 
     def blank(self, prepared: Tensor) -> Tensor:
         """The steps [B, L, ...] of a sensor that is alive and measures nothing (a covered lens, an open input)."""
@@ -113,6 +112,11 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> 
     return torch.randn(shape, generator=generator, device=generator.device).to(like)
 
 
+def wide(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` [B, L] (or [B]) with dimensions of 1 behind them, as many as ``like`` [B, L, ...] has."""
+    return values.reshape(*values.shape, *(1,) * (like.dim() - values.dim()))
+
+
 def spread(strength: Tensor, like: Tensor) -> Tensor:
     """``strength`` [B, L] with dimensions of 1 behind it, to multiply ``like`` [B, L, ...]."""
-    return strength.reshape(*strength.shape, *(1,) * (like.dim() - strength.dim())).to(like)
+    return wide(strength, like).to(like)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from pipeline.align import AlignSpec
 from pipeline.errors import RecordingError
 from pipeline.labels import look_alike
-from pipeline.learn.begin import begin_from
+from pipeline.learn.begin import begin_from, check_beginning
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
 from pipeline.learn.dataset import (
     Batch,
@@ -45,6 +45,7 @@ from pipeline.learn.sessions import Session
 from pipeline.learn.teaching import Teachers, blended, missed
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
+from pipeline.recording import Label
 from pipeline.scoring import accuracy, confusion, macro_f1
 from pipeline.strict import listed
 
@@ -98,7 +99,7 @@ def prepare_all(
     unlabelled: Sequence[Session] = (),
     jobs: int = 1,
 ) -> Prepared:
-    """The sessions, prepared by ``jobs`` processes and labelled. Raises RecordingError, ConfigError."""
+    """The sessions, prepared by ``jobs`` processes and labelled. Raises RecordingError, ConfigError, BundleError."""
     watch, file = watch or Silent(), config.file
     _check_names(sessions)
     layouts = _layouts(config, sessions)
@@ -108,23 +109,43 @@ def prepare_all(
         streams, build_encoders(streams, settings), config.names(), settings, to_ns(file.window.hop_ms),
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
+    if file.init is not None:  # before much is prepared in vain
+        check_beginning(config, file.init, streams, recipe.encoders)
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     stated = [session.labels(known) for session in sessions]
     if file.labels is None:
-        names = [session.name for session in sessions]
-        for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
-            watch.note(
-                f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If "
-                "it is a slip correct it; `labels` in the training file says which there are"
-            )
+        _note_slips(sessions, stated, watch)
     made = []
     for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
         made.append(one)
         watch.advance()
     found, more = made[: len(sessions)], made[len(sessions) :]
     labelled, labels = label_sessions([*zip(found, stated, strict=True)], file.labels, file.ignore_labels)
+    _note_unreached(labelled, stated, labels, watch)
     return Prepared(recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more])
+
+
+def _note_slips(sessions: Sequence[Session], stated: Sequence[Sequence[Label]], watch: Watch) -> None:
+    names = [session.name for session in sessions]
+    for label, usual, name in look_alike(dict(zip(names, stated, strict=True))):
+        watch.note(
+            f"the label `{label}`, which only {name} has, is nearly `{usual}`, and becomes a class of its own. If it "
+            "is a slip correct it; `labels` in the training file says which there are"
+        )
+
+
+def _note_unreached(
+    sessions: Sequence[Labelled], stated: Sequence[Sequence[Label]], labels: tuple[str, ...], watch: Watch
+) -> None:
+    """Says which sessions have labels to learn, and no window that has one of them."""
+    for one, own in zip(sessions, stated, strict=True):
+        if (one.truth < 0).all() and any(label.label in labels for label in own):
+            first_s, last_s = one.session.end_ns[0] / 1e9, one.session.end_ns[-1] / 1e9
+            watch.note(
+                f"no window of {one.session.name} ends within one of its labels, so nothing is learnt from it: "
+                f"windows end once a hop, from {first_s:.3f} to {last_s:.3f} s. Correct its labels, or leave it out"
+            )
 
 
 def _check_names(sessions: Sequence[Session]) -> None:
@@ -174,9 +195,10 @@ def train(
         parts = split(ready.sessions, config.file.split, len(ready.labels))
         _check_parts(parts, ready.labels)
         for part, missing in parts.lacking(ready.labels).items():
+            what, them = ("labels", "them") if len(missing) > 1 else ("label", "it")
             watch.note(
-                f"no session {part} has the label {listed(missing)}: nothing is known of it there, and the figures are "
-                "of the others alone. Record more sessions, or name others under `split`"
+                f"no session {part} has the {what} {listed(missing)}: nothing is known of {them} there, and the "
+                "figures are of the others alone. Record more sessions, or name others under `split`"
             )
         if longer := _longer_than_all(config, ready.sessions):
             watch.note(longer)
@@ -285,6 +307,14 @@ class _Run:
         self._curves = earlier + phase.curves
         self._model.load_state_dict(learnt["model"].state_dict())
 
+    def trained(self, sources: Sequence[Session]) -> Trained:
+        recipe = self._ready.recipe
+        self._model.to("cpu").eval()
+        return Trained(
+            self._model, self._config, recipe.streams, self._ready.labels, self._ready.layouts, self._parts,
+            self._curves, sources, recipe.spec(), self._begun_from,
+        )  # fmt: skip
+
     def _phase(self, name: str, module: nn.Module, epochs: int, learning_rate: float, weight_decay: float) -> Phase:
         entry = self._config.file.train
         return Phase(
@@ -343,14 +373,6 @@ class _Run:
         self._model.load_state_dict(learnt["model"].state_dict())
 
     # -- with labels ---------------------------------------------------------------------------------------------------
-
-    def trained(self, sources: Sequence[Session]) -> Trained:
-        recipe = self._ready.recipe
-        self._model.to("cpu").eval()
-        return Trained(
-            self._model, self._config, recipe.streams, self._ready.labels, self._ready.layouts, self._parts,
-            self._curves, sources, recipe.spec(), self._begun_from,
-        )  # fmt: skip
 
     def _batches(self, draws: Draws) -> tuple[int, Iterator[Batch]]:
         size = self._config.file.train.batch_windows
@@ -433,7 +455,7 @@ def scores(logits: Array, truth: Array, labels: int) -> dict[str, float]:
     if not len(truth):
         return {}
     predicted = logits.argmax(1)
-    lost = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
+    lost = functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(truth))
     found = {
         "held_out_windows": len(truth),
         "held_out_accuracy": accuracy(truth, predicted),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.learn.blocks import Moments
+from pipeline.learn.limits import Positive, Share
 from pipeline.learn.stream_encoder import StreamEncoder, spread, uniform
 
 SPACE = 32
-Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
 class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,7 +27,7 @@ class TextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     grams: Annotated[int, msgspec.Meta(ge=1, le=5)] = 4
     buckets: Annotated[int, msgspec.Meta(ge=64, le=65_536)] = 1024
-    width: Annotated[int, msgspec.Meta(ge=1)] = 48
+    width: Positive = 48
     dropout: Share = 0.2
     drop: Share = 0.2
 
