@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.align import Counters
+from pipeline.life import UNMEASURED_NS
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -156,6 +157,8 @@ def _amounts(name: str, stream: StreamStatus, lives: list[RecordReport]) -> dict
         recorded = sum(life.messages.get(name, 0) for life in lives)
         sent = max(stream.total, recorded)
         amounts = {"sent": sent, "recorded": recorded, "not recorded": sent - recorded}
+    if count := _unmeasured(stream):
+        amounts["without a value"] = count
     return amounts
 
 
@@ -183,6 +186,11 @@ def _warnings(status: Status) -> list[str]:
             dropped = ", all that it had were dropped" if stream.total_dropped else ""
             why = stream.note or (node.trouble if node is not None and alive else "")
             said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
+        if count := _unmeasured(stream):
+            least = "at least " if count < stream.published else ""
+            said.append(
+                f"{name} gave {least}{count} of {counted(stream.published, 'message')} without a value: all are NaN"
+            )
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):
         node = status.nodes.get(name)
         if node is None:
@@ -194,6 +202,12 @@ def _warnings(status: Status) -> list[str]:
             away = " and had not come back" if node.state == "restarting" else ""
             said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}" + why)
     return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
+
+
+def _unmeasured(stream: StreamStatus) -> int:
+    """How many messages of its present life were without a value, where all were, or all for long."""
+    worth = stream.unmeasured >= stream.published or stream.unmeasured_ns >= UNMEASURED_NS
+    return stream.unmeasured if worth else 0
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -582,18 +582,27 @@ def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tm
 def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "idle.py").write_text(IDLE)
     monkeypatch.setattr("pipeline.supervise.SILENT_NS", 500_000_000)
-    sources = {"imu": SOURCES["imu"]} | {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead")}
+    monkeypatch.setattr("pipeline.supervise.UNMEASURED_NS", 300_000_000)
+    idle = {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead", "numb")}
+    sources = {"imu": SOURCES["imu"]} | idle
     events: list[Event] = []
     with short_folder() as root:
         session = Session(make_rig(tmp_path, sources, bundle=False), events.append, root=root)
         with session, Show(session, json=True) as show:
-            until(lambda: [e.node for e in events if e.kind == "warning"], "the silent one is told of")
+            until(lambda: len([e for e in events if e.kind == "warning"]) > 1, "the silent ones are told of")
             until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
             until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
         print_summary(show.summary, True, session.status())
-    assert [e.text for e in events if e.kind == "warning"] == ["mute has given nothing in the first 0 s of the session"]
+    assert sorted(e.text for e in events if e.kind == "warning") == [
+        "mute has given nothing in the first 0 s of the session",
+        "numb has given nothing but NaN, which is no value, for 0 s",
+    ]
     assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
-    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf"))} == {
+    numb = session.status().streams["numb"].published
+    assert show.summary.as_dict()["streams"]["numb"] == {"sent": numb, "without a value": numb}
+    assert "without a value" not in show.summary.streams["imu"]
+    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf", "numb"))} == {
+        f"numb gave {numb} of {numb} messages without a value: all are NaN",
         "mute gave no message",
         "deaf gave no message: nothing is heard",
     }
@@ -602,8 +611,10 @@ def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, mon
 
 IDLE = """
 import msgspec
+import numpy as np
 from pipeline.errors import ConfigError, SensorError
-from pipeline.source import Source
+from pipeline.messages import SignalLayout, signal_dtype
+from pipeline.source import Reading, Source
 
 class Mute(Source):
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -624,6 +635,14 @@ class Deaf(Mute):
 class Dead(Mute):
     def open(self):
         raise ConfigError("it is broken")
+
+class Numb(Mute):
+    def read(self):
+        super().read()
+        sample = np.zeros(1, signal_dtype(2))
+        sample["value"] = np.nan
+        times = dict.fromkeys(("t_capture_ns", "t_end_ns", "t_receipt_ns"), self.due_ns)
+        return Reading(layout=SignalLayout(1, ("a", "b")), data=sample, **times)
 """
 
 

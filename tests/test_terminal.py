@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from pipeline.curves import Bars
 from pipeline.errors import plain
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
-from pipeline.life import ON_THE_WAY, QUEUE_FULL, RecordReport
+from pipeline.life import ON_THE_WAY, QUEUE_FULL, UNMEASURED_NS, RecordReport
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers, size
 from pipeline.show import Show, print_summary
@@ -453,6 +453,12 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert "camera gave no" not in shown
     seen.streams["camera"].failures, seen.streams["camera"].note = 3, "no device /dev/video0"
     assert "warning: camera gave nothing more at the end: no device /dev/video0\n" in text(summed_up(seen))
+    assert "without a value" not in shown
+    seen.streams["camera"].published, seen.streams["camera"].unmeasured = 12, 11
+    assert "without a value" not in text(summed_up(seen))  # it began so, as what is not there yet may
+    seen.streams["camera"].unmeasured_ns = UNMEASURED_NS
+    shown = text(summed_up(seen))
+    assert "warning: camera gave at least 11 of 12 messages without a value: all are NaN\n" in shown
     seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
     assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
     ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
