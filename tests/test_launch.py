@@ -698,6 +698,10 @@ def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:
 
 def test_a_rig_is_checked_without_starting_anything(tmp_path: Path) -> None:
     assert check_rig_file(make_rig(tmp_path)) == []
+    nothing = make_rig(tmp_path, bundle=False, record={"path": "x.mcap", "streams": []})
+    [said] = check_rig_file(nothing)
+    assert "record.streams: no stream is named, so none is recorded" in said
+    assert check_rig_file(make_rig(tmp_path, record={"path": "x.mcap", "streams": []})) == []  # predictions alone
     extra = SOURCES | {"second_imu": {"kind": "synthetic", "payload": "imu"}}
     assert "second_imu" in check_rig_file(make_rig(tmp_path, sources=extra))[0]
     assert "nothing comes" in check_rig_file(make_rig(tmp_path, bundle=False))[0]
