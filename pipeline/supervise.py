@@ -241,7 +241,8 @@ class Supervisor:
         if ended:
             return  # it had nothing more to give
         tail, again = child.tail(), False
-        child.trouble = _own_words(tail) or ": ".join((died_how(status), *tail.splitlines()[-1:]))
+        how = "said nothing for too long, and was killed" if child.hung else died_how(status)
+        child.trouble = _own_words(tail) or ": ".join((how, *tail.splitlines()[-1:]))
         core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if child.name == "record" and status > 0:
             self._recording_failed(child, status, tail)

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,10 +19,12 @@ import pytest
 import yaml
 
 from pipeline import commands
-from pipeline.clock import SystemClock
-from pipeline.config import RecordEntry, load_rig
+from pipeline.child import Child
+from pipeline.clock import ManualClock, Origin, SystemClock
+from pipeline.config import RecordEntry, RestartEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
+from pipeline.life import NodeSpec
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
 from pipeline.show import Show, print_summary
@@ -444,6 +447,27 @@ def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
         until(lambda: watched.saw("imu", "hung"), "the launcher notices")
         until(lambda: watched.saw("imu", "ready", 2), "it is back")
         watched.predict_until(all_ok, "all is well again")
+        assert watched.session.status().nodes["imu"].trouble == "said nothing for too long, and was killed"
+
+
+def test_a_node_that_spoke_while_the_launcher_was_stopped_does_not_hang(tmp_path: Path) -> None:
+    clock, (ear, voice) = ManualClock(), os.pipe()
+    spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(tmp_path), node="imu", kind="x")
+    child = Child(spec, False, RestartEntry(hang_ms=1000), clock)
+    with open(ear, "rb") as child_voice, open(voice, "wb", buffering=0) as node:
+        os.set_blocking(ear, False)
+        child.process = SimpleNamespace(stdout=child_voice)  # type: ignore[assignment]
+        node.write(b'{"state":"ready"}\n')
+        child.listen()
+        clock.advance(5_000_000_000)  # in which the launcher was stopped
+        node.write(b'{"state":"ready"}\n')
+        assert not child.hangs()
+        child.listen()
+        assert not child.hangs()
+        clock.advance(5_000_000_000)
+        assert not child.hangs()
+        child.listen()
+        assert child.hangs()  # nothing was said
 
 
 def test_a_node_that_is_asked_to_end_by_somebody_else_comes_back(tmp_path: Path) -> None:
