@@ -145,9 +145,8 @@ class Child:
             self.process.stdin.flush()
 
     def hangs(self) -> bool:
-        """Whether the node has said nothing for longer than it may. Asked once a turn, and true from the second time on:
-        after a launcher that was stopped itself (Ctrl-Z, or a terminal that took nothing) what was said meanwhile is
-        still to be heard."""
+        """Whether the node has said nothing for longer than it may. Asked once a turn, and true from the second time
+        on: where the launcher was stopped itself (Ctrl-Z), what was said meanwhile is still to be heard."""
         patience_s = self._limits.hang_ms / 1000 if self.state in ("ready", "ended") else self._limits.start_s
         silent = self._clock.now_ns() - self._heard_ns > patience_s * 1e9
         before, self._silent = self._silent, silent

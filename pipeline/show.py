@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 from types import TracebackType
@@ -28,8 +29,8 @@ POLL_MS = 100
 
 
 class Show:
-    """Shows a session: its predictions at once, from a thread of its own, for the main thread waits for nodes and
-    signals; everything else a few times a second."""
+    """Shows a session: its predictions and what happens to its nodes at once, from threads of their own, for the main
+    thread waits for nodes and signals; everything else a few times a second."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
@@ -45,15 +46,18 @@ class Show:
         self._last_round = threading.Event()
         self._error: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="predictions", daemon=True)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(target=self._tell, name="events", daemon=True)
 
     def event(self, event: Event) -> None:
-        """Something happened to a node."""
-        with self._lock:
-            self._output.event(event)
-            self._output.refresh(self._status(self._session))
+        """Something happened to a node. Never waits: a terminal that takes nothing (Ctrl-S, a pager) must not hold up
+        who looks after the nodes. Raises as ``tick``."""
+        if self._error is not None:
+            raise self._error
+        self._events.put(event)
 
     def tick(self, session: Session) -> None:
-        """Shows how things are. Raises what went wrong with the predictions: nobody reads them any more."""
+        """Shows how things are. Raises what went wrong with showing: nobody reads it any more."""
         if self._error is not None:
             raise self._error
         with self._lock:
@@ -70,6 +74,7 @@ class Show:
         return status
 
     def __enter__(self) -> Show:
+        self._teller.start()
         if self._session.rig.bundle is not None:
             self._reader.start()
         return self
@@ -78,9 +83,21 @@ class Show:
         self._last_round.set()
         if self._reader.ident is not None:
             self._reader.join()
+        self._events.put(None)
+        self._teller.join()
         if error is None:
             self.tick(self._session)
         self._output.close()
+
+    def _tell(self) -> None:
+        """What happens, until there is nothing more to come."""
+        try:
+            while (event := self._events.get()) is not None:
+                with self._lock:
+                    self._output.event(event)
+                    self._output.refresh(self._status(self._session))
+        except Exception as error:  # handed to the next who shows something
+            self._error = error
 
     def _read(self) -> None:
         """Until the session is over, and then what was sent before its end."""

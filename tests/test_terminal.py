@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -503,6 +504,40 @@ def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.Mon
         show.tick(session)
     assert rates == [29.97, 3.0, 29.97]
     assert "30.0/s" in text(screen("demo", now, None, Summary()))
+
+
+def shown_session() -> SimpleNamespace:
+    now = status()
+    return SimpleNamespace(rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", status=lambda: now)
+
+
+def test_a_terminal_that_takes_nothing_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, told = threading.Event(), list[Event]()
+
+    def take(self: Lines, event: Event) -> None:
+        taken.wait(10)
+        told.append(event)
+
+    monkeypatch.setattr(Lines, "event", take)
+    happened = [Event(t_ns=n, node="imu", kind="died", text=str(n)) for n in range(3)]
+    with Show(shown_session(), json=True) as show:
+        for event in happened:
+            show.event(event)
+        assert told == []
+        taken.set()
+    assert told == happened
+
+
+def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Lines, event: Event) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Lines, "event", refuse)
+    happened = Event(t_ns=1, node="imu", kind="died", text="it died")
+    with pytest.raises(BrokenPipeError), Show(shown_session(), json=True) as show:
+        show.event(happened)
+    with pytest.raises(BrokenPipeError):
+        show.event(happened)
 
 
 @pytest.mark.parametrize("width", [60, 80, 90])
