@@ -52,7 +52,7 @@ class Child:
         self._rest = b""
         self._deaths: deque[int] = deque()
         self._heard_ns = 0
-        self._killed = False
+        self.hung = self._silent = False
 
     @property
     def name(self) -> str:
@@ -74,7 +74,8 @@ class Child:
         os.set_blocking(self.process.stdout.fileno(), False)
         self._remember()
         self.state, self.report, self.restart_at_ns = "starting", Report(state="starting"), None
-        self._rest, self._heard_ns, self._killed = b"", self._clock.now_ns(), False
+        self._rest, self._heard_ns = b"", self._clock.now_ns()
+        self.hung = self._silent = False
         return self.process.stdout
 
     def _remember(self) -> None:
@@ -144,9 +145,12 @@ class Child:
             self.process.stdin.flush()
 
     def hangs(self) -> bool:
-        """Whether the node has said nothing for longer than it may."""
+        """Whether the node has said nothing for longer than it may. Asked once a turn, and true from the second time
+        on: where the launcher was stopped itself (Ctrl-Z), what was said meanwhile is still to be heard."""
         patience_s = self._limits.hang_ms / 1000 if self.state in ("ready", "ended") else self._limits.start_s
-        return self._clock.now_ns() - self._heard_ns > patience_s * 1e9
+        silent = self._clock.now_ns() - self._heard_ns > patience_s * 1e9
+        before, self._silent = self._silent, silent
+        return silent and before
 
     def trim_log(self) -> None:
         """Begins the log anew when a chatty driver has filled it: the session's folder often lies in memory."""
@@ -160,7 +164,7 @@ class Child:
 
     def kill_once(self) -> bool:
         """Kills the node; False if that was done before: a large process takes its time to die."""
-        killed, self._killed = self._killed, True
+        killed, self.hung = self.hung, True
         if not killed:
             self.kill()
         return not killed

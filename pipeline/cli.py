@@ -7,6 +7,14 @@ answer at once.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if (_on_interrupt := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
+    # A Ctrl-C while the command is still being loaded ends it without a word. An exception would be shown with a trace,
+    # for `main` is not there yet, or would end within a module that is half made.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import math
 import shutil
 import sys
@@ -18,10 +26,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-except KeyboardInterrupt:  # it takes a good part of the time until `main` is there to tell of a Ctrl-C
-    sys.exit(130)
+import typer
 
 from pipeline.errors import ConfigError, Interrupted, SensoriumError
 from pipeline.outside import discard_output, explained, lost_output, ready_streams, unwritable
@@ -595,8 +600,8 @@ def node(
 
 def main() -> None:
     """The command ``sensorium``."""
-    ready_streams()
     try:
+        ready_streams()
         _refuse_empty(sys.argv[1:])
         app()
     except SensoriumError as error:
@@ -611,6 +616,8 @@ def main() -> None:
         if isinstance(lost, BrokenPipeError):
             sys.exit(0)
         fail([unwritable(lost)], 1)
+    except KeyboardInterrupt:
+        sys.exit(Interrupted.exit_code)
     except Exception as error:
         if isinstance(error.__cause__, KeyboardInterrupt):  # an ImportError of a C extension that was being imported
             sys.exit(Interrupted.exit_code)
@@ -662,3 +669,7 @@ def _filled(line: str, width: int) -> str:
     if line.startswith("sensorium "):
         return line
     return textwrap.fill(line, width, break_on_hyphens=False, break_long_words=False)
+
+
+if _on_interrupt is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _on_interrupt)

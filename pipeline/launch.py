@@ -53,6 +53,9 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
             notes.append(f"{rig_file.document.place(('bundle',))}: {said}.")
     elif plan.record is None:
         notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
+    elif plan.record.streams == ():
+        place = rig_file.document.place(("record", "streams"))
+        notes.append(f"{place}: no stream is named, so none is recorded; leave `streams` out to record all.")
     if said := taken(rig_file, plan.record):
         notes.append(f"{rig_file.document.place(('record', 'path'))}: {said}.")
     if plan.record is not None and plan.record.limit_bytes is not None:

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, SensorError, SensoriumError
 from pipeline.life import Life, NodeSpec, Report, SourceReport, State, begin, read_spec
 from pipeline.messages import Header, Layout, Message, nbytes_of
 from pipeline.source import CORE_KINDS, KINDS, Reading, Source, SourceContext, load_kind
-from pipeline.stamper import ClockCheck, Stamper
+from pipeline.stamper import ClockCheck, Stamper, ValueCheck
 from pipeline.transport import INLINE_MAX, Publisher, RingSpec, Subscriber, ZmqBus
 
 __all__ = [
@@ -151,7 +151,7 @@ class SourceShell:
         self.stamper = Stamper(
             stream, source_class.payload_of(settings), life.spec.offset_ns, life.spec.offset_uncertainty_ns
         )
-        self._clock_check = ClockCheck()
+        self._clock_check, self._values = ClockCheck(), ValueCheck()
         self.published = 0
         self.newest_ns: int | None = None
         self.ended = False
@@ -259,6 +259,7 @@ class SourceShell:
             self.context.count("order")
             return
         self._in_a_row = 0
+        self._values.look(reading.layout, reading.data, now_ns)
         if header.epoch != self._said_epoch:
             self._report()  # before anything of it is sent: whoever buries this node must know its last epoch
         if not self.sender.publish(Message(header, reading.data)):
@@ -289,7 +290,8 @@ class SourceShell:
     def _report(self) -> None:
         state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
-                              dropped=dict(self.context.dropped), failures=self.failures)  # fmt: skip
+                              dropped=dict(self.context.dropped), failures=self.failures,
+                              unmeasured=self._values.count, unmeasured_ns=self._values.longest_ns)  # fmt: skip
         self._said_epoch = self.stamper.epoch
         self.say(
             Report(
@@ -308,6 +310,7 @@ class PlayedStreams:
     def __init__(self, life: Life, publisher: Publisher, streams: Iterable[str]) -> None:
         self._life, self._publisher = life, publisher
         self._reports = {stream: SourceReport() for stream in sorted(streams)}
+        self._values = {stream: ValueCheck() for stream in self._reports}
         self._last: dict[str, Header] = {}
         self.note = ""
         """Health in words, for every report."""
@@ -323,6 +326,10 @@ class PlayedStreams:
         if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
             report.epoch = header.epoch
             self.report(force=True)
+        if header.layout is not None and message.data is not None:
+            values = self._values[header.stream]
+            values.look(header.layout, message.data, header.t_receipt_ns)
+            report.unmeasured, report.unmeasured_ns = values.count, values.longest_ns
         self._publisher.publish(message)
         report.newest_ns = header.t_end_ns
         report.published += 1

@@ -57,8 +57,8 @@ def _costs(pace: Pace, nbytes: int) -> Iterator[str]:
                f"{MESSAGES_PER_S} or fewer will do: {pace.fewer}")  # fmt: skip
     elif bytes_per_s > BYTES_PER_S:
         yield (f"up to {bytes_per_s / 1e6:.0f} MB a second come of it: each copy takes about "
-               f"{bytes_per_s / COPIED_PER_S:.0%} of a core, and a recording fills the disk as fast; choose a "
-               "smaller `width` and `height`, a lower `rate_hz`, or an encoding that compresses")  # fmt: skip
+               f"{bytes_per_s / COPIED_PER_S:.0%} of a core, and a recording fills the disk as fast; choose a smaller "
+               "`width` and `height` or fewer `points`, a lower `rate_hz`, or an encoding that compresses")  # fmt: skip
 
 
 def _misfits(stream: StreamSpec, pace: Pace, spec: AlignSpec, window_ns: int) -> Iterator[str]:

@@ -129,8 +129,11 @@ def _maybe(
     named, known = rig_file.document.value.get("sources"), dict[str, Payload | None](streams)
     if not isinstance(named, dict) or not named or not all(map(names_a_source, named)):
         return None
-    for name in set(named) - {source.name for source in sources}:
-        kind = str(named[name].get("kind") if isinstance(named[name], dict) else None)
+    well = {source.name for source in sources}
+    for name, entry in named.items():
+        if name in well:
+            continue
+        kind = str(entry.get("kind") if isinstance(entry, dict) else entry)  # some write `imu: synthetic`
         try:
             kind_class = load_kind(kind if ":" in kind else closest(kind, KINDS) or "", import_paths(rig_file))
         except ConfigError:

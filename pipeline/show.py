@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.align import Counters
+from pipeline.life import UNMEASURED_NS
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -27,8 +29,8 @@ POLL_MS = 100
 
 
 class Show:
-    """Shows a session: its predictions at once, from a thread of its own, for the main thread waits for nodes and
-    signals; everything else a few times a second."""
+    """Shows a session: its predictions and what happens to its nodes at once, from threads of their own, for the main
+    thread waits for nodes and signals; everything else a few times a second."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
@@ -44,15 +46,18 @@ class Show:
         self._last_round = threading.Event()
         self._error: BaseException | None = None
         self._reader = threading.Thread(target=self._read, name="predictions", daemon=True)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._teller = threading.Thread(target=self._tell, name="events", daemon=True)
 
     def event(self, event: Event) -> None:
-        """Something happened to a node."""
-        with self._lock:
-            self._output.event(event)
-            self._output.refresh(self._status(self._session))
+        """Something happened to a node. Never waits: a terminal that takes nothing (Ctrl-S, a pager) must not hold up
+        who looks after the nodes. Raises as ``tick``."""
+        if self._error is not None:
+            raise self._error
+        self._events.put(event)
 
     def tick(self, session: Session) -> None:
-        """Shows how things are. Raises what went wrong with the predictions: nobody reads them any more."""
+        """Shows how things are. Raises what went wrong with showing: nobody reads it any more."""
         if self._error is not None:
             raise self._error
         with self._lock:
@@ -69,6 +74,7 @@ class Show:
         return status
 
     def __enter__(self) -> Show:
+        self._teller.start()
         if self._session.rig.bundle is not None:
             self._reader.start()
         return self
@@ -77,9 +83,21 @@ class Show:
         self._last_round.set()
         if self._reader.ident is not None:
             self._reader.join()
+        self._events.put(None)
+        self._teller.join()
         if error is None:
             self.tick(self._session)
         self._output.close()
+
+    def _tell(self) -> None:
+        """What happens, until there is nothing more to come."""
+        try:
+            while (event := self._events.get()) is not None:
+                with self._lock:
+                    self._output.event(event)
+                    self._output.refresh(self._status(self._session))
+        except Exception as error:  # handed to the next who shows something
+            self._error = error
 
     def _read(self) -> None:
         """Until the session is over, and then what was sent before its end."""
@@ -156,6 +174,8 @@ def _amounts(name: str, stream: StreamStatus, lives: list[RecordReport]) -> dict
         recorded = sum(life.messages.get(name, 0) for life in lives)
         sent = max(stream.total, recorded)
         amounts = {"sent": sent, "recorded": recorded, "not recorded": sent - recorded}
+    if count := _unmeasured(stream):
+        amounts["without a value"] = count
     return amounts
 
 
@@ -183,6 +203,11 @@ def _warnings(status: Status) -> list[str]:
             dropped = ", all that it had were dropped" if stream.total_dropped else ""
             why = stream.note or (node.trouble if node is not None and alive else "")
             said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
+        if count := _unmeasured(stream):
+            least = "at least " if count < stream.published else ""
+            said.append(
+                f"{name} gave {least}{count} of {counted(stream.published, 'message')} without a value: all are NaN"
+            )
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):
         node = status.nodes.get(name)
         if node is None:
@@ -194,6 +219,12 @@ def _warnings(status: Status) -> list[str]:
             away = " and had not come back" if node.state == "restarting" else ""
             said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}" + why)
     return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
+
+
+def _unmeasured(stream: StreamStatus) -> int:
+    """How many messages of its present life were without a value, where all were, or all for long."""
+    worth = stream.unmeasured >= stream.published or stream.unmeasured_ns >= UNMEASURED_NS
+    return stream.unmeasured if worth else 0
 
 
 def _counters(stream: StreamStatus) -> Counters:

@@ -1,12 +1,25 @@
-"""Numbers, epochs and bounds for the readings of one stream, whose constant offset is taken out here."""
+"""Numbers, epochs and bounds for the readings of one stream, whose constant offset is taken out here; and whether its
+times can be the session clock's, and its values are any."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from pipeline.errors import SensorError
-from pipeline.messages import AudioLayout, Header, ImuLayout, Layout, SignalLayout, payload_of, view, wrong_data
+from pipeline.messages import (
+    AudioLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    SignalLayout,
+    SweepLayout,
+    payload_of,
+    view,
+    wrong_data,
+)
 from pipeline.source import Reading, default_bound_ns
 
 STRAGGLERS = 3
@@ -26,6 +39,16 @@ Those of a source that is late, however late, go on at its pace, and faster whil
 SLOW_SPANS, SPAN_NS = 5, 1_000_000_000
 """Times that have gone on so slowly in so many spans in a row, each at least so long, are of another unit. One span may
 be slow where a network was away after its first reading."""
+
+LOOK_NS = 1_000_000_000
+"""How often is looked whether there are still values, once one was seen."""
+
+_VALUES: dict[type[Any], tuple[str, ...]] = {
+    ImuLayout: ("accel", "gyro"),
+    SignalLayout: ("value",),
+    SweepLayout: ("x",),
+}
+"""Where those stand that may be NaN."""
 
 _UNITS = {1_000: "microseconds", 1_000_000: "milliseconds", 1_000_000_000: "seconds"}
 _WHOLE_OR_NONE = (int, type(None))
@@ -91,6 +114,37 @@ def _slow_times(span_ns: int, gone_ns: int, time: int) -> str:
         f"readings whose `t_end_ns` went on by {gone_ns} (to {time}) while the session clock went on by {span_ns}"
         + "".join(fits if gone_ns > 0 else [])
     )
+
+
+class ValueCheck:
+    """Counts readings without a single value: NaN is "not measured", and to whoever looks at times alone as good as any
+    other. Every reading is looked at until one has a value, then one in ``LOOK_NS``. Pure."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.longest_ns = 0
+        """The longest time in which there was no other reading."""
+        self._since_ns: int | None = None
+        self._next_ns = -PAST_NS
+
+    def look(self, layout: Layout, data: Any, now_ns: int) -> None:
+        """Takes a reading's layout and data, which fit."""
+        if now_ns < self._next_ns:
+            return
+        if _measured(layout, data):
+            self._since_ns, self._next_ns = None, now_ns + LOOK_NS
+            return
+        self.count += 1
+        self._since_ns = now_ns if self._since_ns is None else self._since_ns
+        self.longest_ns = max(self.longest_ns, now_ns - self._since_ns)
+
+
+def _measured(layout: Layout, data: Any) -> bool:
+    """Whether there is a value, or nothing that could be one, as in a sweep that has met nothing."""
+    if (names := _VALUES.get(type(layout))) is None:
+        return True
+    samples = data if isinstance(data, np.ndarray) and data.dtype.names is not None else view(layout, data)
+    return not samples[names[0]].size or any(np.isfinite(samples[name]).any() for name in names)
 
 
 class Stamper:

@@ -43,6 +43,16 @@ _MCAP = b"\x89MCAP"
 """How a recording begins, which is easily named in place of a YAML file."""
 
 
+MOST_VALUES = 100_000
+"""So many values may aliases (*name) make of a text that is shorter: a few lines can stand for millions."""
+
+_IN_YAML = {
+    "another document": "a second document begins here, and a file holds one; leave out the other, or the `---`.",
+    r"character '\t'": "a tab stands here, which cannot be read before a value; write spaces.",
+}
+"""What is to be said of what PyYAML has words for that help nobody."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without the readings that surprise: 1:30 is no number of seconds, 010 no eight, 2024-01-01 no date."""
 
@@ -69,6 +79,7 @@ class Document:
         self.path, self.text = Path(path), text
         self._lines: dict[Where, int] = {}
         self._written: dict[Where, str] = {}
+        self._built = 0
         keys = Together()  # what is wrong with keys, before anybody knows what they mean
         value = self._parse(keys)
         if keys.found:
@@ -160,15 +171,23 @@ class Document:
             mark = error.problem_mark or error.context_mark
             line_text = f", line {mark.line + 1}" if mark else ""
             why = error.problem or error.context or "it cannot be parsed"
+            for word, said in _IN_YAML.items():
+                if word in why:
+                    raise ConfigError(f"{self.path}{line_text}: {said}") from None
             raise ConfigError(f"{self.path}{line_text}: this is no valid YAML: {why}. Check the indentation, the "
                               "colons and the quotes of this line and of the one above.") from None  # fmt: skip
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except RecursionError:
+            raise ConfigError(f"{self.path}: its lists are nested too deeply; is this the file meant?") from None
+        except (yaml.YAMLError, ValueError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(f"{self.path}: this is no valid YAML: {why}.") from None
 
     def _build(self, loader: Any, node: yaml.Node, at: Where, above: tuple[yaml.Node, ...], wrong: Together) -> Any:
         """The value of ``node``, whose lines are noted under the path ``at``."""
         self._lines.setdefault(at, node.start_mark.line + 1)
+        self._built += 1
+        if self._built > max(len(self.text), MOST_VALUES):
+            raise yaml.YAMLError(f"its aliases (*name) stand for more than {MOST_VALUES} values; write them out")
         if node in above:
             raise self.error(at, "an alias (*name) refers to the mapping or list that it stands in; write it out.")
         if isinstance(node, yaml.MappingNode):

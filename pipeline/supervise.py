@@ -21,7 +21,7 @@ import msgspec
 from pipeline.child import Child, died_how
 from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
-from pipeline.life import NodeSpec, Order, RecordReport, SourceReport
+from pipeline.life import UNMEASURED_NS, NodeSpec, Order, RecordReport, SourceReport
 from pipeline.node import EXIT_SENSOR
 from pipeline.plan import Place, Plan, core_specs, source_specs
 from pipeline.status import Event, SessionRef, What
@@ -67,6 +67,8 @@ class Supervisor:
         self._stopping = self._hurried = False
         self._start_ns = self._end_ns = 0
         self._begun = self._silence_said = False
+        self._unmeasured: set[str] = set()
+        """Streams of which it was told that they hold nothing but NaN."""
 
     def stop(self) -> None:
         """Asks the thread to stop everything."""
@@ -190,8 +192,17 @@ class Supervisor:
             state = report.state
             for warning in child.warned.new(report.warnings):
                 self._tell(child, "warning", warning)
+        self._say_what_is_unmeasured(child)
         if not alive:
             self._died(child)
+
+    def _say_what_is_unmeasured(self, child: Child) -> None:
+        """Whoever looks at times alone finds such a stream well."""
+        for stream, source in child.report.sources.items():
+            if source.unmeasured_ns >= UNMEASURED_NS and stream not in self._unmeasured:
+                self._unmeasured.add(stream)
+                text = f"{stream} has given nothing but NaN, which is no value, for {UNMEASURED_NS / 1e9:.0f} s"
+                self._tell(child, "warning", text)
 
     def _care(self) -> None:
         """Does what time brings: kills nodes that hang, starts those again that are to be."""
@@ -230,7 +241,8 @@ class Supervisor:
         if ended:
             return  # it had nothing more to give
         tail, again = child.tail(), False
-        child.trouble = _own_words(tail) or ": ".join((died_how(status), *tail.splitlines()[-1:]))
+        how = "said nothing for too long, and was killed" if child.hung else died_how(status)
+        child.trouble = _own_words(tail) or ": ".join((how, *tail.splitlines()[-1:]))
         core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if child.name == "record" and status > 0:
             self._recording_failed(child, status, tail)

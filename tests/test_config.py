@@ -75,6 +75,9 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "name: again\n", 4, ("`name` stands here twice", "line 1")),
     (RIG + "align:\n\tmax_delay_ms: 1\n", 5, ("tab",)),
     (RIG + "align: [max_delay_ms\n", 5, ("no valid YAML",)),
+    (RIG + "align:\t{max_delay_ms:\t1}\n", 4, ("a tab stands here",)),
+    (RIG + "---\nname: b\n", 4, ("a second document begins here",)),
+    (f"name: {'[' * 3000}{']' * 3000}\n", None, ("nested too deeply",)),
     (RIG + "align: 3\n", 4, ("a mapping with the keys", "`max_delay_ms`")),
     (RIG + "bundle: models/demo\n", 4, ("`allow_code`. Write it out: `bundle: {path: models/demo}`.",)),
     (RIG + "  imu: synthetic\n", 4, ("`offset_uncertainty_ms`. Write it out: `imu: {kind: synthetic}`.",)),
@@ -108,6 +111,14 @@ def test_what_is_wrong_is_refused_in_one_paragraph(text: str, line: int | None, 
     assert "\n" not in said
     for word in words:
         assert word in said, said
+
+
+def test_a_few_aliases_stand_for_no_millions_of_values() -> None:
+    lines = [f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 10)}]\n" for n in range(7)]
+    said = refusal("x0: &x0 [1]\n" + "".join(lines))
+    assert said.startswith("rig.yaml: this is no valid YAML: its aliases (*name) stand for more than 100000 values;")
+    used = Document("x0: &x0 [1]\n" + "".join(lines[:3]), "rig.yaml").value
+    assert used["x3"] == [[[[1]] * 10] * 10] * 10
 
 
 def test_a_bare_unit_is_the_one_key_of_its_kind() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,10 +19,12 @@ import pytest
 import yaml
 
 from pipeline import commands
-from pipeline.clock import SystemClock
-from pipeline.config import RecordEntry, load_rig
+from pipeline.child import Child
+from pipeline.clock import ManualClock, Origin, SystemClock
+from pipeline.config import RecordEntry, RestartEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
+from pipeline.life import NodeSpec
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader
 from pipeline.show import Show, print_summary
@@ -444,6 +447,27 @@ def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
         until(lambda: watched.saw("imu", "hung"), "the launcher notices")
         until(lambda: watched.saw("imu", "ready", 2), "it is back")
         watched.predict_until(all_ok, "all is well again")
+        assert watched.session.status().nodes["imu"].trouble == "said nothing for too long, and was killed"
+
+
+def test_a_node_that_spoke_while_the_launcher_was_stopped_does_not_hang(tmp_path: Path) -> None:
+    clock, (ear, voice) = ManualClock(), os.pipe()
+    spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(tmp_path), node="imu", kind="x")
+    child = Child(spec, False, RestartEntry(hang_ms=1000), clock)
+    with open(ear, "rb") as child_voice, open(voice, "wb", buffering=0) as node:
+        os.set_blocking(ear, False)
+        child.process = SimpleNamespace(stdout=child_voice)  # type: ignore[assignment]
+        node.write(b'{"state":"ready"}\n')
+        child.listen()
+        clock.advance(5_000_000_000)  # in which the launcher was stopped
+        node.write(b'{"state":"ready"}\n')
+        assert not child.hangs()
+        child.listen()
+        assert not child.hangs()
+        clock.advance(5_000_000_000)
+        assert not child.hangs()
+        child.listen()
+        assert child.hangs()  # nothing was said
 
 
 def test_a_node_that_is_asked_to_end_by_somebody_else_comes_back(tmp_path: Path) -> None:
@@ -582,18 +606,27 @@ def test_a_host_without_keys_is_told_of_while_the_session_runs_and_at_its_end(tm
 def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "idle.py").write_text(IDLE)
     monkeypatch.setattr("pipeline.supervise.SILENT_NS", 500_000_000)
-    sources = {"imu": SOURCES["imu"]} | {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead")}
+    monkeypatch.setattr("pipeline.supervise.UNMEASURED_NS", 300_000_000)
+    idle = {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead", "numb")}
+    sources = {"imu": SOURCES["imu"]} | idle
     events: list[Event] = []
     with short_folder() as root:
         session = Session(make_rig(tmp_path, sources, bundle=False), events.append, root=root)
         with session, Show(session, json=True) as show:
-            until(lambda: [e.node for e in events if e.kind == "warning"], "the silent one is told of")
+            until(lambda: len([e for e in events if e.kind == "warning"]) > 1, "the silent ones are told of")
             until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
             until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
         print_summary(show.summary, True, session.status())
-    assert [e.text for e in events if e.kind == "warning"] == ["mute has given nothing in the first 0 s of the session"]
+    assert sorted(e.text for e in events if e.kind == "warning") == [
+        "mute has given nothing in the first 0 s of the session",
+        "numb has given nothing but NaN, which is no value, for 0 s",
+    ]
     assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
-    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf"))} == {
+    numb = session.status().streams["numb"].published
+    assert show.summary.as_dict()["streams"]["numb"] == {"sent": numb, "without a value": numb}
+    assert "without a value" not in show.summary.streams["imu"]
+    assert {warning for warning in show.summary.warnings if warning.startswith(("mute", "deaf", "numb"))} == {
+        f"numb gave {numb} of {numb} messages without a value: all are NaN",
         "mute gave no message",
         "deaf gave no message: nothing is heard",
     }
@@ -602,8 +635,10 @@ def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, mon
 
 IDLE = """
 import msgspec
+import numpy as np
 from pipeline.errors import ConfigError, SensorError
-from pipeline.source import Source
+from pipeline.messages import SignalLayout, signal_dtype
+from pipeline.source import Reading, Source
 
 class Mute(Source):
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -624,6 +659,14 @@ class Deaf(Mute):
 class Dead(Mute):
     def open(self):
         raise ConfigError("it is broken")
+
+class Numb(Mute):
+    def read(self):
+        super().read()
+        sample = np.zeros(1, signal_dtype(2))
+        sample["value"] = np.nan
+        times = dict.fromkeys(("t_capture_ns", "t_end_ns", "t_receipt_ns"), self.due_ns)
+        return Reading(layout=SignalLayout(1, ("a", "b")), data=sample, **times)
 """
 
 
@@ -679,6 +722,10 @@ def test_the_end_of_a_replay_is_the_end_of_the_session(tmp_path: Path) -> None:
 
 def test_a_rig_is_checked_without_starting_anything(tmp_path: Path) -> None:
     assert check_rig_file(make_rig(tmp_path)) == []
+    nothing = make_rig(tmp_path, bundle=False, record={"path": "x.mcap", "streams": []})
+    [said] = check_rig_file(nothing)
+    assert "record.streams: no stream is named, so none is recorded" in said
+    assert check_rig_file(make_rig(tmp_path, record={"path": "x.mcap", "streams": []})) == []  # predictions alone
     extra = SOURCES | {"second_imu": {"kind": "synthetic", "payload": "imu"}}
     assert "second_imu" in check_rig_file(make_rig(tmp_path, sources=extra))[0]
     assert "nothing comes" in check_rig_file(make_rig(tmp_path, bundle=False))[0]

@@ -21,6 +21,7 @@ from pipeline.clock import ManualClock, Origin
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.life import Life, Mark, NodeSpec, Order, Report, read_spec
 from pipeline.messages import (
+    IMU_DTYPE,
     AudioLayout,
     FrameLayout,
     Header,
@@ -31,13 +32,15 @@ from pipeline.messages import (
     SignalLayout,
     SweepLayout,
     TextLayout,
+    form_of,
     payload_of,
     signal_dtype,
 )
-from pipeline.node import FAILURES, RETRY_NS, SourceShell, ring_spec
+from pipeline.node import FAILURES, RETRY_NS, PlayedStreams, SourceShell, ring_spec
 from pipeline.sending import as_bytes, as_part
+from pipeline.shm import RingCounters
 from pipeline.source import KINDS, Reading, Source, load_kind
-from pipeline.stamper import STRAGGLERS, Stamper
+from pipeline.stamper import LOOK_NS, STRAGGLERS, Stamper, ValueCheck
 from pipeline.steps import UNHEARD, UNMADE, Account, Gap, Unpredicted, decode_step, encode_step
 
 MS = 1_000_000
@@ -53,6 +56,7 @@ class Sender:
     def __init__(self) -> None:
         self.sent: list[Header] = []
         self.full = False
+        self.ring_counters = RingCounters()
 
     def publish(self, message: Message) -> bool:
         self.sent.append(message.header)
@@ -181,6 +185,80 @@ def test_a_reading_that_contradicts_itself_is_the_sources_fault() -> None:
         stamper.stamp(msgspec.structs.replace(line(5), layout=ImuLayout(1)), 5)
     with pytest.raises(SensorError, match="bound"):
         stamper.stamp(line(5, bound_ns=4), 5)
+
+
+MEASURED: list[tuple[Layout, dict[str, Any], bool]] = [
+    (ImuLayout(2), {"accel": np.nan, "gyro": np.nan}, False),
+    (ImuLayout(2), {"accel": np.nan}, True),  # an IMU without an accelerometer
+    (ImuLayout(2), {"accel": np.nan, "gyro": [[np.nan] * 3, [np.nan, np.nan, 1.0]]}, True),
+    (SignalLayout(2, ("a", "b")), {"value": np.nan}, False),
+    (SignalLayout(2, ("a", "b")), {"value": [[np.nan, np.nan], [np.nan, 0.0]]}, True),
+    (SweepLayout(3), {"x": np.nan, "y": np.nan, "z": np.nan}, False),
+    (SweepLayout(3), {"x": [np.nan, np.nan, 1.0]}, True),
+    (SweepLayout(0), {}, True),  # nothing is near
+    (AudioLayout(100, 1, 2), {}, True),
+    (TextLayout(0), {}, True),
+]
+
+
+@pytest.mark.parametrize(("layout", "values", "measured"), MEASURED)
+def test_readings_without_a_single_value_are_counted(layout: Layout, values: dict[str, Any], measured: bool) -> None:
+    dtype, shape = form_of(layout)
+    data = np.zeros(shape, dtype)
+    for name, value in values.items():
+        data[name] = value
+    check = ValueCheck()
+    for now_ns in (0, 1, 5):
+        check.look(layout, data if now_ns else data.tobytes(), now_ns)
+    assert (check.count, check.longest_ns) == ((0, 0) if measured else (3, 5))
+
+
+def test_what_has_had_values_is_looked_at_again_from_time_to_time() -> None:
+    check, layout = ValueCheck(), SignalLayout(1, ("a",))
+    empty, full = np.zeros(1, signal_dtype(1)), np.zeros(1, signal_dtype(1))
+    empty["value"] = np.nan
+    check.look(layout, full, 0)
+    for now_ns in range(0, 2 * LOOK_NS, LOOK_NS // 4):
+        check.look(layout, empty, now_ns)
+    assert (check.count, check.longest_ns) == (4, LOOK_NS * 3 // 4)
+    check.look(layout, full, 2 * LOOK_NS)
+    check.look(layout, empty, 3 * LOOK_NS)
+    check.look(layout, empty, 3 * LOOK_NS + 1)
+    assert (check.count, check.longest_ns) == (6, LOOK_NS * 3 // 4)
+
+
+@pytest.mark.parametrize("gyro", [np.nan, 1.0])
+def test_a_source_says_how_much_of_it_is_no_value(gyro: float) -> None:
+    def numb(context: Any) -> Reading:
+        data, now_ns = np.zeros(2, IMU_DTYPE), context.clock.now_ns()
+        data["accel"], data["gyro"] = np.nan, gyro
+        times = {"t_capture_ns": now_ns, "t_end_ns": now_ns, "t_receipt_ns": now_ns}
+        return Reading(layout=ImuLayout(2), data=data, **times)
+
+    class Numb(Scripted):
+        payload: ClassVar[Payload] = "imu"
+
+    clock, sender, said = ManualClock(1000 * MS), Sender(), list[Report]()
+    made = SourceShell(Numb, Numb.Settings(script=[numb] * 5), Life(spec(), clock), sender, "imu")
+    made.say = said.append
+    turn_until(made, lambda: not made.source.settings.script)
+    made._report()
+    report = said[-1].sources["imu"]
+    assert len(sender.messages) == report.published == 5
+    assert (report.unmeasured, report.unmeasured_ns) == ((5, 80 * MS) if np.isnan(gyro) else (0, 0))
+
+
+def test_played_streams_say_how_much_of_them_is_no_value() -> None:
+    clock, sender = ManualClock(0), Sender()
+    played = PlayedStreams(Life(spec(), clock), sender, ["imu", "text"])  # type: ignore[arg-type]
+    data = np.zeros(1, signal_dtype(1))
+    data["value"] = np.nan
+    for seq in range(3):
+        times = dict.fromkeys(("t_capture_ns", "t_end_ns", "bound_ns", "t_receipt_ns"), seq * MS)
+        played.publish(Message(Header(stream="imu", seq=seq, epoch=0, layout=SignalLayout(1, ("a",)), **times), data))
+        played.publish(Message(Header(stream="text", seq=seq, epoch=0, layout=TextLayout(1), **times), b"x"))
+    found = {name: (r.published, r.unmeasured, r.unmeasured_ns) for name, r in played._reports.items()}
+    assert found == {"imu": (3, 3, 2 * MS), "text": (3, 0, 0)}
 
 
 def test_a_layout_that_is_none_is_the_sources_fault() -> None:

@@ -251,6 +251,29 @@ pipeline.terminal.Lines.prediction = prediction
     assert b" predictions over" in shown.stderr
 
 
+INTERRUPTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started in the background
+class Finder:
+    left = {left}
+    def find_spec(self, name, path=None, target=None):
+        Finder.left -= 1
+        if not Finder.left:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # until Python has seen it
+                pass
+import pipeline
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("left", [2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377])
+def test_ctrl_c_at_whatever_moment_ends_the_command_without_a_word(tmp_path: Path, left: int) -> None:
+    """At the import of so manieth a module, the first of which is the command's own; a check imports more than that."""
+    done = python(INTERRUPTS.format(left=left), "check", f"{ROOT}/configs/synthetic.yaml", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.decode().strip()) == (130, b"", "")
+
+
 INTERRUPTED_IMPORT = """
 import sys
 class Finder:
@@ -264,7 +287,6 @@ sys.meta_path.insert(0, Finder())
 @pytest.mark.parametrize(
     ("module", "stop"),
     [
-        ("typer", "raise KeyboardInterrupt"),
         ("onnxruntime", "raise KeyboardInterrupt"),
         # what a module in C++ makes of it
         ("onnxruntime", "raise ImportError('initialization failed') from KeyboardInterrupt()"),

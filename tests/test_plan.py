@@ -135,6 +135,13 @@ def test_where_nobody_knows_the_streams_nothing_follows_from_them(tmp_path: Path
         assert [one.partition(": ")[0] for one in refused(file)] == [f", line {said}", f", line {line}, align.idle_s"]
 
 
+def test_streams_of_sources_that_are_wrong_are_named_in_the_order_of_the_file(tmp_path: Path) -> None:
+    file, names = tmp_path / "rig.yaml", [f"imu{n}" for n in range(8)]
+    wrong = "".join(f"  {name}: {'synthetic' if name == 'imu5' else '{kind: synthetic}'}\n" for name in names)
+    file.write_text(f"name: t\nsources:\n{wrong}record: {{path: x, streams: [mic]}}\n")
+    assert f"it has {', '.join(f'`{name}`' for name in names)}." in refused(file)[-1]
+
+
 def test_a_stream_in_a_list_is_named_by_where_it_stands(tmp_path: Path) -> None:
     file = tmp_path / "rig.yaml"
     file.write_text("name: t\nsources: {camera: {kind: camera}}\nrecord: {path: x, streams: [5, camera, camra, cam]}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from rich.console import Console, RenderableType
 from pipeline.curves import Bars, curves, score_table
 from pipeline.errors import plain
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
-from pipeline.life import ON_THE_WAY, QUEUE_FULL, RecordReport
+from pipeline.life import ON_THE_WAY, QUEUE_FULL, UNMEASURED_NS, RecordReport
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers, size
 from pipeline.show import Show, print_summary
@@ -453,6 +454,12 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     assert "camera gave no" not in shown
     seen.streams["camera"].failures, seen.streams["camera"].note = 3, "no device /dev/video0"
     assert "warning: camera gave nothing more at the end: no device /dev/video0\n" in text(summed_up(seen))
+    assert "without a value" not in shown
+    seen.streams["camera"].published, seen.streams["camera"].unmeasured = 12, 11
+    assert "without a value" not in text(summed_up(seen))  # it began so, as what is not there yet may
+    seen.streams["camera"].unmeasured_ns = UNMEASURED_NS
+    shown = text(summed_up(seen))
+    assert "warning: camera gave at least 11 of 12 messages without a value: all are NaN\n" in shown
     seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
     assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
     ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
@@ -497,6 +504,40 @@ def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.Mon
         show.tick(session)
     assert rates == [29.97, 3.0, 29.97]
     assert "30.0/s" in text(screen("demo", now, None, Summary()))
+
+
+def shown_session() -> SimpleNamespace:
+    now = status()
+    return SimpleNamespace(rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", status=lambda: now)
+
+
+def test_a_terminal_that_takes_nothing_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, told = threading.Event(), list[Event]()
+
+    def take(self: Lines, event: Event) -> None:
+        taken.wait(10)
+        told.append(event)
+
+    monkeypatch.setattr(Lines, "event", take)
+    happened = [Event(t_ns=n, node="imu", kind="died", text=str(n)) for n in range(3)]
+    with Show(shown_session(), json=True) as show:
+        for event in happened:
+            show.event(event)
+        assert told == []
+        taken.set()
+    assert told == happened
+
+
+def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Lines, event: Event) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Lines, "event", refuse)
+    happened = Event(t_ns=1, node="imu", kind="died", text="it died")
+    with pytest.raises(BrokenPipeError), Show(shown_session(), json=True) as show:
+        show.event(happened)
+    with pytest.raises(BrokenPipeError):
+        show.event(happened)
 
 
 @pytest.mark.parametrize("width", [60, 80, 90])
