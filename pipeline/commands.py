@@ -601,8 +601,13 @@ def ended_politely() -> Iterator[None]:
     on with."""
     from pipeline.calls import ending_signals
 
+    asked = False
+
     def terminated(number: int, _: object) -> None:
-        raise _Terminated(number)
+        nonlocal asked
+        if not asked:  # a closed terminal sends two, and the second would end what tidies up after the first
+            asked = True
+            raise _Terminated(number)
 
     others = [number for number in ending_signals() if number != signal.SIGINT]
     before = {number: signal.signal(number, terminated) for number in others}
@@ -615,13 +620,14 @@ def ended_politely() -> Iterator[None]:
 
 @contextmanager
 def making(out: Path) -> Iterator[None]:
-    """Within it ``out`` is written, which appears only when it is whole: what ends it early says that it is not
+    """Within it ``out`` is written, which appears only when it is whole: what ends it early says whether it is
     made."""
     try:
         with ended_politely():
             yield
     except KeyboardInterrupt as stop:
-        raise interrupted(f"interrupted; {out} is not made", stop) from None
+        made = "was whole already" if os.path.lexists(out) else "is not made"
+        raise interrupted(f"interrupted; {out} {made}", stop) from None
 
 
 def _cores() -> int:

@@ -212,17 +212,36 @@ def test_of_a_recording_whose_making_is_ended_nothing_stays(
         sound.writeframes(bytes(8000))
     place, _, name = ended_in.rpartition(".")
     interrupt = f"""
-import os, pkgutil
-place = pkgutil.resolve_name({place!r})
+import os, pathlib, pkgutil
+place, unlink = pkgutil.resolve_name({place!r}), pathlib.Path.unlink
 def ended(*arguments):
     assert [file for file in os.listdir() if file.endswith(".tmp")]
     os.kill(os.getpid(), {number:d})
-place.{name} = ended
+def again(*arguments, **more):
+    for number in {[1, 15] if number != signal.SIGINT else []}:
+        os.kill(os.getpid(), number)  # a closed terminal sends two
+    unlink(*arguments, **more)
+place.{name}, pathlib.Path.unlink = ended, again
 """
     before = sorted(tmp_path.iterdir())
     done = python(interrupt, *command, "-o", "made.mcap", folder=tmp_path)
     assert (done.returncode, done.stderr) == (128 + number, b"error: interrupted; made.mcap is not made\n")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_recording_that_is_whole_when_its_making_is_ended_is_told_so(tmp_path: Path, number: signal.Signals) -> None:
+    interrupt = f"""
+import os, pathlib
+unlink = pathlib.Path.unlink
+def ended(*arguments, **more):
+    unlink(*arguments, **more)
+    os.kill(os.getpid(), {number:d})
+pathlib.Path.unlink = ended
+"""
+    done = python(interrupt, "recalibrate", DEMO, "--offset", "imu=1", "-o", "made.mcap", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (128 + number, b"error: interrupted; made.mcap was whole already\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["made.mcap"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
