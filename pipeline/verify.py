@@ -431,7 +431,8 @@ class _Predictions:
         self._unsettled = reader.info.since is not None
         self._never = _said_missing(reader, "prediction")
         self._unmade = _said_missing(reader, "window")
-        self._died = {k for gap in _died_before(reader).values() for k in range(gap.first, gap.last + 1)}
+        self._died = _died_before(reader)
+        self._dead = {k for gap in self._died.values() for k in range(gap.first, gap.last + 1)}
         self._owed: list[int] = []
         """Windows without a prediction that are named with the windows missing behind them, if those are missing."""
         self._advance()
@@ -452,14 +453,16 @@ class _Predictions:
         self._skip_to(manifest.step)
         if self._last is not None and manifest.step != self._last + 1:
             self._unsettled = self._broken = True  # whether the fusion node had the windows in between, nobody knows
-            self._owed.clear()
+            if self._last + 1 in self._died:  # that they are missing is said with what they owe
+                self._owed.clear()
+        if manifest.step not in self._dead:
+            self._doubt_owed()
         self._last = manifest.step
-        self._doubt_owed()
         if self._next is None or self._next.window.index != manifest.step:
             # No prediction for this window: fusion was away, and begins anew with the next one; or it was lost.
             if self._fused:
                 text = f"window {manifest.step} has no recorded prediction"
-                if manifest.step in self._died:
+                if manifest.step in self._dead:
                     self._owed.append(manifest.step)
                 else:
                     (self._result.refer if self._behind(manifest) else self._result.doubt)(text)

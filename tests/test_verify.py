@@ -299,6 +299,15 @@ def test_the_death_of_an_aligner_is_one_doubt_whoever_had_its_last_window(whole:
     recorder_had_it = Gap(last + 1, back - 1, why), Gap(last, last, why, "prediction")
     said = f"windows {last + 1} to {back - 1} are not in the recording, nor the prediction of window {last}"
     assert doubts(lambda k: k <= last or k >= back, lambda k: k < last or k >= back, *recorder_had_it) == [said]
+    many = Gap(last + 1, back - 1, why), Gap(last - 1, last, why, "prediction")
+    said = f"windows {last + 1} to {back - 1} are not in the recording, nor the predictions of windows"
+    [doubt] = doubts(lambda k: k <= last or k >= back, lambda k: k < last - 1 or k >= back, *many)
+    assert doubt == f"{said} {last - 1} to {last}"
+    # A window more is missing than the recording says, so that nobody says what went with it.
+    assert set(doubts(lambda k: k < last or k >= back, lambda k: k < last - 1 or k >= back, *many)) == {
+        f"windows {last} to {back - 1} are not in the recording",
+        f"window {last - 1} has no recorded prediction",
+    }
     fusion_had_it = Gap(last, back - 1, why)
     said = f"windows {last} to {back - 1} are not in the recording"
     assert doubts(lambda k: k < last or k >= back, lambda k: k <= last or k >= back, fusion_had_it) == [said]
