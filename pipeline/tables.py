@@ -26,20 +26,34 @@ def table_text(path: Path) -> str:
 def table_rows(path: Path, text: str, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Each row of a table that has the columns ``needed`` and maybe others: its line, and column -> value. A file
     without a line has no rows. Raises ConfigError."""
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
-    heading = [name.strip() for name in next(rows, [])]
+    rows = _lines(path, text)
+    line, found = next(rows, (1, []))
+    heading = [name.strip() for name in found]
     if heading:
-        _check_heading(path, heading, needed)
-    for row in rows:
-        if not row:
-            continue
+        _check_heading(f"{path}, line {line}", heading, needed)
+    for line, row in rows:
         if len(row) != len(heading):
-            raise ConfigError(f"{path}, line {rows.line_num}: {_uneven(row, heading)}")
-        yield rows.line_num, dict(zip(heading, map(str.strip, row), strict=True))
+            raise ConfigError(f"{path}, line {line}: {_uneven(row, heading)}")
+        yield line, dict(zip(heading, map(str.strip, row), strict=True))
 
 
-def _check_heading(path: Path, heading: Sequence[str], needed: Sequence[str]) -> None:
-    where, found, wanted = f"{path}, line 1", ",".join(heading), ",".join(needed)
+def _lines(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The values of each line that is not empty, and its number."""
+    rows, line = csv.reader(map(str.rstrip, text.splitlines()), skipinitialspace=True, strict=True), 0
+    try:
+        for row in rows:
+            line = rows.line_num
+            if row:
+                yield line, row
+    except csv.Error as error:
+        raise ConfigError(
+            f"{path}, line {line + 1}: a quote here has no other, or is not the last sign of its value ({error}). Put "
+            'one (") before the value and one behind it, and write a quote within it twice ("")'
+        ) from None
+
+
+def _check_heading(where: str, heading: Sequence[str], needed: Sequence[str]) -> None:
+    found, wanted = ",".join(heading), ",".join(needed)
     for sign, name in ((";", "semicolons"), ("\t", "tabs")):
         if sign in found and set(needed) - set(heading):
             raise ConfigError(
@@ -52,6 +66,9 @@ def _check_heading(path: Path, heading: Sequence[str], needed: Sequence[str]) ->
             "each line below it one row"
         )
     twice = next((name for name in heading if heading.count(name) > 1), None)
+    if twice == "":
+        raise ConfigError(f"{where}: {heading.count('')} columns of the heading `{found}` have no name; name or remove "
+                          "them, in all lines")  # fmt: skip
     if twice is not None:
         raise ConfigError(f"{where}: the heading has the column `{twice}` twice; keep one of them")
 

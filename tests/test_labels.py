@@ -165,6 +165,11 @@ def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:
         ),
         ("file;person\nwalk.mcap;bob\n", "csv, line 1: the columns are separated by semicolons, and must be by commas"),
         ("file,person,person\n", "csv, line 1: the heading has the column `person` twice"),
+        ("\n\nperson\nbob\n", "csv, line 3 is `person`; it must be the heading"),
+        ("file,person,,\nwalk.mcap,bob,,\n", "csv, line 1: 2 columns of the heading `file,person,,` have no name"),
+        ('file,person\n\nwalk.mcap,"bob\nrun.mcap,eve\n', "csv, line 3: a quote .* has no other"),
+        ('file,person\nwalk.mcap,"bo"b\n', "csv, line 2: a quote .* is not the last sign of its value"),
+        (f'file,person\nwalk.mcap,"bob\n{"x" * 200_000}\n', "csv, line 2: a quote .* has no other"),
         (
             "file,person\n\nwalk.mcap\n",
             "csv, line 3: `walk.mcap` has 1 value, and the heading 2 columns; write a value",
@@ -193,3 +198,5 @@ def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
         read_sessions(tmp_path / "none.csv")
     table.write_text("\ufefffile,person\r\nwalk.mcap,J\u00f6rg\r\n", encoding="utf-8")
     assert read_sessions(table) == {"walk.mcap": {"person": "J\u00f6rg"}}
+    table.write_text('\n\nfile,person\n\nwalk.mcap,"Jo ""5"" x" \nrun.mcap,5" y\n')
+    assert read_sessions(table) == {"walk.mcap": {"person": 'Jo "5" x'}, "run.mcap": {"person": '5" y'}}
