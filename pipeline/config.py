@@ -27,6 +27,9 @@ RING_LEAST_MB = 32
 RING_LEAST_S = 1.0
 """A ring that is smaller has segments too small for a message."""
 
+_KIND = re.compile(r"\.[a-zA-Z][a-zA-Z0-9]*")
+"""The end of a file's name that says what kind of file it is."""
+
 LONG_MS = 10_000
 """More milliseconds than this are rarely meant."""
 
@@ -92,9 +95,9 @@ class FusionEntry(_Strict, frozen=True):
 
 def wrong_suffix(path: str) -> str:
     """Why a recording is not to have this name, in words: it ends as another kind of file does. Nothing if it ends in
-    `.mcap`, or has no suffix."""
+    `.mcap`, or in no suffix: what follows the last point of `walk-1.5s` or `{session}.{time}` is none."""
     suffix = Path(path).suffix
-    if suffix.lower() in ("", ".mcap"):
+    if suffix.lower() == ".mcap" or not _KIND.fullmatch(suffix):
         return ""
     return f"it ends in `{suffix}`, and a recording is an MCAP file; name it like {Path(path).with_suffix('.mcap')}"
 

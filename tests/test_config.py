@@ -113,6 +113,13 @@ def test_what_is_wrong_is_refused_in_one_paragraph(text: str, line: int | None, 
         assert word in said, said
 
 
+@pytest.mark.parametrize("name", ["walk", "walk.mcap", "walk.MCAP", "walk-1.5s", "walk.2026-05-01", "{session}.{time}"])
+def test_a_point_in_the_name_of_a_recording_is_not_always_a_suffix(name: str) -> None:
+    assert RecordEntry(path=name).path == name
+    with pytest.raises(ValueError, match=r"name it like walk-1.5s.mcap"):
+        RecordEntry(path="walk-1.5s.db3")
+
+
 def test_a_few_aliases_stand_for_no_millions_of_values() -> None:
     lines = [f"x{n + 1}: &x{n + 1} [{', '.join([f'*x{n}'] * 10)}]\n" for n in range(7)]
     said = refusal("x0: &x0 [1]\n" + "".join(lines))
