@@ -51,8 +51,9 @@ class Show:
 
     def event(self, event: Event) -> None:
         """Something happened to a node. Never waits: a terminal that takes nothing (Ctrl-S, a pager) must not hold up
-        who looks after the nodes. Raises as ``tick``."""
-        if self._error is not None:
+        who looks after the nodes. Raises as ``tick``, but only where it cannot be shown: one who reads no predictions
+        any more (``| head``) may well read of a node that does not stop."""
+        if self._error is not None and not self._teller.is_alive():
             raise self._error
         self._events.put(event)
 

@@ -540,6 +540,25 @@ def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pyt
         show.event(happened)
 
 
+def test_where_predictions_find_no_reader_it_is_told_what_happens_to_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = list[Event]()
+
+    def refuse(endpoint: str) -> None:
+        raise BrokenPipeError
+
+    def happens(show: Show) -> None:
+        show._reader.join()
+        show.event(happened)
+
+    monkeypatch.setattr("pipeline.show.Subscription", refuse)
+    monkeypatch.setattr(Lines, "event", lambda self, event: told.append(event))
+    happened, session = Event(t_ns=1, node="imu", kind="hung", text="does not stop, and is killed"), shown_session()
+    session.rig.bundle, session.dir = "a model", Path("/nowhere")
+    with pytest.raises(BrokenPipeError), Show(session, json=True) as show:
+        happens(show)
+    assert told == [happened]
+
+
 @pytest.mark.parametrize("width", [60, 80, 90])
 def test_progress_bars_leave_room_for_what_somebody_types(width: int) -> None:
     """A terminal echoes ^C behind the last line; a full one would go on in another, and the bars be drawn too low."""
