@@ -561,9 +561,10 @@ def train(
         if kept():
             raise interrupted(f"interrupted; go on with:\n{again} --resume", stop) from None
         raise interrupted(f"interrupted before an epoch was over; begin again with:\n{again}", stop) from None
-    except OSError:
+    except OSError as error:
         if kept():
-            _say(f"the last whole epoch is kept; when what is said below is mended, go on with:\n{again} --resume")
+            mended = "" if isinstance(error, BrokenPipeError) else "when what is said below is mended, "
+            _say(f"the last whole epoch is kept; {mended}go on with:\n{again} --resume")
         raise
     if json:
         _print_line({"bundle": str(out), "sha256": made.bundle.sha256, "scores": made.scores})

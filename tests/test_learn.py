@@ -1089,6 +1089,9 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     full = CliRunner().invoke(cli.app, asked)
     assert full.exception is ends
     assert full.stderr.endswith("go on with:\nsensorium train train.yaml -o b --resume\n")
+    assert "when what is said below is mended" in full.stderr
+    ends = BrokenPipeError()  # whoever read it has seen enough, of which nothing is said
+    assert "epoch is kept; go on with:\nsensorium" in CliRunner().invoke(cli.app, asked).stderr
     Path("b").mkdir()
     assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
 
