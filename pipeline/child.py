@@ -202,6 +202,10 @@ class Child:
         self.state = "restarting"
         return True
 
+    def died_how(self, status: int) -> str:
+        """How its last life ended, in words."""
+        return "said nothing for too long, and was killed" if self.hung else died_how(status)
+
     def tail(self) -> str:
         """The last lines that the node wrote before it died, of this life alone."""
         try:

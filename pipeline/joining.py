@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.child import Child, died_how
+from pipeline.child import Child
 from pipeline.clock import Origin, SystemClock
 from pipeline.config import RestartEntry
 from pipeline.errors import ConfigError, SensoriumError, listed
@@ -184,9 +184,8 @@ class _Host:
     def _care(self) -> None:
         self._listen(0)
         for child in self._children:
-            if child.process is not None and child.hangs():
+            if child.process is not None and child.hangs() and child.kill_once():
                 self._say(f"{child.name} has said nothing for too long, and is killed")
-                child.kill()
             if child.restart_at_ns is not None and self._clock.now_ns() >= child.restart_at_ns:
                 self._start(child)
             if child.log.exists():
@@ -210,9 +209,9 @@ class _Host:
         if child.state in ("ended", "stopped"):
             return
         tail = child.tail()
-        self._say(f"{child.name} {died_how(status)}" + (f"; its last words:\n{tail}" if tail else ""))
+        self._say(f"{child.name} {child.died_how(status)}" + (f"; its last words:\n{tail}" if tail else ""))
         if status == ConfigError.exit_code or not child.plan_restart(status == EXIT_SENSOR):
-            raise SensoriumError(f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else ""))
+            raise SensoriumError(f"{child.name} {child.died_how(status)}" + (f":\n{tail}" if tail else ""))
 
     def _end(self, ordered: bool) -> None:
         """Stops the sources: in order, so that their streams end, where it is the session that does."""

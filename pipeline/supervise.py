@@ -18,7 +18,7 @@ from typing import Literal
 
 import msgspec
 
-from pipeline.child import Child, died_how
+from pipeline.child import Child
 from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
 from pipeline.life import UNMEASURED_NS, NodeSpec, Order, RecordReport, SourceReport
@@ -236,12 +236,11 @@ class Supervisor:
         if self._stopping:
             if child.name == "record" and status != 0:  # what it held back until the end found no room
                 self._recording_failed(child, status, child.tail())
-            self._tell(child, "stopped", "stopped" if status == 0 else died_how(status))
+            self._tell(child, "stopped", "stopped" if status == 0 else child.died_how(status))
             return
         if ended:
             return  # it had nothing more to give
-        tail, again = child.tail(), False
-        how = "said nothing for too long, and was killed" if child.hung else died_how(status)
+        tail, how, again = child.tail(), child.died_how(status), False
         child.trouble = _own_words(tail) or ": ".join((how, *tail.splitlines()[-1:]))
         core_at_start = not self.started.is_set() and child.name not in self.rig.sources
         if child.name == "record" and status > 0:
@@ -251,9 +250,9 @@ class Supervisor:
         else:
             again = True
         if self.failure is not None:  # which the session's own error says
-            self._tell(child, "died", died_how(status))
+            self._tell(child, "died", how)
             return
-        self._tell(child, "died", died_how(status) + (f"; its last words:\n{tail}" if tail else ""))
+        self._tell(child, "died", how + (f"; its last words:\n{tail}" if tail else ""))
         self._tell(child, *(("restarting", "will be started again") if again else ("gave_up", "is not started again")))
 
     def _recording_failed(self, child: Child, status: int, tail: str) -> None:
@@ -261,7 +260,7 @@ class Supervisor:
         are any; how the session ends says that the recording is not whole."""
         with self.lock:
             child.state = "failed"
-        said = f"the recording failed, and is not whole: {_own_words(tail) or tail or died_how(status)}"
+        said = f"the recording failed, and is not whole: {_own_words(tail) or tail or child.died_how(status)}"
         if self.plan.align is None or not self.started.is_set():
             self.failure = said
         else:
@@ -287,7 +286,7 @@ class Supervisor:
         if words := _own_words(tail):
             said = f"{child.name}: {words}"
         else:
-            said = f"{child.name} {died_how(status)}" + (f":\n{tail}" if tail else "")
+            said = f"{child.name} {child.died_how(status)}" + (f":\n{tail}" if tail else "")
         sources = [c for c in self.children.values() if c.name in self.rig.sources]
         if child.required or (sources and all(c.state == "failed" for c in sources)):
             self.failure = said

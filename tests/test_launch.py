@@ -450,6 +450,15 @@ def test_a_node_that_hangs_is_killed_and_started_again(tmp_path: Path) -> None:
         assert watched.session.status().nodes["imu"].trouble == "said nothing for too long, and was killed"
 
 
+def test_a_session_that_ends_for_a_node_that_hangs_says_so(tmp_path: Path) -> None:
+    with running(tmp_path, restart={"hang_ms": 1000, "limit": 0}) as watched:
+        watched.predict_until(all_ok, "all four streams are ok")
+        os.kill(watched.pid("fusion"), signal.SIGSTOP)
+        assert watched.session.wait(LIMIT_S)
+        assert watched.session.failure is not None
+        assert watched.session.failure.startswith("fusion said nothing for too long, and was killed")
+
+
 def test_a_node_that_spoke_while_the_launcher_was_stopped_does_not_hang(tmp_path: Path) -> None:
     clock, (ear, voice) = ManualClock(), os.pipe()
     spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(tmp_path), node="imu", kind="x")
