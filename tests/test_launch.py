@@ -411,6 +411,7 @@ from nodes.synthetic import Synthetic
 
 class Stubborn(Synthetic):
     def read(self):
+        print("reading", flush=True)
         threading.Event().wait()
 """
 
@@ -430,6 +431,8 @@ def test_a_source_that_does_not_return_is_killed_and_told_what_it_may(tmp_path: 
     (tmp_path / "stubborn.py").write_text(STUBBORN)
     sources = SOURCES | {"camera": SOURCES["camera"] | {"kind": "stubborn:Stubborn"}}
     with running(tmp_path, sources=sources) as watched:
+        log = watched.session.dir / "camera.log"
+        until(lambda: log.exists() and "reading" in log.read_text(), "the source is asked, and does not return")
         watched.session.stop()
     events = list(watched.events)
     hung = [event for event in events if event.kind == "hung"]
