@@ -34,6 +34,7 @@ from pipeline.recording_damage import (
     has_sum,
     lacking_end,
     next_piece,
+    packed,
     whole_index,
 )
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
@@ -210,7 +211,9 @@ class RecordingReader:
         size = self._size
         if size == 0:
             raise RecordingError(f"{self.path} is empty: nothing was recorded, or its writer died before it began")
-        if self._read(0, len(MAGIC)) != MAGIC[:size]:
+        if (start := self._read(0, len(MAGIC))) != MAGIC[:size]:
+            if how := packed(self.path, start):
+                raise RecordingError(f"{self.path} is no MCAP file: {how}")
             raise RecordingError(f"{self.path} is no MCAP file, and only those are recordings. See `sensorium import`")
         at = len(MAGIC)
         while at + _HEAD.size <= size:

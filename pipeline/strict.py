@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 import yaml
 
-from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest, joined, typed
+from pipeline.errors import ConfigError, Noted, SensoriumError, Together, absent, closest, joined, typed
 from pipeline.errors import listed as listed
 from pipeline.errors import nearest as nearest
 
@@ -92,7 +92,7 @@ class Document:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file.{_similar_file(Path(path))}") from None
+            raise absent(Path(path), ".yaml") from None
         except UnicodeDecodeError as error:
             if error.object.startswith(_MCAP):
                 said = f"this is a recording and no YAML file; what it holds says: sensorium info {typed(path)}"
@@ -479,9 +479,3 @@ def _unit_hint(key: str, value: Any, known: list[str]) -> str:
         ratio = UNITS[unit][1] / UNITS[_unit_of(name)[1]][1]
         return f" The key is `{name}`: write `{name}: {round(value * ratio, 9):g}`."
     return f" The key is `{name}`."
-
-
-def _similar_file(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    return nearest(path.name, names) if names else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, SensorError, install
+from pipeline.errors import ConfigError, SensorError, absent, install
 from pipeline.protocols.sweeps import Sweep, make_points
 from pipeline.timebase import Mapped, Timebase
 
@@ -32,6 +32,8 @@ class Ouster:
         self._core = core
         try:
             self._info = core.SensorInfo(metadata.read_text())
+        except FileNotFoundError:
+            raise absent(metadata) from None
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"{metadata} does not hold the metadata of an Ouster: {error}. Fetch them from the sensor: "
