@@ -18,6 +18,8 @@ from pipeline.errors import ConfigError, SensorError, absent, install
 from pipeline.protocols.sweeps import Sweep, make_points
 from pipeline.timebase import Mapped, Timebase
 
+_FETCH = "Fetch them from the sensor: curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
+
 
 class Ouster:
     """Packets of one sensor in, sweeps out. ``frame`` is the last whole frame as the SDK gives it, with every field."""
@@ -33,12 +35,9 @@ class Ouster:
         try:
             self._info = core.SensorInfo(metadata.read_text())
         except FileNotFoundError:
-            raise absent(metadata) from None
+            raise ConfigError(f"{absent(metadata)} {_FETCH}") from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{metadata} does not hold the metadata of an Ouster: {error}. Fetch them from the sensor: "
-                "curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
-            ) from error
+            raise ConfigError(f"{metadata} does not hold the metadata of an Ouster: {error}. {_FETCH}") from error
         self._format = core.PacketFormat(self._info)
         self._project = core.XYZLut(self._info)
         self._batcher = core.FrameBatcher(self._info)
