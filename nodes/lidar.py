@@ -28,6 +28,7 @@ from pipeline.protocols import rplidar
 from pipeline.protocols.sweeps import Sweep
 from pipeline.protocols.velodyne import MODELS, Velodyne
 from pipeline.source import Found, Reading, Search, Source, SourceContext
+from pipeline.strict import NUMBER
 
 _MS, _NS = 1_000_000, 1_000_000_000
 _PATIENCE_S, _QUIET_S = 0.05, 0.02
@@ -42,6 +43,7 @@ _MARGIN_NS = 2 * _MS
 _SHARE, _OVERHEAD_BYTES = 4, 2048
 """Sooner, where they would else fill this part of what the kernel keeps, each counted with what it costs the kernel."""
 _LARGEST = {"velodyne": 1 << 18, "ouster": 1 << 18, "rplidar": 1 << 14}
+_NO_SERIAL_PORT = "`port` is the serial one of an RPLidar; that to which others send is `udp`: write `udp: {}`."
 _UDP_PORT = {"velodyne": 2368, "ouster": 7502}
 
 
@@ -63,7 +65,7 @@ class Lidar(Source):
         model: str | None = None
         calibration: Path | None = None
         metadata: Path | None = None
-        port: str | None = None
+        port: Annotated[str, msgspec.Meta(extra={NUMBER: _NO_SERIAL_PORT})] | None = None
         baud: Annotated[int, msgspec.Meta(ge=9600)] = 115_200
         min_range_m: Annotated[float, msgspec.Meta(ge=0)] = 0.1
         max_range_m: Annotated[float, msgspec.Meta(gt=0)] = 200.0
@@ -78,6 +80,8 @@ class Lidar(Source):
                     "curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
                 )
             if (self.sensor == "rplidar") != (self.port is not None):
+                if self.port and self.port.isdecimal():
+                    raise ValueError(_NO_SERIAL_PORT.format(self.port))
                 raise ValueError("`port`, a serial port like /dev/ttyUSB0, is what an RPLidar needs and no other has")
 
     def __init__(self, settings: Any, context: SourceContext) -> None:

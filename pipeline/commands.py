@@ -376,12 +376,16 @@ def evaluate(
     if html is not None:
         writable(html, "--html")
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Bar(*columns, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("checking what was named", total=None)
-        found = evaluating.evaluate(
-            bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
-        )  # fmt: skip
+    try:
+        with ended_politely(), Bar(*columns, console=console(sys.stderr), transient=True) as bar:
+            task = bar.add_task("checking what was named", total=None)
+            found = evaluating.evaluate(
+                bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
+                progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+            )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        left = "" if html is None else f", and {html} is not made"
+        raise interrupted(f"interrupted before the evaluation was done; nothing of it is kept{left}", stop) from None
     if json:
         print_json(found)
     else:

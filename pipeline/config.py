@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 
 from pipeline.errors import Together, plain
-from pipeline.strict import Document, Where, listed, load_yaml
+from pipeline.strict import NUMBER, Document, Where, listed, load_yaml
 
 __all__ = ["Rig", "RigFile", "check_environment", "config_schema", "load_rig", "load_yaml", "long_times"]
 
@@ -146,7 +146,7 @@ class TransportEntry(_Strict, frozen=True):
 
     lease_ms: Positive = 1000
     ring_mib: Positive = 64
-    predictions: str = "ipc"
+    predictions: Annotated[str, msgspec.Meta(extra={NUMBER: "Write `predictions: tcp://127.0.0.1:{}`."})] = "ipc"
     curve: CurveEntry | None = None
 
     def __post_init__(self) -> None:

@@ -7,8 +7,10 @@ code that catches one of these either handles it or lets it pass, and never logs
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -108,6 +110,16 @@ def taken(path: object, what: str = "file") -> ConfigError:
 def typed(path: object) -> str:
     """A path in a command that is to be typed: a shell takes it for one word."""
     return shlex.quote(str(path))
+
+
+def absent(path: Path, suffix: str | None = None, what: str = "file") -> ConfigError:
+    """That there is nothing at ``path``, and which name beside it was meant: of its suffix, or of ``suffix``."""
+    wanted = suffix or path.suffix
+    beside: list[Path] = []
+    with contextlib.suppress(OSError):
+        beside = sorted(one for one in path.parent.iterdir() if wanted in ("", one.suffix))
+    names = [one.name for one in beside if what != "file" or one.is_file()]
+    return ConfigError(f"{path}: there is no such {what}.{nearest(path.name, names)}")
 
 
 def install(extra: str = "") -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError, closest, taken, typed
+from pipeline.errors import ConfigError, absent, closest, taken, typed
 from pipeline.outside import naming
 from pipeline.strict import Document, listed, nearest
 
@@ -152,8 +152,7 @@ def existing(path: Path) -> Path:
         there = os.readlink(path)
         raise ConfigError(f"{path} is a link to what is not there, {there}; mend it, or name the recording.")
     if not path.is_file():
-        names = [file.name for file in path.parent.glob(f"*{path.suffix}") if file.is_file()]
-        raise ConfigError(f"{path}: there is no such file.{nearest(path.name, names)}")
+        raise absent(path)
     return path
 
 

@@ -24,6 +24,7 @@ from mcap.opcode import Opcode
 from mcap.records import Chunk, Metadata
 from mcap.stream_reader import get_chunk_data_stream
 
+from pipeline.errors import typed
 from pipeline.recording_writer import END, SESSION, SUM, facts_sum
 
 _MAGIC = b"\x89MCAP0\r\n"
@@ -94,6 +95,26 @@ def lacking_end(read: Read, size: int) -> str:
     if zeros < _SECTOR:
         return "its end is missing"
     return f"its end is missing: its last {zeros} bytes are zeros, which a power cut or a fault of the disk leaves"
+
+
+_PACKED = (
+    (b"\x1f\x8b", "gzip", ".gz", "gzip -dc {} > {}"),
+    (b"\x28\xb5\x2f\xfd", "zstd", ".zst", "zstd -dc {} > {}"),
+    (b"\x04\x22\x4d\x18", "lz4", ".lz4", "lz4 -dc {} > {}"),
+    (b"\xfd7zXZ\0", "xz", ".xz", "xz -dc {} > {}"),
+    (b"BZh", "bzip2", ".bz2", "bzip2 -dc {} > {}"),
+    (b"PK\x03\x04", "zip", ".zip", "unzip {}"),
+)
+"""Of packed files how they begin, what they are called, their suffix, and what to type for one and its contents."""
+
+
+def packed(path: Path, start: bytes) -> str:
+    """That a file which begins so is packed as a whole, and what to type; nothing if it is not known to be."""
+    for magic, name, suffix, command in _PACKED:
+        if start.startswith(magic):
+            inside = path.stem if path.suffix in (suffix, f".{name}") else f"unpacked{path.suffix}"
+            return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(inside))}"
+    return ""
 
 
 def _sum(file: BinaryIO, start: int, end: int) -> int:

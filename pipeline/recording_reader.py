@@ -34,10 +34,21 @@ from pipeline.recording_damage import (
     has_sum,
     lacking_end,
     next_piece,
+    packed,
     whole_index,
 )
 from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
-from pipeline.recording_writer import CALIBRATION, END, RIG, SESSION, Label, RingPart, SessionInfo, Standing
+from pipeline.recording_writer import (
+    CALIBRATION,
+    END,
+    RIG,
+    SESSION,
+    Label,
+    RingPart,
+    SessionInfo,
+    Standing,
+    written_now,
+)
 
 MAGIC = b"\x89MCAP0\r\n"
 _HEAD = struct.Struct("<BQ")
@@ -86,15 +97,17 @@ class RecordingReader:
         """Where the last record ends that is not damaged, as far as this is known."""
         self.attachments: dict[str, bytes] = {}
         self.lacking_end = ""
-        """That the file lacks its end, and how, in words; nothing if it has it."""
+        """That the file lacks its end, or is being written, in words; nothing if it has its end."""
         try:
             self._file: BinaryIO = self.path.open("rb", buffering=0)
         except OSError as error:
             raise RecordingError(f"{self.path} cannot be opened: {error.strerror}") from None
+        self._size = os.fstat(self._file.fileno()).st_size
+        """What is there when it is opened; what is written meanwhile is left alone."""
         try:
             whole = self._scan()
             if not whole:
-                self.lacking_end = lacking_end(self._read, os.fstat(self._file.fileno()).st_size)
+                self.lacking_end = self._no_end()
                 self._salvage()
             self.info = self._session(whole)
             for channel in self._channels.values():
@@ -183,6 +196,9 @@ class RecordingReader:
     def _read(self, offset: int, length: int) -> bytes:
         return os.pread(self._file.fileno(), length, offset)
 
+    def _no_end(self) -> str:
+        return written_now(self._file.fileno()) or lacking_end(self._read, self._size)
+
     def _damaged(self, where: str) -> RecordingError:
         path = typed(self.path)
         return RecordingError(
@@ -192,10 +208,12 @@ class RecordingReader:
 
     def _scan(self) -> bool:
         """Notes where everything lies. True if the file has its end."""
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size
         if size == 0:
             raise RecordingError(f"{self.path} is empty: nothing was recorded, or its writer died before it began")
-        if self._read(0, len(MAGIC)) != MAGIC[:size]:
+        if (start := self._read(0, len(MAGIC))) != MAGIC[:size]:
+            if how := packed(self.path, start):
+                raise RecordingError(f"{self.path} is no MCAP file: {how}")
             raise RecordingError(f"{self.path} is no MCAP file, and only those are recordings. See `sensorium import`")
         at = len(MAGIC)
         while at + _HEAD.size <= size:
@@ -286,7 +304,7 @@ class RecordingReader:
                 if position + 1 < len(self._chunks):
                     raise
                 del self._chunks[position:]
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size
         ours = SESSION in self._metadata or b"sensorium" in self._read(0, _BEGINNING)
         if ours and (more := next_piece(self._read, self._sure, size)) is not None:
             raise self._damaged(f" from byte {self._sure} on, and goes on at byte {more.start}")

@@ -11,7 +11,6 @@ record, and is counted only where the index counts it. Memory holds a chunk, and
 from __future__ import annotations
 
 import heapq
-import os
 import struct
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -25,8 +24,8 @@ from mcap.data_stream import ReadDataStream
 from mcap.opcode import Opcode
 from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, MetadataIndex, Statistics
 
-from pipeline.errors import ConfigError, RecordingError
-from pipeline.recording_damage import Index, Piece, chunk_end, damage, lacking_end, next_piece, piece, whole_index
+from pipeline.errors import ConfigError, RecordingError, typed
+from pipeline.recording_damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
 from pipeline.recording_reader import (
     MAGIC,
     MESSAGE_HEAD,
@@ -56,6 +55,7 @@ from pipeline.recording_writer import (
     SessionInfo,
     refuse_existing,
     whole_file,
+    written_now,
 )
 from pipeline.steps import Gap
 
@@ -301,7 +301,7 @@ class SalvagedReader(RecordingReader):
     # Opening.
 
     def _scan(self) -> bool:
-        size = os.fstat(self._file.fileno()).st_size
+        size = self._size
         words = self._words(size)
         if words is None:
             return super()._scan()  # which says what else it is
@@ -564,7 +564,7 @@ class SalvagedReader(RecordingReader):
         if self._stated is None or not hasattr(self, "damage"):
             return session
         lost = bool(self._losses or self.damage.lost or self.damage.unreadable)
-        said = [session.note] if end else [lacking_end(self._read, os.fstat(self._file.fileno()).st_size)]
+        said = [session.note] if end else [self._no_end()]
         cut_off = not end and all(hole.to_ns is None for hole in self._losses)  # which is said already
         if self.damage.lost or self.damage.unreadable or (self._losses and not cut_off):
             said.append(f"damaged, and recovered without what is lost: {lost_text(self.damage)}")
@@ -605,13 +605,24 @@ def refuse_foreign(path: Path) -> None:
         pass
 
 
+def _refuse_unfinished(path: Path) -> None:
+    """Raises ConfigError for what is only not there yet."""
+    with path.open("rb") as file:
+        if now := written_now(file.fileno()):
+            raise ConfigError(
+                f"{path} is no damaged recording: {now}. Stop that session first, which gives it its end; what can be "
+                f"read already is shown by: sensorium info {typed(path)}"
+            )
+
+
 def recover(
     path: Path, out: Path, *, partial: bool = False, progress: Callable[[int], Any] = lambda t_ns: None
 ) -> Recovery:
     """Writes what is intact of a recording to ``out``, which appears only when it is whole. With ``partial`` also
     where attachments, or what a stream's messages are, are lost, and without them. ConfigError for a recording that is
-    whole and an ``out`` that exists; RecordingError if nothing can be had, or not all but messages."""
+    whole or not yet, and an ``out`` that exists; RecordingError if nothing can be had, or not all but messages."""
     refuse_foreign(path)
+    _refuse_unfinished(path)
     with SalvagedReader(path) as reader:
         found = reader.damage
         if not found.holes and reader.ended:

@@ -2,12 +2,14 @@
 
 The session's metadata is in the file before the first message, and every write that reaches the file is a whole MCAP
 record. So a file whose writer was killed opens with everything up to its last chunk, and a file that met a full disk
-is cut back to the last whole record. Only a clean ``close()`` says ``complete``.
+is cut back to the last whole record. Only a clean ``close()`` says ``complete``. Until it is closed the file is locked,
+so that readers can tell it from one whose writer was killed; they need no lock themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import zlib
@@ -355,6 +357,9 @@ class _Output:
             why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
             raise RecordingError(f"{path} cannot be created: {why}") from None
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        # Nobody is kept from anything by it, and where there are no locks there is none.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)
@@ -410,6 +415,31 @@ class _Output:
         if not self.closed:
             self.closed = True
             os.close(self._fd)
+
+
+def written_now(fd: int) -> str:
+    """That the open recording ``fd`` is being written at this moment, and by whom if that is known; else nothing."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = _holder(fd)
+        return "it is being written at this moment" + (f", by process {process}" if process else "")
+    except OSError:  # where there are no locks nobody knows
+        return ""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return ""
+
+
+def _holder(fd: int) -> str | None:
+    """The process that holds the lock of an open file, where the system tells."""
+    file = os.fstat(fd)
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            match line.split():
+                case [_, "FLOCK", _, "WRITE", process, where, *_] if where == place and int(process) > 0:
+                    return process
+    return None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -32,6 +33,7 @@ from pipeline.labels import known_labels
 from pipeline.messages import Header, Message
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, reading
+from pipeline.stamper import measured
 
 T = TypeVar("T")
 
@@ -297,6 +299,27 @@ def _described(streams: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({payload})" for name, payload in sorted(streams.items())) or "no stream"
 
 
+class _Watched:
+    """A recording that is read, of which it is noted which streams have given no value so far, in how many messages."""
+
+    def __init__(self, reader: RecordingReader) -> None:
+        self._reader = reader
+        self._valued: set[str] = set()
+        self.unmeasured: Counter[str] = Counter()
+        self.headers = reader.headers
+
+    def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
+        for message, arrival_ns in self._reader.messages(streams, beats):
+            name, layout = message.header.stream, message.header.layout
+            if layout is not None and name not in self._valued:
+                if measured(layout, message.data):  # which is not looked at again
+                    self._valued.add(name)
+                    self.unmeasured.pop(name, None)
+                else:
+                    self.unmeasured[name] += 1
+            yield message, arrival_ns
+
+
 def replay_predictions(
     recording: str | Path | RecordingReader,
     bundle: Bundle,
@@ -309,7 +332,8 @@ def replay_predictions(
     """The predictions of ``bundle`` on a recording, one a step, by event time: the same at every run and every speed,
     but for ``timing``. ``truth`` is what the session's labels say at the end of the window.
 
-    ``note`` is told which streams are missing or left out. RecordingError, BundleError, ConfigError.
+    ``note`` is told which streams are missing or left out, and at the end which had no value. RecordingError,
+    BundleError, ConfigError.
     """
     if not isinstance(bundle, Bundle):
         raise ConfigError(f"a bundle is what load_bundle gives, not {bundle!r}: write load_bundle({str(bundle)!r}).")
@@ -319,9 +343,13 @@ def replay_predictions(
             note(text)
         fuser = Fuser(bundle, options, reader.info.session, streams=plan.streams, clock=clock)
         truth = Truth(known_labels(reader))
-        for step in replay_steps(reader, plan.spec):
+        heard = _Watched(reader)
+        for step in replay_steps(heard, plan.spec):
             prediction = fuser.step(step.manifest, content_of(step))
             yield msgspec.structs.replace(prediction, truth=truth.at(step.manifest.end_ns))
+        for name, count in sorted(heard.unmeasured.items()):
+            where = "its message" if count == 1 else f"all of its {count} messages"
+            note(f"{name} has nothing but NaN, which is no value, in {where}")
 
 
 class Truth:

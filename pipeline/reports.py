@@ -174,6 +174,10 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
         head.append(f"\nsegment {ring['segment']} of a ring; ")
         head.append(f"deleted before it began: {deleted_text(gone)}" if gone.segments else "nothing was deleted before")
     said = Text(GAPS, style="dim")
+    for name, stream in info["streams"].items():
+        means = [mean for kind in stream.get("stats", {}).values() for mean in kind["mean"]]
+        if stream["samples"] and means and all(mean is None for mean in means):
+            head.append(f"\n{name} holds nothing but NaN, which is no value", style="yellow")
     return Group(head, Text(), table, said, *((Text(), latency_table(latency)) if latency else ()))
 
 

@@ -131,7 +131,7 @@ class ValueCheck:
         """Takes a reading's layout and data, which fit."""
         if now_ns < self._next_ns:
             return
-        if _measured(layout, data):
+        if measured(layout, data):
             self._since_ns, self._next_ns = None, now_ns + LOOK_NS
             return
         self.count += 1
@@ -139,7 +139,7 @@ class ValueCheck:
         self.longest_ns = max(self.longest_ns, now_ns - self._since_ns)
 
 
-def _measured(layout: Layout, data: Any) -> bool:
+def measured(layout: Layout, data: Any) -> bool:
     """Whether there is a value, or nothing that could be one, as in a sweep that has met nothing."""
     if (names := _VALUES.get(type(layout))) is None:
         return True

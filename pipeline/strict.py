@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import msgspec
 import yaml
 
-from pipeline.errors import ConfigError, Noted, SensoriumError, Together, closest, joined, typed
+from pipeline.errors import ConfigError, Noted, SensoriumError, Together, absent, closest, joined, typed
 from pipeline.errors import listed as listed
 from pipeline.errors import nearest as nearest
 
@@ -41,6 +41,10 @@ UNITS: dict[str, tuple[str, float]] = {
 
 _MCAP = b"\x89MCAP"
 """How a recording begins, which is easily named in place of a YAML file."""
+
+
+NUMBER = "number"
+"""Under what the ``extra`` of a text's ``Meta`` has a sentence for who writes a number, which is its ``{}``."""
 
 
 MOST_VALUES = 100_000
@@ -92,7 +96,7 @@ class Document:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file.{_similar_file(Path(path))}") from None
+            raise absent(Path(path), ".yaml") from None
         except UnicodeDecodeError as error:
             if error.object.startswith(_MCAP):
                 said = f"this is a recording and no YAML file; what it holds says: sensorium info {typed(path)}"
@@ -321,7 +325,7 @@ class Document:
         try:
             return msgspec.convert(value, type_, dec_hook=self._path)
         except msgspec.ValidationError:
-            raise self._wrong(value, describe(type_), at) from None
+            raise self._wrong(value, describe(type_), at, _of_number(type_, value)) from None
 
     def _path(self, type_: Any, value: Any) -> Any:
         """A ``Path`` of a struct: relative ones are relative to the document's folder."""
@@ -346,7 +350,7 @@ class Document:
         elif isinstance(value, str) and "number" in expected and re.fullmatch(r"-?[0-9.]+", value):
             hint = f" Write it without quotes: {value}."
         elif written is not None and expected.startswith(("text", "a path")) and isinstance(value, int | float):
-            hint = f' YAML reads it as a number; write "{written}" if you mean text.'
+            hint = hint or f' YAML reads it as a number; write "{written}" if you mean text.'
         elif isinstance(value, float) and not math.isfinite(value):
             hint = " Write a finite number." if "number" in expected and "finite" not in expected else ""
         elif isinstance(value, float) and 0 < value < 1e9 and str((at or ("",))[-1]).endswith("_ms"):
@@ -389,6 +393,14 @@ def describe(type_: Any) -> str:
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
     names = {dict: "a mapping", list: "a list", tuple: "a list", Path: "a path"}
     return str(words.get(type_) or names.get(origin or type_) or getattr(type_, "__name__", type_))
+
+
+def _of_number(type_: Any, value: Any) -> str:
+    """What a number is told where a text is needed that is none in whatever quotes: the ``NUMBER`` of its type."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return ""
+    extra = next((meta.extra for meta in get_args(type_)[1:] if isinstance(meta, msgspec.Meta) and meta.extra), {})
+    return f" {extra[NUMBER].format(value)}" if NUMBER in extra else ""
 
 
 def dotted(at: Where) -> str:
@@ -479,9 +491,3 @@ def _unit_hint(key: str, value: Any, known: list[str]) -> str:
         ratio = UNITS[unit][1] / UNITS[_unit_of(name)[1]][1]
         return f" The key is `{name}`: write `{name}: {round(value * ratio, 9):g}`."
     return f" The key is `{name}`."
-
-
-def _similar_file(path: Path) -> str:
-    folder = path.parent
-    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    return nearest(path.name, names) if names else ""

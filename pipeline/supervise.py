@@ -201,8 +201,8 @@ class Supervisor:
         for stream, source in child.report.sources.items():
             if source.unmeasured_ns >= UNMEASURED_NS and stream not in self._unmeasured:
                 self._unmeasured.add(stream)
-                text = f"{stream} has given nothing but NaN, which is no value, for {UNMEASURED_NS / 1e9:.0f} s"
-                self._tell(child, "warning", text)
+                text = f"has given nothing but NaN, which is no value, for {UNMEASURED_NS / 1e9:.0f} s"
+                self._tell_of(stream, child, text)
 
     def _care(self) -> None:
         """Does what time brings: kills nodes that hang, starts those again that are to be."""
@@ -222,8 +222,12 @@ class Supervisor:
             content = child.state == "ready" and not child.trouble
             for stream, payload in child.spec.streams.items() if content else ():
                 if payload != "text" and not child.total(stream, child.report.sources.get(stream, SourceReport()))[0]:
-                    text = f"{stream} has given nothing in the first {SILENT_NS / 1e9:.0f} s of the session"
-                    self._tell(child, "warning", text)
+                    text = f"has given nothing in the first {SILENT_NS / 1e9:.0f} s of the session"
+                    self._tell_of(stream, child, text)
+
+    def _tell_of(self, stream: str, child: Child, text: str) -> None:
+        """Warns of a stream, which is named where its node, of which an event tells anyway, has another name."""
+        self._tell(child, "warning", text if stream == child.name else f"{stream} {text}")
 
     def _died(self, child: Child) -> None:
         assert child.process is not None

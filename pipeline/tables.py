@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, absent
 
 
 def table_text(path: Path) -> str:
@@ -19,6 +19,10 @@ def table_text(path: Path) -> str:
             f"{path}, line {line}: the byte 0x{error.object[error.start]:02x} is not UTF-8, which a table must be in. "
             "Save it anew in UTF-8 (a spreadsheet calls that CSV UTF-8)"
         ) from None
+    except FileNotFoundError:
+        raise absent(path) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a table, which is one file.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 

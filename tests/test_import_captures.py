@@ -262,7 +262,11 @@ def test_an_ouster_without_its_metadata_or_with_anothers(ouster: Path, tmp_path:
     with pytest.raises(ConfigError, match="is of an Ouster whose packets have"):
         import_(path, metadata=theirs)
     assert len(import_(path, metadata=ouster.with_suffix(".json"))[1]["lidar"]) == 1
+    with pytest.raises(ConfigError, match=rf"{ouster.stem}.jso: there is no such file\. Fetch"):
+        import_(path, metadata=ouster.with_suffix(".jso"))
     path.with_suffix(".json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"there is no such file\. Did you mean `{ouster.stem}\.json`\? Fetch"):
+        import_(path, metadata=path.with_name(f"x{ouster.stem}.json"))
     with pytest.raises(ConfigError, match="does not hold the metadata of an Ouster"):
         import_(path)
 

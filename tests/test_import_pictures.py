@@ -105,7 +105,7 @@ def test_a_folder_without_times_or_with_several(folder: Callable[[str], Path], t
     with pytest.raises(ConfigError, match=r"2 CSV files \(more.csv, times.csv\).*--times"):
         frames(path)
     assert len(frames(path, ImportOptions(times=path / "more.csv"))) == 2
-    with pytest.raises(ConfigError, match=r"none.csv cannot be read: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"none.csv: there is no such file. Did you mean `more.csv`\?$"):
         frames(path, ImportOptions(times=path / "none.csv"))
     (path / "more.csv").write_bytes("time_s,file\n1,left/1.png\n2,gr\u00fcn.jpg\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"more.csv, line 3: the byte 0xfc is not UTF-8"):

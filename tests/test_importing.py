@@ -23,6 +23,7 @@ from pipeline.importing import ImportOptions, import_file, read_labels
 from pipeline.importing.av import upright
 from pipeline.importing.base import Opened, Piece, Session
 from pipeline.importing.gopro import Motion, Series, _collect, _motion, _on_times, entries, to_xyz
+from pipeline.importing.pictures import read_times
 from pipeline.messages import AudioLayout, FrameLayout, ImuLayout, Message, TextLayout, array
 from pipeline.recording import Label, RecordingReader, summarise
 from pipeline.wire import decode_frame
@@ -270,11 +271,20 @@ def test_labels_that_make_no_sense(tmp_path: Path, name: str, content: str, word
         read_labels(tmp_path / name)
 
 
+@pytest.mark.parametrize("take", [read_labels, read_times])
+def test_a_table_that_is_missing_is_said_as_every_other_file(tmp_path: Path, take: Callable[[Path], Any]) -> None:
+    (tmp_path / "table.csv").write_text("")
+    with pytest.raises(ConfigError, match=r"tabel\.csv: there is no such file\. Did you mean `table\.csv`\?$"):
+        take(tmp_path / "tabel.csv")
+    with pytest.raises(ConfigError, match=r" is a folder; name a table, which is one file\.$"):
+        take(tmp_path)
+
+
 def test_labels_as_json(tmp_path: Path) -> None:
     rows = [{"start_s": 0.25, "end_s": 1, "label": "a"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert read_labels(tmp_path / "a.json") == [Label(250 * MS, 1000 * MS, "a")]
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"b\.json: there is no such file"):
         read_labels(tmp_path / "b.json")
 
 
@@ -283,7 +293,7 @@ def test_what_cannot_be_imported_leaves_nothing_behind(make_file: Callable[..., 
     (tmp_path / "text.csv").write_text("a,b\n")
     with pytest.raises(RecordingError, match="of no kind"):
         import_file(tmp_path / "text.csv", out)
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
         import_file(tmp_path / "nothing.mp4", out)
     assert not out.parent.exists()
     import_file(make_file(frames=[0, 40]), out)

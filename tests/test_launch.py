@@ -629,9 +629,9 @@ def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, mon
             until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
             until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
         print_summary(show.summary, True, session.status())
-    assert sorted(e.text for e in events if e.kind == "warning") == [
-        "mute has given nothing in the first 0 s of the session",
-        "numb has given nothing but NaN, which is no value, for 0 s",
+    assert sorted((e.node, e.text) for e in events if e.kind == "warning") == [
+        ("mute", "has given nothing in the first 0 s of the session"),
+        ("numb", "has given nothing but NaN, which is no value, for 0 s"),
     ]
     assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
     numb = session.status().streams["numb"].published

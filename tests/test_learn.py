@@ -253,6 +253,17 @@ def test_windows_that_no_session_fills_are_said(sessions: Path) -> None:
         assert any("none is ever full" in note for note in watch.notes) is said, watch.notes
 
 
+def test_sessions_that_must_be_read_again_need_a_folder_that_outlives_the_training(
+    sessions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.learn.dataset.MEMORY_BYTES", 0)
+    config = configured(sessions, train={"epochs": 1})
+    with pytest.raises(RecordingError, match=r"read again after the training: name a folder as `cache`"):
+        learn.train(config, recorded(config), device="cpu")
+    made = learn.train(config, recorded(config), device="cpu", cache=tmp_path)
+    assert made.split.held_out[0].read("imu", 0, 1).size
+
+
 def test_labels_that_are_not_held_out_or_tested_on_are_said(sessions: Path, tmp_path: Path) -> None:
     watch = Noting()
     for i in range(3):

@@ -619,7 +619,7 @@ def test_an_ouster_without_its_sdk_or_its_metadata_says_what_to_do(tmp_path: Pat
     with pytest.raises(ConfigError, match="curl"):
         settings(sensor="ouster")
     given = settings(sensor="ouster", udp=free_port(), metadata=str(tmp_path / "none.json"))
-    with pytest.raises(SensorError, match=r"sensorium\[ouster\]|does not hold the metadata"):
+    with pytest.raises(SensorError, match=r"sensorium\[ouster\]|none.json: there is no such file\. .*curl"):
         Lidar(given, CheckContext()).open()
 
 
@@ -726,6 +726,8 @@ def test_what_does_not_answer_like_an_rplidar_is_refused(device: FakeRplidar) ->
     ("given_settings", "match"),
     [
         ({"sensor": "velodyne", "port": "/dev/x"}, "serial port"),
+        ({"sensor": "velodyne", "port": 2368}, r"expected text\. `port` is the serial one .* write `udp: 2368`\.$"),
+        ({"sensor": "velodyne", "port": "2368"}, r"write `udp: 2368`\.$"),
         ({"sensor": "rplidar"}, "serial port"),
         ({"sensor": "velodyne", "model": "VLP99"}, "VLP16"),
     ],

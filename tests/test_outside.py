@@ -270,6 +270,23 @@ pipeline.terminal.Lines.prediction = prediction
     assert b" predictions over" in shown.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("html", [(), ("--html", "r.html")])
+def test_an_evaluation_that_is_interrupted_says_what_is_not_done(
+    tmp_path: Path, number: int, html: tuple[str, ...]
+) -> None:
+    interrupt = f"""
+import os
+import pipeline.evaluate
+pipeline.evaluate.run_pass = lambda *_, **__: os.kill(os.getpid(), {number:d})
+"""
+    done = python(interrupt, "evaluate", f"{ROOT}/models/demo", DEMO, *html, folder=tmp_path)
+    said = "interrupted before the evaluation was done; nothing of it is kept"
+    assert (done.returncode, done.stdout) == (128 + number, b"")
+    assert done.stderr.decode() == f"error: {said}{', and r.html is not made' if html else ''}\n"
+    assert not list(tmp_path.iterdir())
+
+
 INTERRUPTS = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may have been started in the background

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -471,14 +473,48 @@ def test_a_killed_writer_loses_only_its_last_chunk(tmp_path: Path) -> None:
     while size < 100_000:
         assert select.select([child.stdout], [], [], 60)[0]
         written, size = map(int, child.stdout.readline().split())
+    with RecordingReader(path) as reader:
+        by = f", by process {child.pid}" if sys.platform == "linux" else ""
+        assert lacks(reader).startswith(f"it is being written at this moment{by}; it can be read up to ")
     os.kill(child.pid, signal.SIGKILL)
     child.communicate(timeout=60)
     with RecordingReader(path) as reader:
         found = [one.header.seq for one, _ in reader.messages()]
         assert not reader.info.complete
+        assert lacks(reader).startswith("its end is missing; ")
     assert found == list(range(len(found)))
     assert len(found) > written - 200  # a chunk holds about 130 of these messages
     assert summarise(path)["complete"] is False
+
+
+def test_what_is_written_while_a_recording_is_opened_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [message(TextLayout(2), b"%02d" % n, stream="words", seq=n, t=n) for n in range(2)]
+    salvage = RecordingReader._salvage
+    with RecordingWriter(tmp_path / "a.mcap", SESSION, chunk_bytes=1) as writer:
+        writer.write(words[0], 0)
+
+        def late(reader: RecordingReader) -> None:
+            writer.write(words[1], 1)
+            salvage(reader)
+
+        monkeypatch.setattr(RecordingReader, "_salvage", late)
+        with RecordingReader(tmp_path / "a.mcap") as reader:
+            assert [one.header.seq for one, _ in reader.messages()] == [0]
+
+
+def test_a_file_system_without_locks_takes_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RecordingWriter(tmp_path / "a.mcap", SESSION) as writer:
+        writer.write(examples()["imu"], 5)
+        writer.flush()
+        with RecordingReader(tmp_path / "a.mcap") as reader:
+            assert lacks(reader).startswith("its end is missing; ")
+    assert summarise(tmp_path / "a.mcap")["complete"]
 
 
 FULL = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.clock import ManualClock
 from pipeline.errors import BundleError, ConfigError, RecordingError
 from pipeline.importing import ImportOptions, import_file
 from pipeline.messages import Message, array
-from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo, summarise
 from pipeline.replay import (
     Truth,
     _steps,
@@ -28,6 +29,8 @@ from pipeline.replay import (
     replay_predictions,
     replay_steps,
 )
+from pipeline.reports import recording_table
+from pipeline.terminal import console
 from tests.align_strategies import WELL, Source, arrivals, events, message, rigs
 from tests.tiny_bundle import FRAME, GRID, write_bundle
 
@@ -240,6 +243,28 @@ def test_a_bundle_on_a_recording_that_has_less_and_more(bundle: Any, tmp_path: P
     ]
     assert {(p.streams["imu"].verdict, p.streams["imu"].reason) for p in predictions} == {("missing", "never_started")}
     assert {p.streams["imu"].contribution for p in predictions} == {0.0}
+
+
+def numb(one: Message) -> Message:
+    """The same, of an IMU whose every value is NaN."""
+    samples = array(one).copy()
+    samples["accel"], samples["gyro"] = np.nan, np.nan
+    return Message(one.header, samples)
+
+
+def test_a_stream_that_has_no_value_is_told_of(bundle: Any, tmp_path: Path) -> None:
+    calls = session(2)
+    of_imu = [i for i, (_, one) in enumerate(calls) if one.header.stream == "imu" and not one.header.is_beat]
+    for values in (0, 1):  # of which the last has a value
+        changed = {i: numb(calls[i][1]) for i in of_imu[: len(of_imu) - values]}
+        path = record(tmp_path / "a.mcap", [(at, changed.get(i, one)) for i, (at, one) in enumerate(calls)])
+        notes: list[str] = []
+        list(replay_predictions(path, bundle, note=notes.append))
+        said = f"imu has nothing but NaN, which is no value, in all of its {len(of_imu)} messages"
+        assert notes == ([] if values else [said])
+        shown = io.StringIO()
+        console(shown).print(recording_table(summarise(path)))
+        assert ("imu holds nothing but NaN, which is no value" in shown.getvalue()) is not bool(values)
 
 
 def test_streams_can_be_mapped(bundle: Any, tmp_path: Path) -> None:

@@ -658,6 +658,21 @@ def test_nothing_is_overwritten(original: Original, tmp_path: Path) -> None:
     assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged.mcap", "whole.mcap"]
 
 
+def test_what_is_still_being_written_is_not_recovered(tmp_path: Path) -> None:
+    path, out = tmp_path / "new.mcap", tmp_path / "whole.mcap"
+    with RecordingWriter(path, INFO) as writer:
+        writer.write(message(TextLayout(1), b"a", stream="words", seq=0, t=0), 0)
+        writer.flush()
+        with pytest.raises(ConfigError, match=r"being written at this moment.*Stop that session first"):
+            recover(path, out)
+        assert "incomplete: it is being written at this moment" in " ".join(sensorium("info", path).stdout.split())
+        copy = tmp_path / "copy.mcap"
+        copy.write_bytes(path.read_bytes())
+        assert recover(copy, out).note == "its end is missing"
+    with pytest.raises(ConfigError, match="is whole"):
+        recover(path, tmp_path / "second.mcap")
+
+
 def test_memory_holds_a_chunk_and_not_the_file(tmp_path: Path) -> None:
     payload = bytes(np.random.default_rng(1).integers(32, 127, 200_000, dtype=np.uint8))
     with RecordingWriter(tmp_path / "a.mcap", INFO, "none", chunk_bytes=1) as writer:

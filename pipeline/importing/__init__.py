@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.errors import ConfigError, RecordingError
+from pipeline.errors import ConfigError, RecordingError, absent
 from pipeline.importing.av import AudioVideo
 from pipeline.importing.bags import Bags
 from pipeline.importing.base import Importer, ImportOptions, Session
@@ -22,6 +22,7 @@ from pipeline.importing.choosing import choose
 from pipeline.importing.labels import read_labels
 from pipeline.importing.pictures import Pictures
 from pipeline.recording import Compression, Label, RecordingWriter, SessionInfo
+from pipeline.recording_damage import packed
 from pipeline.recording_writer import refuse_existing, whole_file
 
 IMPORTERS: tuple[Importer, ...] = (Bags(), Captures(), Pictures(), AudioVideo())
@@ -51,11 +52,12 @@ def import_file(
     path, out = Path(path), Path(out)
     options = options or ImportOptions()
     if not path.exists():
-        raise ConfigError(f"{path} is no file and no folder: name what is to be imported")
+        raise absent(path, what="file or folder")
     if not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{path} is a pipe or a device, and what is imported is a file; write it to one first.")
     if not overwrite:
         refuse_existing(out)
+    _refuse_packed(path)
     intervals = [] if labels is None else read_labels(Path(labels))
     opened = _importer_of(path).open(path, options)
     try:
@@ -85,6 +87,14 @@ def import_file(
     finally:
         opened.close()
     return msgspec.structs.replace(info, complete=not note, note=note)
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raises RecordingError for a file that must be unpacked first."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if how := packed(path, file.read(8)):
+                raise RecordingError(f"{path} cannot be read: {how}")
 
 
 def _importer_of(path: Path) -> Importer:

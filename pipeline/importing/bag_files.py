@@ -11,6 +11,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ from pipeline.recording_reader import MAGIC, is_recording
 
 _DAMAGE = (OSError, EOFError, struct.error, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError,
            OverflowError, MemoryError)  # fmt: skip
+
+_LEAST = 100
+"""Bytes of an MCAP file in which there can be no message yet, with its channel and its schema."""
 
 
 class Topic(msgspec.Struct):
@@ -133,6 +137,7 @@ class McapBag(Bag):
                 raise RecordingError(f"{path} cannot be read: it is no MCAP file, whatever its name says.")
             if is_recording(path):
                 raise _ours(path)
+            self._check_end()
             self._file.seek(0)
             self._reader = SeekingReader(self._file, validate_crcs=True)
             summary = self._reader.get_summary()
@@ -160,6 +165,18 @@ class McapBag(Bag):
             except Unusable as error:
                 why = str(error)
             self._add(channel.topic, name, statistics.channel_message_counts.get(number, 0), why)
+
+    def _check_end(self) -> None:
+        """Raises RecordingError for a file that was cut off, which its reader has misleading words for."""
+        size = self._file.seek(0, SEEK_END)
+        if size < _LEAST:
+            raise RecordingError(
+                f"{self._path} ends after {size} bytes, before any message: its recorder died, or it was not copied "
+                "whole. Nothing of it can be had; copy it again"
+            )
+        self._file.seek(-len(MAGIC), SEEK_END)
+        if self._file.read() != MAGIC:
+            raise _unreadable(self._path, EOFError("its end is missing"))
 
     def messages(self, topics: Collection[str]) -> Iterator[Raw]:
         if not topics:

@@ -30,6 +30,7 @@ from pipeline.importing.ros_audio import AUDIO_INFO
 from pipeline.importing.ros_messages import Position
 from pipeline.importing.ros_messages import converter as ros_converter
 from pipeline.messages import AudioLayout
+from pipeline.recording_reader import is_recording
 from pipeline.timebase import Timebase
 
 FAR_NS = 60_000_000_000
@@ -58,7 +59,15 @@ class Bags:
 
 def _check_there(path: Path) -> None:
     if path.is_dir() and not (path / "metadata.yaml").is_file():
-        files = sorted(file.name for kind in ("*.db3", "*.mcap") for file in path.glob(kind))
+        found = sorted(file for kind in ("*.db3", "*.mcap") for file in path.glob(kind))
+        ours = [file for file in found if is_recording(file)]
+        files = [file.name for file in found if file not in ours]
+        if ours:
+            raise ConfigError(
+                f"{path} is a folder with {len(ours)} recording{'s' * (len(ours) > 1)} of Sensorium, which need not be "
+                f"imported; see one with: sensorium info {typed(ours[-1])}"
+                + (f". Of the others ({', '.join(files)}) import one by itself" if files else "")
+            )
         raise RecordingError(
             f"{path} lacks its metadata.yaml, which says which of its files hold what ({', '.join(files)}). Import one "
             f"of these files by itself, or make a new one: ros2 bag reindex {typed(path)}"

@@ -204,7 +204,11 @@ def train(
             watch.note(longer)
         hold_if_small([*ready.sessions, *ready.unlabelled])
         if not ready.sessions[0].held and cache is None:
-            raise RecordingError("the sessions do not fit into memory, so that they need a `cache` to stream from")
+            # The temporary folder ends here, and who exports what was trained reads held out and tested sessions again.
+            raise RecordingError(
+                "the prepared sessions do not fit into memory, and are read again after the training: name a folder as "
+                "`cache` that keeps them until then, train(..., cache=Path(...))"
+            )
         run = _Run(config, ready, parts, chosen, watch)
         checkpoints = Checkpoints(work, run.identity())
         if not resume:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, SensorError, install
+from pipeline.errors import ConfigError, SensorError, absent, install
 from pipeline.protocols.sweeps import Sweep, make_points
 from pipeline.timebase import Mapped, Timebase
+
+_FETCH = "Fetch them from the sensor: curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
 
 
 class Ouster:
@@ -32,11 +34,10 @@ class Ouster:
         self._core = core
         try:
             self._info = core.SensorInfo(metadata.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{absent(metadata)} {_FETCH}") from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"{metadata} does not hold the metadata of an Ouster: {error}. Fetch them from the sensor: "
-                "curl http://SENSOR/api/v1/sensor/metadata -o ouster.json"
-            ) from error
+            raise ConfigError(f"{metadata} does not hold the metadata of an Ouster: {error}. {_FETCH}") from error
         self._format = core.PacketFormat(self._info)
         self._project = core.XYZLut(self._info)
         self._batcher = core.FrameBatcher(self._info)
