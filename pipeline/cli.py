@@ -13,7 +13,10 @@ import signal
 if (_on_interrupt := signal.getsignal(signal.SIGINT)) is signal.default_int_handler:
     # A Ctrl-C while the command is still being loaded ends it without a word. An exception would be shown with a trace,
     # for `main` is not there yet, or would end within a module that is half made.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    except ValueError:  # loaded by another thread, which hears of no signal
+        _on_interrupt = None
 
 import math
 import shutil

@@ -562,6 +562,8 @@ def train(
             trained, made = learn.train_bundle(config, out, device=device, resume=resume, watch=bars,
                                               jobs=jobs or _cores())  # fmt: skip
     except KeyboardInterrupt as stop:
+        if out.exists():
+            raise interrupted(f"interrupted; {out} was whole already", stop) from None
         if kept():
             raise interrupted(f"interrupted; go on with:\n{again} --resume", stop) from None
         raise interrupted(f"interrupted before an epoch was over; begin again with:\n{again}", stop) from None

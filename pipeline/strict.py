@@ -181,7 +181,7 @@ class Document:
             raise ConfigError(f"{self.path}{line_text}: this is no valid YAML: {why}. Check the indentation, the "
                               "colons and the quotes of this line and of the one above.") from None  # fmt: skip
         except RecursionError:
-            raise ConfigError(f"{self.path}: its lists are nested too deeply; is this the file meant?") from None
+            raise ConfigError(f"{self.path}: it is nested too deeply; is this the file meant?") from None
         except (yaml.YAMLError, ValueError) as error:
             why = " ".join(str(error).split())
             raise ConfigError(f"{self.path}: this is no valid YAML: {why}.") from None
@@ -207,6 +207,9 @@ class Document:
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.path}, line {line}: a list or a mapping stands where a key must be, which is "
+                                  "text; put what has braces or brackets of its own in quotes.")  # fmt: skip
             if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 self._lines[(*at, key_node.value)] = line
                 wrong.add(self.error((*at, key_node.value), f"the key `{key_node.value}` stands here twice, first in "
@@ -215,11 +218,11 @@ class Document:
         loader.flatten_mapping(node)  # anchors merged with <<: come first, so that a mapping's own keys win
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            self._lines[(*at, str(key))] = key_node.start_mark.line + 1
-            if key is None or key_node.tag != "tag:yaml.org,2002:str":
-                wrong.add(self.error((*at, str(key)), f"a key must be text, but YAML reads `{key or 'this key'}` as "
-                                     f"something else; put it in quotes: \"{key}\"."))  # fmt: skip
+            key = key_node.value
+            self._lines[(*at, key)] = key_node.start_mark.line + 1
+            if key_node.tag != "tag:yaml.org,2002:str":
+                wrong.add(self.error((*at, key), f"a key must be text, but YAML reads `{key}` as something else; put "
+                                     f"it in quotes: \"{key}\"."))  # fmt: skip
                 continue
             with wrong:
                 result[key] = self._build(loader, value_node, (*at, key), above, wrong)

@@ -76,6 +76,8 @@ REFUSED: list[tuple[str, int | None, tuple[str, ...]]] = [
     (RIG + "align:\n\tmax_delay_ms: 1\n", 5, ("tab",)),
     (RIG + "align: [max_delay_ms\n", 5, ("no valid YAML",)),
     (RIG + "align:\t{max_delay_ms:\t1}\n", 4, ("a tab stands here",)),
+    (RIG + "record: {path: {{time}}}\n", 4, ("a list or a mapping stands where a key must be",)),
+    (RIG + "? [a, b]\n: 3\n", 4, ("put what has braces or brackets of its own in quotes",)),
     (RIG + "---\nname: b\n", 4, ("a second document begins here",)),
     (f"name: {'[' * 3000}{']' * 3000}\n", None, ("nested too deeply",)),
     (RIG + "align: 3\n", 4, ("a mapping with the keys", "`max_delay_ms`")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from pipeline.child import Child
 from pipeline.clock import ManualClock, Origin, SystemClock
 from pipeline.config import RecordEntry, RestartEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
+from pipeline.joining import _Host
 from pipeline.launch import Event, Session, check_rig_file, live_sessions
 from pipeline.life import NodeSpec
 from pipeline.prediction import Prediction
@@ -480,6 +482,20 @@ def test_a_node_that_spoke_while_the_launcher_was_stopped_does_not_hang(tmp_path
         assert not child.hangs()
         child.listen()
         assert child.hangs()  # nothing was said
+
+
+def test_another_host_tells_once_of_a_node_that_hangs(tmp_path: Path) -> None:
+    clock, said, killed = ManualClock(), list[str](), list[int]()
+    spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(tmp_path), node="imu", kind="x")
+    host, child = object.__new__(_Host), Child(spec, False, RestartEntry(), clock)
+    child.process = SimpleNamespace(returncode=None, send_signal=killed.append)  # type: ignore[assignment]
+    host._children, host._clock, host._say, host._selector = [child], clock, said.append, selectors.SelectSelector()
+    clock.advance(60_000_000_000)
+    for _ in range(5):  # a large process takes its time to die
+        host._care()
+    assert said == ["imu has said nothing for too long, and is killed"]
+    assert killed == [signal.SIGKILL]
+    assert child.died_how(-9) == "said nothing for too long, and was killed"
 
 
 def test_a_node_that_is_asked_to_end_by_somebody_else_comes_back(tmp_path: Path) -> None:

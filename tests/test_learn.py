@@ -1107,6 +1107,22 @@ def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPat
     assert "name another folder" in str(CliRunner().invoke(cli.app, asked).exception)
 
 
+def test_a_training_that_is_whole_when_it_is_interrupted_is_not_to_be_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ended(config: Any, out: Path, **_: Any) -> None:
+        out.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learn, "train_bundle", ended)
+    (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
+    (tmp_path / "b.unfinished").mkdir()
+    (tmp_path / "b.unfinished" / "checkpoint.pt").touch()
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")])
+    assert isinstance(result.exception, errors.Interrupted)
+    assert str(result.exception) == f"interrupted; {tmp_path / 'b'} was whole already"
+
+
 def test_a_training_that_nobody_tested_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = SimpleNamespace(curves=[{"phase": "training", "epoch": 1, "loss": 1.0}]), SimpleNamespace(scores=[])
     monkeypatch.setattr(learn, "train_bundle", lambda *_, **__: made)

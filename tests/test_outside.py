@@ -310,6 +310,19 @@ def test_ctrl_c_at_whatever_moment_ends_the_command_without_a_word(tmp_path: Pat
     assert (done.returncode, done.stdout, done.stderr.decode().strip()) == (130, b"", "")
 
 
+def test_a_thread_may_import_the_command(tmp_path: Path) -> None:
+    imported = """
+import signal, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+thread = threading.Thread(target=lambda: __import__("pipeline.cli"))
+thread.start()
+thread.join()
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    done = python(imported, "--version", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 INTERRUPTED_IMPORT = """
 import sys
 class Finder:
