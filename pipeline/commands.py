@@ -573,7 +573,8 @@ def train(
         return
     screen = console(sys.stdout)
     untested = "no labelled window was kept to test on: nothing is known of how good it is on others"
-    screen.print(curves(trained.curves), "", score_table(made.scores) if made.scores else untested)
+    screen.print(curves(trained.curves), "")
+    screen.print(score_table(made.scores) if made.scores else untested)
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
 
 
