@@ -235,8 +235,9 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
     screen = console(sys.stdout)
     steady = screen.is_terminal and not json and window is None
     count = count if json or steady or count else 1
+    said = None
     with Attached(ref) as attached, ExitStack() as stack, suppress(KeyboardInterrupt):
-        live = stack.enter_context(Live(console=screen, auto_refresh=False)) if steady else None
+        live = stack.enter_context(Live(console=screen, auto_refresh=False, transient=True)) if steady else None
         if window is not None:
             found = attached.window(window)
             print_json(found) if json else screen.print(window_text(found))
@@ -255,6 +256,8 @@ def explain_running(session: str | None, *, window: int | None, count: int | Non
                 _print_line(said)
             else:
                 screen.print(explanation_text(said))
+    if live is not None and said is not None:
+        screen.print(explanation_text(said))  # the last one stays, and whole: now it may be higher than the screen
 
 
 EXPLAIN_EVERY_NS = 1_000_000_000
@@ -577,7 +580,8 @@ def train(
         return
     screen = console(sys.stdout)
     untested = "no labelled window was kept to test on: nothing is known of how good it is on others"
-    screen.print(curves(trained.curves), "", score_table(made.scores) if made.scores else untested)
+    screen.print(curves(trained.curves), "")
+    screen.print(score_table(made.scores) if made.scores else untested)
     screen.print(f"\n{out}: done; its README.md says of what, and how good it is", soft_wrap=True)
 
 

@@ -115,11 +115,16 @@ def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, a
     from pipeline.bundle import load_bundle
     from pipeline.faultbench import limits_of
     from pipeline.plan import live_spec
+    from pipeline.replay import plan_replay
 
+    named = bundle is not None
     if bundle is None:
         try:
             bundle = own_bundle(recording, reader.info)
         except ConfigError:
             return None
     model = load_bundle(bundle, allow_code)
-    return live_spec(model, limits_of(reader), recorded_mapping(reader.info, recording, model), reader.streams)
+    mapping = recorded_mapping(reader.info, recording, model)
+    if named:
+        plan_replay(reader, model, mapping)  # which refuses a model that has no stream of this recording
+    return live_spec(model, limits_of(reader), mapping, reader.streams)

@@ -23,7 +23,7 @@ _SOURCES = {
     "live": "as the live session made them",
     "running": "of the last half minute of a running session",
     "event time": "made again by event time",
-    "messages": "none: its session ran without a model; name one with --bundle",
+    "messages": "none, for its session ran without a model; name one with --bundle",
 }
 _LISTED = 8
 """How many messages of one stream are listed before the rest is summed up."""
@@ -32,7 +32,8 @@ _LISTED = 8
 def explanation_text(found: Explanation) -> RenderableType:
     """A whole session: where messages went, how streams behaved, what windows waited for, latency by stage."""
     state = f"   incomplete: {found.incomplete}" if found.incomplete else ""
-    head = Text.assemble(f"session {found.session}   windows: {found.windows or ''} {_SOURCES[found.source]}")
+    windows = _SOURCES[found.source] if found.source == "messages" else f"{found.windows} {_SOURCES[found.source]}"
+    head = Text(f"session {found.session}   windows: {windows}")
     head.append(state, style="yellow")
     where = accounts({name: stream.messages for name, stream in found.streams.items()})
     parts: list[RenderableType] = [head, Text(), where, _balance(found), Text(), _flow(found)]
@@ -62,13 +63,15 @@ def _balance(found: Explanation) -> Text:
 
 
 def _flow(found: Explanation) -> Sheet:
+    aged = ("age p50", "age max") if found.windows else ()  # of a stream's newest at the end of a window
     table = numbers("stream, ms", ("rate", "gaps", "longest pause", "jitter p95", "delay p50", "delay p95", "delay max",
-                                   "uncertainty", "age p50", "age max"))  # fmt: skip
+                                   "uncertainty", *aged))  # fmt: skip
     for name, s in found.streams.items():
         rate = "–" if s.rate_hz is None else f"{s.rate_hz:.2f} Hz"
         spreads = (_q(s.jitter_ms, "p95"), *(_q(s.delay_ms, q) for q in ("p50", "p95", "max")))
-        ages = (_q(s.uncertainty_ms, "p50"), _q(s.age_ms, "p50"), _q(s.age_ms, "max"))
-        table.add_row(name, rate, str(s.gaps), number(s.max_gap_ms, 1), *spreads, *ages)
+        ages = (_q(s.age_ms, "p50"), _q(s.age_ms, "max")) if found.windows else ()
+        sure = _q(s.uncertainty_ms, "p50")
+        table.add_row(name, rate, str(s.gaps), number(s.max_gap_ms, 1), *spreads, sure, *ages)
     return table
 
 

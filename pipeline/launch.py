@@ -52,7 +52,10 @@ def check_rig_file(rig_file: RigFile, allow_code: bool = False) -> list[str]:
         if plan.bundle is not None and (said := doubt(plan.bundle)):
             notes.append(f"{rig_file.document.place(('bundle',))}: {said}.")
     elif plan.record is None:
-        notes.append("the rig has neither a bundle nor a recording, so nothing comes of what its sources see.")
+        notes.append(
+            "the rig has neither a bundle nor a recording, so nothing comes of what its sources see. Name a model "
+            "(`bundle`), or record it: sensorium record RIG -o FILE"
+        )
     elif plan.record.streams == ():
         place = rig_file.document.place(("record", "streams"))
         notes.append(f"{place}: no stream is named, so none is recorded; leave `streams` out to record all.")

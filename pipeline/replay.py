@@ -279,7 +279,7 @@ def plan_replay(
     if not common:
         raise BundleError(
             f"the bundle {bundle.name} and the recording {where} have no stream in common: the bundle needs "
-            f"{_described(needed)}, the recording holds {_described(held)}. Map one to the other"
+            f"{_described(needed)}, the recording holds {_described(held)}. {_way_out(names, needed, held)}"
         )
     for name, rig in names.items():
         if rig in held and held[rig] != needed[rig]:
@@ -293,6 +293,17 @@ def plan_replay(
         missing=tuple(sorted(set(needed) - set(held))),
         ignored=tuple(sorted(set(held) - set(needed))),
     )
+
+
+def _way_out(names: Mapping[str, str], needed: Mapping[str, str], held: Mapping[str, str]) -> str:
+    """What to do about streams that have other names, if that is all."""
+    pairs = ((name, own) for name, rig in names.items() for own in sorted(held) if held[own] == needed[rig])
+    for name, own in pairs:
+        return (
+            f"Map one to the other: in Python replay_predictions(…, streams={{{name!r}: {own!r}}}), in the rig of a "
+            f"session to come `streams: {{{name}: {own}}}` under `bundle`."
+        )
+    return "None of these can stand for another; name a bundle that takes what was recorded."
 
 
 def _described(streams: Mapping[str, str]) -> str:

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.align import Aligner, AlignSpec, Step, make_track
-from pipeline.errors import ConfigError
+from pipeline.errors import BundleError, ConfigError
 from pipeline.explain import Explanation, Session, _track, explain, waited_for
 from pipeline.explain_window import WindowExplanation, explain_window
 from pipeline.faults import Fault, Item, Restart, faulty, unordered
-from pipeline.messages import Message
+from pipeline.messages import Header, Message, TextLayout
 from pipeline.recording import MANIFEST_TOPIC, RecordingWriter, SessionInfo
 from pipeline.schemas import schema
 from pipeline.summary import account
@@ -243,6 +243,25 @@ def test_a_recording_without_windows_gets_them_by_event_time() -> None:
     window = msgspec.json.decode(call("explain", DEMO, *bundle, "--window", 143, "--json"), type=WindowExplanation)
     assert window.streams["lidar"].reason == "out_of_tolerance"
     assert window.streams["lidar"].why == "its nearest message is 400.0 ms away"
+
+
+def test_without_windows_nothing_is_said_of_their_ages() -> None:
+    without, having = call("explain", DEMO), call("explain", DEMO, "--bundle", ROOT / "models" / "demo")
+    assert "windows: none, for its session ran without a model" in without
+    assert "windows: 200 made again" in having
+    assert ("age p50" in without, "age p50" in having) == (False, True)
+
+
+def test_a_model_that_has_no_stream_of_the_recording_is_refused(tmp_path: Path) -> None:
+    with RecordingWriter(tmp_path / "a.mcap", SessionInfo(session="s")) as writer:
+        layout = TextLayout(2)
+        times = {"t_capture_ns": 1, "t_end_ns": 1, "bound_ns": 2, "t_receipt_ns": 1}
+        writer.write(Message(Header(stream="notes", seq=0, epoch=0, layout=layout, **times), b"hi"), 1)
+    bundle = ROOT / "models" / "demo"
+    result = CliRunner().invoke(cli.app, ["explain", str(tmp_path / "a.mcap"), "--bundle", str(bundle)])
+    assert isinstance(result.exception, BundleError)
+    assert "no stream in common" in str(result.exception)
+    assert "name a bundle that takes what was recorded" in str(result.exception)
 
 
 def test_what_a_person_reads(tmp_path: Path) -> None:

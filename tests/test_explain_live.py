@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from pipeline import commands, terminal
 from pipeline.cli import app
 from pipeline.clock import SystemClock
 from pipeline.errors import ConfigError
 from pipeline.explain import PLACES
 from pipeline.explain_live import Attached, Recent
+from pipeline.findings import explanation_text
 from pipeline.launch import Session, live_sessions
 from pipeline.messages import Header
 from pipeline.status import SessionRef
 from tests.rigs import SOURCES, STREAMS, make_rig, short_folder
+from tests.test_explain import explained
 
 S = 1_000_000_000
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sessions of several processes")
@@ -75,6 +80,22 @@ def test_of_a_stream_that_never_came_nothing_is_claimed(tmp_path: Path) -> None:
     with Attached(ref, SystemClock()) as attached:
         stream = attached.explanation().streams["imu"]
     assert (stream.payload, stream.rate_hz, stream.delay_ms, stream.uncertainty_ms) == (None, None, None, None)
+
+
+def test_what_stays_on_a_low_terminal_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = explained(tmp_path / "a.mcap")[2]
+    ref = SessionRef(id="s", dir=str(tmp_path), rig="r", predictions="", streams={"imu": "imu"})
+    screen, whole = (Console(file=io.StringIO(), width=100, height=9, force_terminal=True) for _ in range(2))
+    monkeypatch.setattr(commands, "EXPLAIN_EVERY_NS", 0)
+    monkeypatch.setattr(commands, "_live", lambda session, command: ref)
+    monkeypatch.setattr(Attached, "explanation", lambda self: found)
+    monkeypatch.setattr(terminal, "console", lambda file: screen)
+    commands.explain_running(None, window=None, count=2, json=False)
+    whole.print(explanation_text(found))
+    shown, said = (on.file.getvalue() for on in (screen, whole))  # type: ignore[attr-defined]
+    assert "no room for" in shown  # while it went on
+    assert len(said.splitlines()) > 9
+    assert shown.endswith(said)
 
 
 def test_what_is_old_is_forgotten() -> None:

@@ -756,7 +756,9 @@ def test_a_rig_is_checked_without_starting_anything(tmp_path: Path) -> None:
     assert check_rig_file(make_rig(tmp_path, record={"path": "x.mcap", "streams": []})) == []  # predictions alone
     extra = SOURCES | {"second_imu": {"kind": "synthetic", "payload": "imu"}}
     assert "second_imu" in check_rig_file(make_rig(tmp_path, sources=extra))[0]
-    assert "nothing comes" in check_rig_file(make_rig(tmp_path, bundle=False))[0]
+    [said] = check_rig_file(make_rig(tmp_path, bundle=False))
+    assert "nothing comes" in said
+    assert said.endswith("or record it: sensorium record RIG -o FILE")
 
 
 NEEDY = b"""

@@ -1128,7 +1128,7 @@ def test_a_training_that_nobody_tested_says_so(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(learn, "train_bundle", lambda *_, **__: made)
     (tmp_path / "train.yaml").write_text(configured(tmp_path).document.text)
     said = CliRunner().invoke(cli.app, ["train", str(tmp_path / "train.yaml"), "-o", str(tmp_path / "b")]).stdout
-    assert "no labelled window was kept to test on" in said
+    assert "\n\nno labelled window was kept to test on" in said
     assert "accuracy" not in said
 
 

@@ -274,7 +274,9 @@ def test_streams_can_be_mapped(bundle: Any, tmp_path: Path) -> None:
     assert predictions[5].streams["front"].verdict == "ok"
     with pytest.raises(ConfigError, match="does not have"):
         plan_replay(path, bundle, {"lidar": "front"})
-    with pytest.raises(BundleError, match=r"no stream in common.*camera \(frame\), imu \(imu\).*front \(frame\)"):
+    with pytest.raises(
+        BundleError, match=r"no stream in common.*camera \(frame\), imu \(imu\).*front \(frame\).*'camera': 'front'"
+    ):
         plan_replay(path, bundle)
     with pytest.raises(BundleError, match="needs imu on its stream imu, but front"):
         plan_replay(path, bundle, {"imu": "front", "camera": "back"})
