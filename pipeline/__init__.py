@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.align import Aligner as Aligner
     from pipeline.align import AlignSpec as AlignSpec
+    from pipeline.align import All as All
+    from pipeline.align import Latest as Latest
+    from pipeline.align import Nearest as Nearest
+    from pipeline.align import Resample as Resample
     from pipeline.align import StreamSpec as StreamSpec
     from pipeline.bundle import load_bundle as load_bundle
     from pipeline.checks import check_source as check_source
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.recording import RecordingWriter as RecordingWriter
     from pipeline.recording import SessionInfo as SessionInfo
     from pipeline.replay import replay_predictions as replay_predictions
+    from pipeline.replay import replay_steps as replay_steps
     from pipeline.source import Reading as Reading
     from pipeline.source import Source as Source
     from pipeline.subscriber import subscribe as subscribe
@@ -41,14 +46,18 @@ if TYPE_CHECKING:
 _MODULES = {
     "AlignSpec": "align",
     "Aligner": "align",
+    "All": "align",
     "Fuser": "inference",
     "Header": "messages",
     "Label": "recording",
+    "Latest": "align",
     "Message": "messages",
+    "Nearest": "align",
     "Prediction": "prediction",
     "Reading": "source",
     "RecordingReader": "recording",
     "RecordingWriter": "recording",
+    "Resample": "align",
     "SensoriumError": "errors",
     "SessionInfo": "recording",
     "Source": "source",
@@ -57,20 +66,25 @@ _MODULES = {
     "check_source": "checks",
     "load_bundle": "bundle",
     "replay_predictions": "replay",
+    "replay_steps": "replay",
     "subscribe": "subscriber",
 }
 
 __all__ = [
     "AlignSpec",
     "Aligner",
+    "All",
     "Fuser",
     "Header",
     "Label",
+    "Latest",
     "Message",
+    "Nearest",
     "Prediction",
     "Reading",
     "RecordingReader",
     "RecordingWriter",
+    "Resample",
     "SensoriumError",
     "SessionInfo",
     "Source",
@@ -79,6 +93,7 @@ __all__ = [
     "check_source",
     "load_bundle",
     "replay_predictions",
+    "replay_steps",
     "subscribe",
 ]
 

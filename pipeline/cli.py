@@ -130,9 +130,9 @@ def run(
       sensorium run configs/demo.yaml
       sensorium run configs/demo.yaml --duration 10 --json
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.run(rig, record=record, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
+    live.run(rig, record=record, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
 
 
 @app.command()
@@ -154,9 +154,9 @@ def record(
     Example:
       sensorium record configs/demo.yaml -o session.mcap --duration 10
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.record(rig, out, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
+    live.record(rig, out, json=json, duration_s=duration, predictions=predictions, allow_code=allow_code)
 
 
 @app.command()
@@ -188,17 +188,17 @@ def replay(
       sensorium replay recordings/demo.mcap --bundle models/demo --speed 1
       sensorium replay recordings/demo.mcap --bundle models/demo --faults examples/faults.yaml
     """
-    from pipeline import commands
+    from pipeline.commands import recorded
 
     if sum((verify, faults is not None, out is not None)) > 1:
         raise ConfigError("--verify, --faults and --out ask for different things of a replay; choose one of them.")
     if verify:
-        raise typer.Exit(0 if commands.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
+        raise typer.Exit(0 if recorded.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
     if faults is not None:
-        commands.faults(recording, faults, bundle, json=json, allow_code=allow_code)
+        recorded.faults(recording, faults, bundle, json=json, allow_code=allow_code)
     else:
         pace = None if speed is Speed.max else float(speed.value)
-        commands.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
+        recorded.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
 
 
 @app.command()
@@ -219,9 +219,9 @@ def subscribe(
       sensorium subscribe
       sensorium subscribe tcp://127.0.0.1:5599 --json
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.subscribe(endpoint, session, json=json, count=count, key=key, hub_key=hub_key)
+    live.subscribe(endpoint, session, json=json, count=count, key=key, hub_key=hub_key)
 
 
 @app.command()
@@ -235,9 +235,9 @@ def check(rig: RigArgument = None, json: Json = False, allow_code: AllowCode = F
     Example:
       sensorium check configs/demo.yaml
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.check(rig, json=json, allow_code=allow_code)
+    live.check(rig, json=json, allow_code=allow_code)
 
 
 @app.command()
@@ -252,9 +252,9 @@ def devices(json: Json = False) -> None:
       sensorium devices
       sensorium devices --json
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.devices(json=json)
+    live.devices(json=json)
 
 
 @app.command()
@@ -270,9 +270,9 @@ def info(recording: Recording, json: Json = False) -> None:
       sensorium info recordings/demo.mcap
       sensorium info recordings/demo.mcap --json
     """
-    from pipeline import commands_recorded
+    from pipeline.commands import recorded
 
-    raise typer.Exit(0 if commands_recorded.info(recording, json=json) else DIFFERENT)
+    raise typer.Exit(0 if recorded.info(recording, json=json) else DIFFERENT)
 
 
 @app.command()
@@ -302,14 +302,14 @@ def explain(
       sensorium explain recordings/demo.mcap --bundle models/demo --json
       sensorium explain --session 20260105T101500-3fd1
     """
-    from pipeline import commands, commands_recorded
+    from pipeline.commands import live, recorded
 
     if recording is None:
-        commands.explain_running(session, window=window, count=count, json=json)
+        live.explain_running(session, window=window, count=count, json=json)
     elif session is not None or count is not None:
         raise ConfigError("a recording is explained once, and is no session that runs; leave one of them out.")
     else:
-        whole = commands_recorded.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
+        whole = recorded.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
         raise typer.Exit(0 if whole else DIFFERENT)
 
 
@@ -331,9 +331,9 @@ def recover(
     Example:
       sensorium recover damaged.mcap -o whole.mcap
     """
-    from pipeline import commands_recorded
+    from pipeline.commands import recorded
 
-    commands_recorded.recover(recording, out, partial=partial, json=json)
+    recorded.recover(recording, out, partial=partial, json=json)
 
 
 @app.command()
@@ -362,9 +362,9 @@ def calibrate(
       sensorium calibrate session.mcap
       sensorium calibrate session.mcap --write configs/rig.yaml
     """
-    from pipeline import commands
+    from pipeline.commands import recorded
 
-    commands.calibrate(recording, streams, reference, within_ms=within, write=write, json=json)
+    recorded.calibrate(recording, streams, reference, within_ms=within, write=write, json=json)
 
 
 @app.command()
@@ -390,9 +390,9 @@ def recalibrate(
     Example:
       sensorium recalibrate session.mcap -o better.mcap --offset imu=-80 --refit camera
     """
-    from pipeline import commands
+    from pipeline.commands import recorded
 
-    commands.recalibrate(recording, out, offsets or [], find=find, refit=refit or [], json=json)
+    recorded.recalibrate(recording, out, offsets or [], find=find, refit=refit or [], json=json)
 
 
 @app.command()
@@ -424,9 +424,9 @@ def train(
       sensorium train train.yaml -o models/mine
       sensorium train train.yaml -o models/mine --resume
     """
-    from pipeline import commands
+    from pipeline.commands import models
 
-    commands.train(
+    models.train(
         file, out, seed=seed, epochs=epochs, device=device, resume=resume, init_from=init_from, freeze=freeze,
         jobs=jobs, json=json,
     )  # fmt: skip
@@ -455,9 +455,9 @@ def import_(
       sensorium import holiday.mp4 -o holiday.mcap
       sensorium import drive.bag -o drive.mcap --streams imu=/imu/data,lidar=/velodyne_points
     """
-    from pipeline import commands
+    from pipeline.commands import recorded
 
-    commands.import_file(file, out, labels, streams, metadata, times, json=json)
+    recorded.import_file(file, out, labels, streams, metadata, times, json=json)
 
 
 @app.command()
@@ -481,10 +481,10 @@ def simulate(
       sensorium simulate rover -o session.mcap --seed 7
       sensorium simulate rover -o sessions --count 50 --duration 60 --jobs 2
     """
-    from pipeline import commands
+    from pipeline.commands import models
 
     place = _new_name(out) if count is None else Path(out)
-    commands.simulate(
+    models.simulate(
         world, place, seed=seed, duration_s=duration, ranges=ranges.value, count=count, jobs=jobs, json=json
     )
 
@@ -528,9 +528,9 @@ def evaluate(
       sensorium evaluate models/demo recordings/demo.mcap
       sensorium evaluate models/demo recordings/ --robustness --html report.html
     """
-    from pipeline import commands
+    from pipeline.commands import models
 
-    commands.evaluate(
+    models.evaluate(
         bundle, recordings, html=html, json=json, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code
     )
 
@@ -547,9 +547,9 @@ def schema(
     Example:
       sensorium schema prediction
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.print_schema(name)
+    live.print_schema(name)
 
 
 @app.command()
@@ -565,9 +565,9 @@ def keys(
     Example:
       sensorium keys hub
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
-    commands.make_keys(name, out)
+    live.make_keys(name, out)
 
 
 @app.command()
@@ -591,12 +591,12 @@ def node(
     Example:
       sensorium node --join tcp://hub:5600 --key keys/pi.key_secret --hub-key keys/hub.key
     """
-    from pipeline import commands
+    from pipeline.commands import live
 
     if join is not None:
-        commands.join(join, key, hub_key, insecure=insecure, once=once, allow_code=allow_code)
+        live.join(join, key, hub_key, insecure=insecure, once=once, allow_code=allow_code)
     elif kind is not None and spec is not None:
-        commands.node(kind, spec)
+        live.node(kind, spec)
     else:
         raise ConfigError("say which session's hub to join: sensorium node --join tcp://HUB:5600.")
 

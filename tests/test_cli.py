@@ -21,7 +21,8 @@ import jsonschema
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, commands, launch
+from pipeline import cli, launch
+from pipeline.commands import live
 from pipeline.messages import TextLayout
 from pipeline.recording import RecordingWriter, SessionInfo
 from pipeline.schemas import schema
@@ -302,7 +303,7 @@ def test_an_unexpected_exception_is_one_line_and_its_trace_is_kept(
     def broken(name: str) -> None:
         raise ZeroDivisionError("of one\nby none")
 
-    monkeypatch.setattr(commands, "print_schema", broken)
+    monkeypatch.setattr(live, "print_schema", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, _, said = call(tmp_path, "schema", "info")
     assert code == 1
@@ -335,8 +336,8 @@ def test_an_address_at_which_nobody_publishes_is_said(place: Path) -> None:
 
 
 def test_the_hint_of_an_address_is_one_that_run_takes() -> None:
-    assert commands._begin("tcp://127.0.0.1:5599").endswith("run RIG --predictions tcp://127.0.0.1:5599")
-    assert "--predictions" not in commands._begin("ipc:///nonexist/x.sock")
+    assert live._begin("tcp://127.0.0.1:5599").endswith("run RIG --predictions tcp://127.0.0.1:5599")
+    assert "--predictions" not in live._begin("ipc:///nonexist/x.sock")
 
 
 @pytest.mark.parametrize("named", [".", "nope.yaml", "laod.yaml", "./nope"])

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline import commands, terminal
+from pipeline import terminal
 from pipeline.cli import app
 from pipeline.clock import SystemClock
+from pipeline.commands import live
 from pipeline.errors import ConfigError
 from pipeline.explain import PLACES
 from pipeline.explain_live import Attached, Recent
@@ -86,11 +87,11 @@ def test_what_stays_on_a_low_terminal_is_whole(tmp_path: Path, monkeypatch: pyte
     found = explained(tmp_path / "a.mcap")[2]
     ref = SessionRef(id="s", dir=str(tmp_path), rig="r", predictions="", streams={"imu": "imu"})
     screen, whole = (Console(file=io.StringIO(), width=100, height=9, force_terminal=True) for _ in range(2))
-    monkeypatch.setattr(commands, "EXPLAIN_EVERY_NS", 0)
-    monkeypatch.setattr(commands, "_live", lambda session, command: ref)
+    monkeypatch.setattr(live, "EXPLAIN_EVERY_NS", 0)
+    monkeypatch.setattr(live, "_live", lambda session, command: ref)
     monkeypatch.setattr(Attached, "explanation", lambda self: found)
     monkeypatch.setattr(terminal, "console", lambda file: screen)
-    commands.explain_running(None, window=None, count=2, json=False)
+    live.explain_running(None, window=None, count=2, json=False)
     whole.print(explanation_text(found))
     shown, said = (on.file.getvalue() for on in (screen, whole))  # type: ignore[attr-defined]
     assert "no room for" in shown  # while it went on

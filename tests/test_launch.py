@@ -19,9 +19,9 @@ import msgspec
 import pytest
 import yaml
 
-from pipeline import commands
 from pipeline.child import Child
 from pipeline.clock import ManualClock, Origin, SystemClock
+from pipeline.commands import live
 from pipeline.config import RecordEntry, RestartEntry, load_rig
 from pipeline.errors import ConfigError, SensoriumError
 from pipeline.joining import _Host
@@ -710,7 +710,7 @@ def test_on_its_own_host_a_session_is_seen_without_its_keys(
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(root))
         session = Session(make_rig(tmp_path, transport={"predictions": address, "curve": curve}))
         with session, Show(session, json=True) as show:
-            commands.subscribe(None, None, json=True, count=2)
+            live.subscribe(None, None, json=True, count=2)
             until(lambda: show.summary.predictions, "the session's own table has predictions")
             assert session.status().nodes["fusion"].warnings == []
     assert capfdbinary.readouterr().out.count(b'"schema"') >= 2

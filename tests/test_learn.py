@@ -1150,7 +1150,7 @@ def test_a_training_leaves_an_unfinished_state_where_the_command_looks_for_it(
 
 
 def test_without_torch_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.commands.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.commands.models.find_spec", lambda name: None)
     result = CliRunner().invoke(cli.app, ["train", "x.yaml", "-o", str(tmp_path / "b")])
     assert isinstance(result.exception, ConfigError)
     assert "pip install -e '.[learn]'" in str(result.exception)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, commands
+from pipeline import cli
+from pipeline.commands import live
 from pipeline.outside import explained, naming
 from pipeline.paths import write_whole
 from tests import test_cli
@@ -115,7 +116,7 @@ def test_an_error_of_the_machine_names_the_path_and_what_to_do(
     def refused(name: str) -> None:
         raise OSError(code, os.strerror(code), "a/b")
 
-    monkeypatch.setattr(commands, "print_schema", refused)
+    monkeypatch.setattr(live, "print_schema", refused)
     found, _, err = call(tmp_path, "schema", "info")
     assert err.startswith(f"error: {said}")
     assert len(err.splitlines()) == 1
@@ -455,7 +456,7 @@ def test_where_no_trace_can_be_kept_it_is_shown(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/tmp/x")
 
-    monkeypatch.setattr(commands, "print_schema", broken)
+    monkeypatch.setattr(live, "print_schema", broken)
     monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", refused)
     code, _, err = call(tmp_path, "schema", "info")
     assert code == 1

@@ -14,14 +14,18 @@ import pipeline
 PUBLIC = [
     "AlignSpec",
     "Aligner",
+    "All",
     "Fuser",
     "Header",
     "Label",
+    "Latest",
     "Message",
+    "Nearest",
     "Prediction",
     "Reading",
     "RecordingReader",
     "RecordingWriter",
+    "Resample",
     "SensoriumError",
     "SessionInfo",
     "Source",
@@ -30,6 +34,7 @@ PUBLIC = [
     "check_source",
     "load_bundle",
     "replay_predictions",
+    "replay_steps",
     "subscribe",
 ]
 
@@ -94,3 +99,13 @@ except KeyboardInterrupt:
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot wait on this system")
 def test_an_interrupt_waits_until_what_is_being_imported_is_there() -> None:
     assert run(INTERRUPTED) == "True set()"
+
+
+def test_windows_are_replayed_without_a_model_by_public_names() -> None:
+    spec = pipeline.AlignSpec(
+        hop_ns=100_000_000,
+        streams=(pipeline.StreamSpec(name="camera", payload="frame", rule=pipeline.Latest(max_age_ns=500_000_000)),),
+    )
+    steps = list(pipeline.replay_steps(Path(__file__).parents[1] / "recordings" / "demo.mcap", spec))
+    assert [step.manifest.step for step in steps] == list(range(1, len(steps) + 1))
+    assert {message.header.stream for step in steps for message in step.messages["camera"]} == {"camera"}

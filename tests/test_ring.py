@@ -359,7 +359,7 @@ def test_the_command_says_what_was_deleted_and_info_takes_a_segment(tmp_path: Pa
 
 
 def test_a_file_that_is_named_is_no_ring(tmp_path: Path) -> None:
-    from pipeline.commands import _record_entry
+    from pipeline.commands.live import _record_entry
 
     rig = make_rig(tmp_path, record={"path": "ring", "limit_mb": 200})
     entry = _record_entry(rig, tmp_path / "one.mcap")

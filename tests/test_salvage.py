@@ -24,7 +24,7 @@ from mcap.writer import IndexType, Writer
 from typer.testing import CliRunner
 
 from pipeline import cli
-from pipeline.commands_recorded import info
+from pipeline.commands.recorded import info
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.explain import Session, explain
 from pipeline.messages import TextLayout
