@@ -33,7 +33,7 @@ class Child:
 
     def __init__(self, spec: NodeSpec, required: bool, limits: RestartEntry, clock: Clock) -> None:
         self.spec, self.required, self._limits, self._clock = spec, required, limits, clock
-        self.state: NodeState = "stopped"
+        self.state: NodeState = "starting"
         self.report = Report(state="starting")
         self.restarts = 0
         self.restart_at_ns: int | None = None
