@@ -537,11 +537,14 @@ def evaluate(
 
 @app.command()
 def schema(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="prediction, config, bundle, info or evaluation")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="prediction, config, bundle, training, info or evaluation")
+    ],
 ) -> None:
     """Print the JSON Schema of a text format.
 
-    prediction, info and evaluation are what programs get, config and bundle what people write.
+    prediction, info and evaluation are what programs get, config (a rig), bundle (model.yaml) and training (TRAIN.yaml)
+    what people write.
 
     \b
     Example:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from pipeline.errors import ConfigError, listed, nearest
+from pipeline.errors import ConfigError, install, listed, nearest
 from pipeline.messages import Payload
 from pipeline.recording import RingPart
 from pipeline.recording_salvage import Damage
@@ -118,6 +118,15 @@ def _bundle() -> dict[str, Any]:
     return msgspec.json.schema(ModelFile)
 
 
+def _training() -> dict[str, Any]:
+    try:
+        from pipeline.learn.config import training_schema
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the schema of a training file needs `{error.name}`, not installed here. "
+                          f"{install('learn')}") from None  # fmt: skip
+    return training_schema()
+
+
 def _evaluation() -> dict[str, Any]:
     from pipeline.evaluation import Evaluation
 
@@ -128,6 +137,7 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "prediction": _prediction,
     "config": _config,
     "bundle": _bundle,
+    "training": _training,
     "info": _info,
     "evaluation": _evaluation,
 }

@@ -194,7 +194,7 @@ def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
         ConfigError, match=r"sessions.csv, line 3: the byte 0xf6 is not UTF-8, .* Save it anew in UTF-8"
     ):
         read_sessions(table)
-    with pytest.raises(ConfigError, match=r"none.csv cannot be read: No such file or directory$"):
+    with pytest.raises(ConfigError, match=r"none.csv: there is no such file. Did you mean `sessions.csv`\?$"):
         read_sessions(tmp_path / "none.csv")
     table.write_text("\ufefffile,person\r\nwalk.mcap,J\u00f6rg\r\n", encoding="utf-8")
     assert read_sessions(table) == {"walk.mcap": {"person": "J\u00f6rg"}}

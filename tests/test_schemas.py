@@ -31,3 +31,20 @@ def test_a_prediction_satisfies_its_schema_and_half_of_one_does_not() -> None:
 def test_an_unknown_schema_says_which_there_are() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean `prediction`\?.*`bundle`"):
         schema("predictions")
+
+
+def test_a_training_file_satisfies_its_schema_and_a_typo_in_an_encoder_does_not() -> None:
+    pytest.importorskip("torch", reason="needs the package torch")
+    validator = jsonschema.Draft202012Validator(schema("training"))
+    file = {
+        "name": "cart",
+        "sessions": ["sessions/*.mcap"],
+        "streams": {"microphone": {}, "imu": {"encoder": {"widths": [16, 32], "statistics": False}}},
+        "window": {"hop_ms": 100, "steps": 10},
+        "strategy": "late",
+        "train": {"epochs": 3},
+    }
+    validator.validate(file)
+    file["streams"]["imu"]["encoder"] = {"width": [16, 32]}
+    assert not validator.is_valid(file)
+    assert not validator.is_valid(file | {"streams": {"imu": {}}, "sesions": []})

@@ -191,6 +191,17 @@ class Config(msgspec.Struct, frozen=True):
         return {name: entry.recorded_as or name for name, entry in self.file.streams.items()}
 
 
+def training_schema() -> dict[str, Any]:
+    """The JSON Schema of a TRAIN.yaml, for editors. ``encoder`` may hold what that of any payload may."""
+    (schema, *encoders), defs = msgspec.json.schema_components(
+        [TrainFile, *SETTINGS.values()],
+        schema_hook=lambda type_: {"type": "string"} if type_ is Path else {},
+        ref_template="#/$defs/{name}",
+    )
+    defs["LearnStream"]["properties"]["encoder"] = {"anyOf": encoders, "default": {}}
+    return schema | {"$defs": defs}
+
+
 def read_config(path: Path | str) -> Config:
     """The TRAIN.yaml at ``path``. Raises ConfigError."""
     return check_config(Document.load(path))
