@@ -38,8 +38,8 @@ from pipeline.recording import (
     RecordingWriter,
     SessionInfo,
 )
-from pipeline.recording_summary import BUNDLE_NAME, bundle_name
-from pipeline.recording_writer import CALIBRATION, RIG, refuse_existing, whole_file
+from pipeline.recording.summary import BUNDLE_NAME, bundle_name
+from pipeline.recording.writer import CALIBRATION, RIG, refuse_existing, whole_file
 from pipeline.strict import listed, nearest
 
 Array = np.ndarray[Any, Any]

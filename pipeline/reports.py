@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what is reported on is not loaded to report on something el
     from pipeline.devices import Place
     from pipeline.plan import Plan
     from pipeline.recalibrate import Recalibration
-    from pipeline.recording_salvage import Damage, Hole, Recovery
+    from pipeline.recording.salvage import Damage, Hole, Recovery
     from pipeline.verify import Verification
 
 
@@ -183,7 +183,7 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
 
 def damage_text(found: Damage, recording: Path) -> RenderableType:
     """Where a recording is damaged, what is lacking, and what to do."""
-    from pipeline.recording_salvage import lost_text
+    from pipeline.recording.salvage import lost_text
 
     lines = [_hole(hole) for hole in found.holes[:_LABELS]]
     lines += [f"and {counted(len(found.holes) - _LABELS, 'place')} more"] if len(found.holes) > _LABELS else []
@@ -199,7 +199,7 @@ def damage_text(found: Damage, recording: Path) -> RenderableType:
 
 def _hole(hole: Hole) -> str:
     """A damaged stretch in words."""
-    from pipeline.recording_salvage import counts_text
+    from pipeline.recording.salvage import counts_text
 
     said = f"bytes {hole.from_byte} to {hole.to_byte}: {hole.what}"
     if hole.from_ns is not None:
@@ -210,7 +210,7 @@ def _hole(hole: Hole) -> str:
 
 def recovery_text(made: Recovery, recording: Path, out: Path) -> RenderableType:
     """What ``recover`` says to a person: what was saved, what was lost, and where that was."""
-    from pipeline.recording_salvage import name_of
+    from pipeline.recording.salvage import name_of
 
     table = numbers("messages", ("saved", "lost"))
     lost, counted_all = made.damage.lost, made.damage.counted

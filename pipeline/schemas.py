@@ -14,7 +14,7 @@ import msgspec
 from pipeline.errors import ConfigError, install, listed, nearest
 from pipeline.messages import Payload
 from pipeline.recording import RingPart
-from pipeline.recording_salvage import Damage
+from pipeline.recording.salvage import Damage
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

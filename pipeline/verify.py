@@ -34,7 +34,7 @@ from pipeline.messages import Message
 from pipeline.prediction import BundleRef, Prediction
 from pipeline.recalibrate import FROM as RECALIBRATED
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, lacks, reading
-from pipeline.recording_damage import damage
+from pipeline.recording.damage import damage
 from pipeline.replay import event_time, plan_replay
 
 SCORE_TOLERANCE = 1e-4

@@ -198,7 +198,7 @@ def test_a_command_that_is_to_be_typed_takes_a_path_with_spaces_for_one(place: P
 @pytest.mark.parametrize(
     ("command", "ended_in"),
     [
-        (("recover", "cut.mcap"), "pipeline.recording_salvage.SalvagedReader.copy_to"),
+        (("recover", "cut.mcap"), "pipeline.recording.salvage.SalvagedReader.copy_to"),
         (("recalibrate", DEMO, "--offset", "imu=1"), "pipeline.recalibrate._copy"),
         (("import", "sound.wav"), "pipeline.importing.Session.messages"),
     ],

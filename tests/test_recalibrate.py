@@ -29,7 +29,7 @@ from pipeline.recording import (
     RecordingWriter,
     SessionInfo,
 )
-from pipeline.recording_summary import about
+from pipeline.recording.summary import about
 from pipeline.timebase import Timebase
 from pipeline.verify import check_windows
 

@@ -24,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcap.reader import make_reader
 
-from pipeline import recording_schemas
 from pipeline.errors import ConfigError, RecordingError, SensoriumError, WireError
 from pipeline.messages import (
     IMU_DTYPE,
@@ -51,6 +50,7 @@ from pipeline.recording import (
     lacks,
     summarise,
 )
+from pipeline.recording import schemas as recording_schemas
 from pipeline.steps import Gap
 
 UNIX = 1_700_000_000_000_000_000
@@ -637,7 +637,7 @@ def test_summary_counts_what_a_small_session_holds(tmp_path: Path) -> None:
 @given(rows=st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=12),
        cut=st.integers(0, 12))  # fmt: skip
 def test_moments_do_not_depend_on_batches(rows: list[list[float]], cut: int) -> None:
-    from pipeline.recording_summary import _Moments
+    from pipeline.recording.summary import _Moments
 
     values = np.array(rows, np.float32)
     moments = _Moments(3)

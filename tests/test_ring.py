@@ -26,7 +26,7 @@ from pipeline.explain import explain
 from pipeline.launch import Session, check_rig_file
 from pipeline.messages import IMU_DTYPE, ImuLayout, TextLayout
 from pipeline.recording import RecordingReader, Ring, RingWriter, SessionInfo, summarise
-from pipeline.recording_ring import SEGMENTS
+from pipeline.recording.ring import SEGMENTS
 from pipeline.replay import replay_predictions
 from pipeline.verify import verify
 from tests.rigs import STREAMS, make_rig, short_folder

@@ -39,8 +39,8 @@ from pipeline.recording import (
     SessionInfo,
     summarise,
 )
-from pipeline.recording_damage import damage
-from pipeline.recording_salvage import Recovery, SalvagedReader, recover
+from pipeline.recording.damage import damage
+from pipeline.recording.salvage import Recovery, SalvagedReader, recover
 from pipeline.schemas import schema
 from tests.mcap_places import places
 from tests.test_recording import UNIX, message

@@ -25,9 +25,9 @@ from pipeline.explain_window import explain_window
 from pipeline.messages import Header, Message, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, RecordingWriter
-from pipeline.recording_damage import damage
-from pipeline.recording_salvage import lost_text, recover
-from pipeline.recording_writer import Deleted, RingPart
+from pipeline.recording.damage import damage
+from pipeline.recording.salvage import lost_text, recover
+from pipeline.recording.writer import Deleted, RingPart
 from pipeline.steps import Gap
 from pipeline.verify import _Held, verify
 from tests.mcap_places import places

@@ -19,7 +19,7 @@ from pipeline.strict import nearest
 if TYPE_CHECKING:
     from pipeline.align import AlignSpec
     from pipeline.recording import RecordingReader
-    from pipeline.recording_salvage import Damage
+    from pipeline.recording.salvage import Damage
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def explain(recording: Path, bundle: Path | None, *, window: int | None, json: b
 
 def recover(recording: Path, out: Path, *, partial: bool, json: bool) -> None:
     """``sensorium recover``."""
-    from pipeline.recording_salvage import recover as recovering
+    from pipeline.recording.salvage import recover as recovering
     from pipeline.reports import recovery_text
     from pipeline.terminal import console
 
@@ -98,9 +98,9 @@ def _seen(recording: Path, look: Callable[[RecordingReader], T]) -> tuple[T, Dam
     """What ``look`` sees in a recording; in what is intact of it, and what is not, if it is damaged. RecordingError if
     nothing can be had of it."""
     from pipeline.recording import RecordingReader
-    from pipeline.recording_damage import damage
-    from pipeline.recording_reader import ForeignLayoutError
-    from pipeline.recording_salvage import SalvagedReader
+    from pipeline.recording.damage import damage
+    from pipeline.recording.reader import ForeignLayoutError
+    from pipeline.recording.salvage import SalvagedReader
 
     try:
         with RecordingReader(existing(recording)) as reader:
@@ -191,7 +191,7 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     from pipeline import verify as verifying
     from pipeline.bundle import load_bundle
     from pipeline.recording import RecordingReader
-    from pipeline.recording_damage import damage
+    from pipeline.recording.damage import damage
     from pipeline.reports import verification_text
     from pipeline.terminal import console
 

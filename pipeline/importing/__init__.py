@@ -22,8 +22,8 @@ from pipeline.importing.choosing import choose
 from pipeline.importing.labels import read_labels
 from pipeline.importing.pictures import Pictures
 from pipeline.recording import Compression, Label, RecordingWriter, SessionInfo
-from pipeline.recording_damage import packed
-from pipeline.recording_writer import refuse_existing, whole_file
+from pipeline.recording.damage import packed
+from pipeline.recording.writer import refuse_existing, whole_file
 
 IMPORTERS: tuple[Importer, ...] = (Bags(), Captures(), Pictures(), AudioVideo())
 """Asked in order; the first that accepts a file imports it."""

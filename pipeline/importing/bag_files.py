@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError, RecordingError, typed
 from pipeline.importing.foxglove_messages import foxglove_decoder
 from pipeline.importing.images import Unusable
 from pipeline.importing.ros_types import Decode, Definition, decoder, full_name, rosbags
-from pipeline.recording_reader import MAGIC, is_recording
+from pipeline.recording.reader import MAGIC, is_recording
 
 _DAMAGE = (OSError, EOFError, struct.error, ValueError, KeyError, IndexError, TypeError, RuntimeError, AssertionError,
            OverflowError, MemoryError)  # fmt: skip

@@ -30,7 +30,7 @@ from pipeline.importing.ros_audio import AUDIO_INFO
 from pipeline.importing.ros_messages import Position
 from pipeline.importing.ros_messages import converter as ros_converter
 from pipeline.messages import AudioLayout
-from pipeline.recording_reader import is_recording
+from pipeline.recording.reader import is_recording
 from pipeline.timebase import Timebase
 
 FAR_NS = 60_000_000_000

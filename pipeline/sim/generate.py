@@ -17,7 +17,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
-from pipeline.recording_writer import NoRoomError
+from pipeline.recording.writer import NoRoomError
 from pipeline.sim.camera import prepare
 from pipeline.sim.ranges import Name
 from pipeline.sim.script import Spell

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 
 from pipeline.messages import AudioLayout, ImuLayout, Message, SignalLayout, array, payload_of
-from pipeline.recording_reader import RecordingReader, reading
-from pipeline.recording_schemas import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
-from pipeline.recording_writer import Label
+from pipeline.recording.reader import RecordingReader, reading
+from pipeline.recording.schemas import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
+from pipeline.recording.writer import Label
 
 BUNDLE_NAME = "bundle_name"
 """Under what a recording without predictions says what the session's model is called."""

@@ -25,9 +25,9 @@ import msgspec
 
 from pipeline.errors import RecordingError
 from pipeline.messages import Message
-from pipeline.recording_reader import RecordingReader, ring_part
-from pipeline.recording_schemas import encode
-from pipeline.recording_writer import Compression, Deleted, RecordingWriter, RingPart, SessionInfo, Standing
+from pipeline.recording.reader import RecordingReader, ring_part
+from pipeline.recording.schemas import encode
+from pipeline.recording.writer import Compression, Deleted, RecordingWriter, RingPart, SessionInfo, Standing
 
 SEGMENTS = 8
 """A segment takes at most this part of the limit, so that what is deleted at once is little of what there is."""

@@ -26,7 +26,7 @@ from mcap.writer import CompressionType, IndexType, Writer
 
 from pipeline.errors import ConfigError, RecordingError, WireError, taken
 from pipeline.messages import Message, payload_of, wrong_data
-from pipeline.recording_schemas import ANY_OBJECT, BEAT_TOPIC, LABEL_TOPIC, TOPIC_SCHEMAS, Schema, encode, schema_of
+from pipeline.recording.schemas import ANY_OBJECT, BEAT_TOPIC, LABEL_TOPIC, TOPIC_SCHEMAS, Schema, encode, schema_of
 
 Compression = Literal["zstd", "lz4", "none"]
 _COMPRESSION = {"zstd": CompressionType.ZSTD, "lz4": CompressionType.LZ4, "none": CompressionType.NONE}
@@ -163,7 +163,7 @@ class RecordingWriter:
             chunk_size=1 << 62,  # this class decides when a chunk is full: the library knows no time limit
             compression=_COMPRESSION[compression],
             index_types=IndexType.ALL,
-            enable_data_crcs=True,  # of what lies between chunks, too: see ``recording_damage``
+            enable_data_crcs=True,  # of what lies between chunks, too: see ``pipeline.recording.damage``
         )
         self._writer.start(profile="", library="sensorium")
         self._write_session(session)

@@ -25,7 +25,7 @@ from mcap.records import Chunk, Metadata
 from mcap.stream_reader import get_chunk_data_stream
 
 from pipeline.errors import typed
-from pipeline.recording_writer import END, SESSION, SUM, facts_sum
+from pipeline.recording.writer import END, SESSION, SUM, facts_sum
 
 _MAGIC = b"\x89MCAP0\r\n"
 DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)

@@ -25,8 +25,8 @@ from mcap.opcode import Opcode
 from mcap.records import Attachment, AttachmentIndex, ChunkIndex, Metadata, MetadataIndex, Statistics
 
 from pipeline.errors import ConfigError, RecordingError, typed
-from pipeline.recording_damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
-from pipeline.recording_reader import (
+from pipeline.recording.damage import Index, Piece, chunk_end, damage, next_piece, piece, whole_index
+from pipeline.recording.reader import (
     MAGIC,
     MESSAGE_HEAD,
     ChunkPlace,
@@ -35,7 +35,7 @@ from pipeline.recording_reader import (
     RecordingReader,
     split,
 )
-from pipeline.recording_schemas import (
+from pipeline.recording.schemas import (
     BEAT_TOPIC,
     GAP_TOPIC,
     LABEL_TOPIC,
@@ -44,7 +44,7 @@ from pipeline.recording_schemas import (
     Schema,
     decode,
 )
-from pipeline.recording_writer import (
+from pipeline.recording.writer import (
     CALIBRATION,
     END,
     RIG,

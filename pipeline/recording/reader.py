@@ -26,7 +26,7 @@ from mcap.records import Attachment, Channel, ChunkIndex, Metadata, Schema
 
 from pipeline.errors import RecordingError, typed
 from pipeline.messages import Header, Message, Payload
-from pipeline.recording_damage import (
+from pipeline.recording.damage import (
     DAMAGE,
     attachment_holds,
     chunk_data,
@@ -37,8 +37,8 @@ from pipeline.recording_damage import (
     packed,
     whole_index,
 )
-from pipeline.recording_schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
-from pipeline.recording_writer import (
+from pipeline.recording.schemas import BEAT_TOPIC, LABEL_TOPIC, decode, decode_envelope
+from pipeline.recording.writer import (
     CALIBRATION,
     END,
     RIG,
