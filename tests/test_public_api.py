@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -109,3 +110,13 @@ def test_windows_are_replayed_without_a_model_by_public_names() -> None:
     steps = list(pipeline.replay_steps(Path(__file__).parents[1] / "recordings" / "demo.mcap", spec))
     assert [step.manifest.step for step in steps] == list(range(1, len(steps) + 1))
     assert {message.header.stream for step in steps for message in step.messages["camera"]} == {"camera"}
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "nodes"])
+def test_the_map_of_the_code_names_every_file_once(folder: str) -> None:
+    root = Path(__file__).parents[1]
+    rows = (root / "docs" / "code.md").read_text(encoding="utf-8").partition(f"| in `{folder}/` |")[2].split("\n\n")[0]
+    named = [name for row in rows.splitlines() for name in re.findall(r"`(\w+)`", row)]
+    modules = {path.stem for path in (root / folder).glob("*.py")} - {"__init__"}
+    packages = {path.parent.name for path in (root / folder).glob("*/__init__.py")}
+    assert sorted(named) == sorted(modules | packages)
