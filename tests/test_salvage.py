@@ -673,6 +673,11 @@ def test_what_is_still_being_written_is_not_recovered(tmp_path: Path) -> None:
         recover(path, tmp_path / "second.mcap")
 
 
+def test_what_cannot_be_opened_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot be opened"):
+        recover(tmp_path / "none.mcap", tmp_path / "whole.mcap")
+
+
 def test_memory_holds_a_chunk_and_not_the_file(tmp_path: Path) -> None:
     payload = bytes(np.random.default_rng(1).integers(32, 127, 200_000, dtype=np.uint8))
     with RecordingWriter(tmp_path / "a.mcap", INFO, "none", chunk_bytes=1) as writer:

@@ -197,7 +197,15 @@ class RecordingReader:
         return os.pread(self._file.fileno(), length, offset)
 
     def _no_end(self) -> str:
-        return written_now(self._file.fileno()) or lacking_end(self._read, self._size)
+        descriptor = self._file.fileno()
+        if now := written_now(descriptor):
+            return now
+        if os.fstat(descriptor).st_size != self._size:  # its writer has closed it, or died, since
+            return "it was still being written when it was opened"
+        return lacking_end(self._read, self._size)
+
+    def _not_begun(self) -> str:
+        return written_now(self._file.fileno()) or "its writer died before it began"
 
     def _damaged(self, where: str) -> RecordingError:
         path = typed(self.path)
@@ -210,7 +218,7 @@ class RecordingReader:
         """Notes where everything lies. True if the file has its end."""
         size = self._size
         if size == 0:
-            raise RecordingError(f"{self.path} is empty: nothing was recorded, or its writer died before it began")
+            raise RecordingError(f"{self.path} is empty: nothing was recorded, or {self._not_begun()}")
         if (start := self._read(0, len(MAGIC))) != MAGIC[:size]:
             if how := packed(self.path, start):
                 raise RecordingError(f"{self.path} is no MCAP file: {how}")
@@ -317,7 +325,7 @@ class RecordingReader:
             raise RecordingError(
                 f"{self.path} is an MCAP file, but no recording of a Sensorium session. See `sensorium import`"
                 if whole
-                else f"{self.path} ends before it says which session it holds: its writer died before it began"
+                else f"{self.path} ends before it says which session it holds: {self._not_begun()}"
             )
         end = self._metadata.get(END, {})
         try:

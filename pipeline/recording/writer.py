@@ -165,8 +165,12 @@ class RecordingWriter:
             index_types=IndexType.ALL,
             enable_data_crcs=True,  # of what lies between chunks, too: see ``pipeline.recording.damage``
         )
-        self._writer.start(profile="", library="sensorium")
-        self._write_session(session)
+        try:
+            self._writer.start(profile="", library="sensorium")
+            self._write_session(session)
+        except BaseException:
+            self._output.close()  # else it is locked as long as this process lives
+            raise
 
     @property
     def bytes_written(self) -> int:
@@ -414,6 +418,8 @@ class _Output:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # a process that was forked meanwhile would keep it
             os.close(self._fd)
 
 
@@ -423,6 +429,8 @@ def written_now(fd: int) -> str:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         process = _holder(fd)
+        if process is not None and not _lives(process):  # what it has forked has the lock still, which says nothing
+            return ""
         return "it is being written at this moment" + (f", by process {process}" if process else "")
     except OSError:  # where there are no locks nobody knows
         return ""
@@ -430,15 +438,25 @@ def written_now(fd: int) -> str:
     return ""
 
 
-def _holder(fd: int) -> str | None:
-    """The process that holds the lock of an open file, where the system tells."""
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
+
+
+def _holder(fd: int) -> int | None:
+    """The process that has taken the lock of an open file, where the system tells."""
     file = os.fstat(fd)
     place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             match line.split():
                 case [_, "FLOCK", _, "WRITE", process, where, *_] if where == place and int(process) > 0:
-                    return process
+                    return int(process)
     return None
 
 
