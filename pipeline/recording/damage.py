@@ -25,7 +25,7 @@ from mcap.records import Chunk, Metadata
 from mcap.stream_reader import get_chunk_data_stream
 
 from pipeline.errors import typed
-from pipeline.recording.writer import END, SESSION, SUM, facts_sum
+from pipeline.recording.writer import END, SESSION, SUM, facts_sum, free_path
 
 _MAGIC = b"\x89MCAP0\r\n"
 DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)
@@ -113,7 +113,8 @@ def packed(path: Path, start: bytes) -> str:
     for magic, name, suffix, command in _PACKED:
         if start.startswith(magic):
             inside = path.stem if path.suffix in (suffix, f".{name}") else f"unpacked{path.suffix}"
-            return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(inside))}"
+            to = free_path(Path(inside))  # a shell's > replaces what is there
+            return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(to))}"
     return ""
 
 
