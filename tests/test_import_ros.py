@@ -562,6 +562,8 @@ def test_a_small_file_that_is_whole_is_not_said_to_be_cut_off(tmp_path: Path) ->
         ("old.mcap.gz", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: gzip -dc {}/old.mcap.gz > old-2.mcap"),
         ("a.db3.zstd", zstandard.compress(b"x"), "zstd. Unpack it first: zstd -dc {}/a.db3.zstd > a.db3"),
         ("a.zip", b"PK\x03\x04....", "zip. Unpack it first: unzip {}/a.zip"),
+        ("a.tgz", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: tar -xkf {}/a.tgz"),
+        ("a.b.tar.zst", zstandard.compress(b"x"), "zstd. Unpack it first: tar -xkf {}/a.b.tar.zst"),
     ],
 )
 def test_a_packed_file_is_told_how_to_unpack_it(
@@ -573,7 +575,7 @@ def test_a_packed_file_is_told_how_to_unpack_it(
     for take in (import_, RecordingReader):
         with pytest.raises(RecordingError) as told:
             take(tmp_path / name)
-        assert str(told.value).endswith("it is packed with " + how.format(tmp_path))
+        assert str(told.value).endswith("packed with " + how.format(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x89MCAP0\r\r" + bytes(1000)])

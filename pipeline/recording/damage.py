@@ -108,10 +108,16 @@ _PACKED = (
 """Of packed files how they begin, what they are called, their suffix, and what to type for one and its contents."""
 
 
+_ARCHIVE = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.\w+)$", re.ASCII)
+"""How the names of files end that, once unpacked, are several in one."""
+
+
 def packed(path: Path, start: bytes) -> str:
     """That a file which begins so is packed as a whole, and what to type; nothing if it is not known to be."""
     for magic, name, suffix, command in _PACKED:
         if start.startswith(magic):
+            if _ARCHIVE.search(path.name):
+                return f"it is an archive packed with {name}. Unpack it first: tar -xkf {typed(path)}"
             inside = path.stem if path.suffix in (suffix, f".{name}") else f"unpacked{path.suffix}"
             to = free_path(Path(inside))  # a shell's > replaces what is there
             return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(to))}"
