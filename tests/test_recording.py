@@ -51,7 +51,7 @@ from pipeline.recording import (
     summarise,
 )
 from pipeline.recording import schemas as recording_schemas
-from pipeline.recording.writer import written_now
+from pipeline.recording.writer import whole_file, written_now
 from pipeline.steps import Gap
 
 UNIX = 1_700_000_000_000_000_000
@@ -567,6 +567,27 @@ def test_a_closed_recording_is_not_locked_by_what_was_forked_meanwhile(tmp_path:
             assert written_now(file.fileno()) == ""
     finally:
         os.close(inherited)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has a lock is told by Linux alone")
+def test_what_is_being_written_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "a.mcap"
+    with whole_file(out) as part, RecordingWriter(part, SESSION, overwrite=True) as writer:
+        writer.write(examples()["imu"], 5)
+        said = rf"a\.mcap is being written at this moment, by process {os.getpid()}; "
+        with pytest.raises(RecordingError, match=said), whole_file(out) as second:
+            RecordingWriter(second, SESSION, overwrite=True)
+    assert summarise(out)["complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mcap"]
+
+
+def test_who_looks_into_a_recording_does_not_keep_it_from_being_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"old" * 1000)
+    with (tmp_path / "a.mcap").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with RecordingWriter(tmp_path / "a.mcap", SESSION, overwrite=True) as writer:
+            writer.write(examples()["imu"], 5)
+    assert summarise(tmp_path / "a.mcap")["complete"]
 
 
 FORKED = """

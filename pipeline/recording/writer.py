@@ -61,6 +61,16 @@ class NoRoomError(RecordingError):
         self.why = why
 
 
+class BusyError(RecordingError):
+    """A file that another writer writes at this moment."""
+
+    def __init__(self, path: Path, process: int) -> None:
+        super().__init__(
+            f"{path} is being written at this moment, by process {process}; wait until it has ended, or name another"
+        )
+        self.process = process
+
+
 class Deleted(msgspec.Struct, frozen=True):
     """What a ring has deleted so far, in all its sessions; ``messages`` by stream."""
 
@@ -349,7 +359,7 @@ class _Output:
         self._path = path
         self.size = 0
         self.closed = False
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if overwrite else os.O_EXCL)
         try:
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True)
@@ -360,10 +370,24 @@ class _Output:
             in_the_way = next((parent for parent in path.parents if parent.exists()), path)
             why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
             raise RecordingError(f"{path} cannot be created: {why}") from None
-        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        # Nobody is kept from anything by it, and where there are no locks there is none.
-        with contextlib.suppress(OSError):
+        try:
+            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            self._lock()
+            if self._regular:
+                os.ftruncate(self._fd, 0)  # only now: it is nobody else's
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        """Marks the file as being written, where there are locks. Raises BusyError if it is by another."""
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if process := _holder(self._fd):  # else it is a reader, who looks whether it is being written
+                raise BusyError(self._path, process) from None
+        except OSError:
+            pass
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)
@@ -463,9 +487,11 @@ def _holder(fd: int) -> int | None:
 @contextlib.contextmanager
 def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """Where a recording is written that is to appear as ``out`` only when it is whole, which it is when the block is
-    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full; ConfigError
-    where ``out`` has come to be meanwhile, if that is not to be overwritten."""
+    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full, or where
+    another process is making it; ConfigError where ``out`` has come to be meanwhile, if that is not to be
+    overwritten."""
     part = out.with_name(out.name + ".tmp")
+    mine = True
     try:
         yield part
         if overwrite or not _linked(part, out):
@@ -474,9 +500,13 @@ def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
         raise RecordingError(
             f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
         ) from None
+    except BusyError as error:
+        mine = False
+        raise BusyError(out, error.process) from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if mine:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def _linked(part: Path, out: Path) -> bool:
