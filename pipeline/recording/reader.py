@@ -57,6 +57,8 @@ MESSAGE_HEAD = struct.Struct("<HIQQ")
 _KEPT = {Opcode.SCHEMA, Opcode.CHANNEL, Opcode.METADATA, Opcode.ATTACHMENT, Opcode.CHUNK_INDEX}
 
 _BEGINNING = 1 << 16
+_END_BYTES = 4
+"""So many bytes of the end, and no fewer, are behind a cut by no chance."""
 _HEAD_RECORDS = 4
 """Within so many records of its beginning a recording says whose it is."""
 
@@ -316,7 +318,7 @@ class RecordingReader:
         ours = SESSION in self._metadata or b"sensorium" in self._read(0, _BEGINNING)
         if ours and (more := next_piece(self._read, self._sure, size)) is not None:
             raise self._damaged(f" from byte {self._sure} on, and goes on at byte {more.start}")
-        if ours and size > 2 * len(MAGIC) and self._read(size - len(MAGIC), len(MAGIC)) == MAGIC:
+        if ours and size > 2 * len(MAGIC) and self._read(size - _END_BYTES, _END_BYTES) == MAGIC[-_END_BYTES:]:
             raise self._damaged(f" from byte {self._sure} on, before its end")
 
     def _session(self, whole: bool) -> SessionInfo:
