@@ -68,7 +68,10 @@ class BusyError(RecordingError):
         super().__init__(
             f"{path} is being written at this moment, by process {process}; wait until it has ended, or name another"
         )
-        self.process = process
+        self.path, self.process = path, process
+
+    def __reduce__(self) -> tuple[type[BusyError], tuple[Path, int]]:
+        return BusyError, (self.path, self.process)  # else no other process could be told
 
 
 class Deleted(msgspec.Struct, frozen=True):
