@@ -574,7 +574,7 @@ def test_what_is_being_written_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "a.mcap"
     with whole_file(out) as part, RecordingWriter(part, SESSION, overwrite=True) as writer:
         writer.write(examples()["imu"], 5)
-        said = rf"a\.mcap is being written at this moment, by process {os.getpid()}; "
+        said = rf"a\.mcap is being written at this moment, by process {os.getpid()}; close that writer first"
         with pytest.raises(RecordingError, match=said), whole_file(out) as second:
             RecordingWriter(second, SESSION, overwrite=True)
     assert summarise(out)["complete"]

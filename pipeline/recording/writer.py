@@ -65,9 +65,8 @@ class BusyError(RecordingError):
     """A file that another writer writes at this moment."""
 
     def __init__(self, path: Path, process: int) -> None:
-        super().__init__(
-            f"{path} is being written at this moment, by process {process}; wait until it has ended, or name another"
-        )
+        first = "close that writer first" if process == os.getpid() else "wait until that has ended"
+        super().__init__(f"{path} is being written at this moment, by process {process}; {first}, or name another file")
         self.path, self.process = path, process
 
     def __reduce__(self) -> tuple[type[BusyError], tuple[Path, int]]:
