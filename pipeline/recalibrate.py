@@ -132,7 +132,8 @@ def recalibrate(
             if name != RIG and not name.startswith(CALIBRATION):
                 writer.attach(name, data)
         _copy(reader, writer, plans, dropped, progress)
-        writer.close(reader.info.complete, reader.info.note)
+        cut_off = f"{reader.path.name}, of which this was made, lacked its end then" if reader.lacking_end else ""
+        writer.close(reader.info.complete, "; ".join(filter(None, (reader.info.note, cut_off))))
     changes = {name: _change(columns[name], shifts[name], plans[name]) for name in sorted(shifts)}
     return Recalibration(recording=str(reader.path), out=str(out), streams=changes, dropped=dict(dropped))
 

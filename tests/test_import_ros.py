@@ -543,21 +543,39 @@ def test_a_file_that_is_cut_off_is_told_so_and_not_in_its_parsers_words(tmp_path
         assert said in str(told.value)
 
 
+def test_a_small_file_that_is_whole_is_not_said_to_be_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    with path.open("wb") as file:
+        writer = McapWriter(file, index_types=IndexType.NONE, use_statistics=False, use_summary_offsets=False)
+        writer.start()
+        writer.finish()
+    assert path.stat().st_size < 100
+    with pytest.raises(RecordingError, match="holds nothing that can be imported"):
+        import_(path)
+
+
 @pytest.mark.parametrize(
     ("name", "start", "how"),
     [
         ("a.mcap", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: gzip -dc {}/a.mcap > unpacked.mcap"),
         ("a.mcap.gz", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: gzip -dc {}/a.mcap.gz > a.mcap"),
+        ("old.mcap.gz", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: gzip -dc {}/old.mcap.gz > old-2.mcap"),
         ("a.db3.zstd", zstandard.compress(b"x"), "zstd. Unpack it first: zstd -dc {}/a.db3.zstd > a.db3"),
         ("a.zip", b"PK\x03\x04....", "zip. Unpack it first: unzip {}/a.zip"),
+        ("a.tgz", gzip.compress(b"x", mtime=0), "gzip. Unpack it first: tar -xkf {}/a.tgz"),
+        ("a.b.tar.zst", zstandard.compress(b"x"), "zstd. Unpack it first: tar -xkf {}/a.b.tar.zst"),
     ],
 )
-def test_a_packed_file_is_told_how_to_unpack_it(tmp_path: Path, name: str, start: bytes, how: str) -> None:
+def test_a_packed_file_is_told_how_to_unpack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start: bytes, how: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.mcap").touch()
     (tmp_path / name).write_bytes(start)
     for take in (import_, RecordingReader):
         with pytest.raises(RecordingError) as told:
             take(tmp_path / name)
-        assert str(told.value).endswith("it is packed with " + how.format(tmp_path))
+        assert str(told.value).endswith("packed with " + how.format(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"hello", b"\x89MCAP0\r\r" + bytes(1000)])

@@ -28,6 +28,7 @@ from pipeline.recording import (
     RecordingReader,
     RecordingWriter,
     SessionInfo,
+    lacks,
 )
 from pipeline.recording.summary import about
 from pipeline.timebase import Timebase
@@ -151,6 +152,15 @@ def test_an_offset_moves_one_stream_and_nothing_else(tmp_path: Path) -> None:
     ]
     with RecordingReader(tmp_path / "c.mcap") as reader:
         assert moved_ns(reader) == {}
+
+
+def test_what_is_made_of_a_recording_without_its_end_says_so(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.mcap", motion(4)).read_bytes()
+    path = tmp_path / "a.mcap"
+    path.write_bytes(whole[:-1])
+    correct(path, tmp_path / "b.mcap", imu=Shift(offset_ns=MS))
+    with RecordingReader(tmp_path / "b.mcap") as reader:
+        assert lacks(reader) == "a.mcap, of which this was made, lacked its end then"
 
 
 def test_a_refit_makes_the_badly_begun_seconds_right(tmp_path: Path) -> None:

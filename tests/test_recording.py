@@ -51,6 +51,7 @@ from pipeline.recording import (
     summarise,
 )
 from pipeline.recording import schemas as recording_schemas
+from pipeline.recording.writer import whole_file, written_now
 from pipeline.steps import Gap
 
 UNIX = 1_700_000_000_000_000_000
@@ -515,6 +516,106 @@ def test_a_file_system_without_locks_takes_recordings(tmp_path: Path, monkeypatc
         with RecordingReader(tmp_path / "a.mcap") as reader:
             assert lacks(reader).startswith("its end is missing; ")
     assert summarise(tmp_path / "a.mcap")["complete"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_recording_whose_writer_is_gone_since_it_was_opened_is_not_said_to_lack_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    writer, scan = RecordingWriter(tmp_path / "a.mcap", SESSION), RecordingReader._scan
+    writer.write(examples()["imu"], 5)
+    writer.flush()
+
+    def late(reader: RecordingReader) -> bool:
+        whole = scan(reader)
+        if killed:
+            writer.write(examples()["imu"], 6)
+            writer.flush()
+            writer._output.close()
+        writer.close()
+        return whole
+
+    monkeypatch.setattr(RecordingReader, "_scan", late)
+    with RecordingReader(tmp_path / "a.mcap") as reader:
+        assert lacks(reader).startswith("it was still being written when it was opened; it can be read up to ")
+        assert len(list(reader.messages())) == 1
+
+
+@pytest.mark.parametrize("begun", [b"", b"\x89MCAP0\r\n"])
+def test_a_recording_that_is_just_being_begun_has_no_dead_writer(tmp_path: Path, begun: bytes) -> None:
+    with (tmp_path / "a.mcap").open("wb", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(begun)
+        with pytest.raises(RecordingError, match="it is being written at this moment"):
+            RecordingReader(tmp_path / "a.mcap")
+
+
+def test_a_recording_that_could_not_be_begun_is_not_being_written(tmp_path: Path) -> None:
+    wrong: Any = {"rate": 5}
+    with pytest.raises(AttributeError):
+        RecordingWriter(tmp_path / "a.mcap", SessionInfo(session="s", extra=wrong))
+    with pytest.raises(RecordingError, match="its writer died before it began"):
+        RecordingReader(tmp_path / "a.mcap")
+
+
+def test_a_closed_recording_is_not_locked_by_what_was_forked_meanwhile(tmp_path: Path) -> None:
+    writer = RecordingWriter(tmp_path / "a.mcap", SESSION)
+    inherited = os.dup(writer._output._fd)  # as a fork has it
+    try:
+        writer.close()
+        with writer.path.open("rb") as file:
+            assert written_now(file.fileno()) == ""
+    finally:
+        os.close(inherited)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has a lock is told by Linux alone")
+def test_what_is_being_written_is_not_overwritten(tmp_path: Path) -> None:
+    out = tmp_path / "a.mcap"
+    with whole_file(out) as part, RecordingWriter(part, SESSION, overwrite=True) as writer:
+        writer.write(examples()["imu"], 5)
+        said = rf"a\.mcap is being written at this moment, by process {os.getpid()}; close that writer first"
+        with pytest.raises(RecordingError, match=said), whole_file(out) as second:
+            RecordingWriter(second, SESSION, overwrite=True)
+    assert summarise(out)["complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mcap"]
+
+
+def test_who_looks_into_a_recording_does_not_keep_it_from_being_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"old" * 1000)
+    with (tmp_path / "a.mcap").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with RecordingWriter(tmp_path / "a.mcap", SESSION, overwrite=True) as writer:
+            writer.write(examples()["imu"], 5)
+    assert summarise(tmp_path / "a.mcap")["complete"]
+
+
+FORKED = """
+import os, sys
+from tests.test_recording import SESSION, message
+from pipeline.messages import TextLayout
+from pipeline.recording import RecordingWriter
+writer = RecordingWriter(sys.argv[1], SESSION)
+writer.write(message(TextLayout(1), b"a"), 0)
+writer.flush()
+if os.fork():
+    os._exit(0)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has a lock is told by Linux alone")
+def test_a_dead_writer_does_not_write_through_what_it_has_forked(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    child = subprocess.Popen([sys.executable, "-c", FORKED, str(path)], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    try:
+        assert child.wait(60) == 0
+        with RecordingReader(path) as reader:
+            assert lacks(reader).startswith("its end is missing; ")
+    finally:
+        child.stdin.close()
 
 
 FULL = """

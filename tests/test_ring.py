@@ -246,6 +246,7 @@ def test_that_another_recorder_is_at_work_in_a_ring_is_noted(tmp_path: Path) -> 
     rig = make_rig(tmp_path, bundle=False, record={"path": "ring", "limit_mb": 32})
     assert check_rig_file(rig) == []
     writer = ring_writer(tmp_path / "ring")
+    (tmp_path / "ring" / "segment-000007-20260101T000000Z.mcap").symlink_to("gone")  # as one that is deleted meanwhile
     assert ["is written to by another recorder now" in note for note in check_rig_file(rig)] == [True]
     writer.close()
     assert check_rig_file(rig) == []

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from nodes.simulated import Simulated
 from pipeline.cli import app
-from pipeline.errors import ConfigError, Interrupted, install
+from pipeline.errors import ConfigError, Interrupted, RecordingError, install
 from pipeline.messages import array
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
@@ -490,6 +490,17 @@ def test_many_sessions_are_those_of_their_seeds_and_what_is_there_stays(
     with pytest.raises(ConfigError, match=r"00030\.mcap is there already, and is 1 s long, not 2 s \(1 more are"):
         list(record_sessions(tmp_path, range(30, 34), "train", 2.0))
     assert not session_file(tmp_path, 33, "train").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has a lock is told by Linux alone")
+def test_what_another_process_is_at_is_left_to_it(simulation: Callable[..., Any], tmp_path: Path) -> None:
+    theirs = session_file(tmp_path, 30, "train").with_suffix(".mcap.tmp")
+    with RecordingWriter(theirs, SessionInfo(session="s"), overwrite=True):
+        with pytest.raises(RecordingError, match=rf"being written at this moment, by process {os.getpid()}; "):
+            list(record_sessions(tmp_path, [30], "train", 0.1))
+        assert theirs.exists()
+    with RecordingReader(theirs) as reader:
+        assert reader.info.complete
 
 
 def test_the_command_says_what_was_there_already(simulation: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands around a session: its rig, its devices and keys, its predictions."""
+"""The commands around a session: its rig, its devices and keys, its predictions; and ``schema``, of all texts."""
 
 from __future__ import annotations
 

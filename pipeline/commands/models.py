@@ -9,15 +9,12 @@ from collections.abc import Iterable
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pipeline.commands.tools import ended_politely, interrupted, print_json, print_line, say, writable
 from pipeline.errors import ConfigError, install, typed
 from pipeline.paths import write_whole
 from pipeline.strict import listed
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(

@@ -8,16 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.outside import uncreatable
 from pipeline.paths import new_file
-
-if TYPE_CHECKING:
-    pass
 
 
 def writable(out: Path, option: str, what: str = "file") -> Path:

@@ -167,15 +167,18 @@ class McapBag(Bag):
             self._add(channel.topic, name, statistics.channel_message_counts.get(number, 0), why)
 
     def _check_end(self) -> None:
-        """Raises RecordingError for a file that was cut off, which its reader has misleading words for."""
+        """Raises RecordingError for a file that was cut off, or is empty, which its reader has misleading words for."""
         size = self._file.seek(0, SEEK_END)
+        self._file.seek(max(size - len(MAGIC), 0))
+        whole = self._file.read() == MAGIC and size > len(MAGIC)
+        if whole and size < _LEAST:
+            raise RecordingError(f"{self._path} holds nothing that can be imported: no message was recorded")
         if size < _LEAST:
             raise RecordingError(
                 f"{self._path} ends after {size} bytes, before any message: its recorder died, or it was not copied "
                 "whole. Nothing of it can be had; copy it again"
             )
-        self._file.seek(-len(MAGIC), SEEK_END)
-        if self._file.read() != MAGIC:
+        if not whole:
             raise _unreadable(self._path, EOFError("its end is missing"))
 
     def messages(self, topics: Collection[str]) -> Iterator[Raw]:

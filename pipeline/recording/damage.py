@@ -25,7 +25,7 @@ from mcap.records import Chunk, Metadata
 from mcap.stream_reader import get_chunk_data_stream
 
 from pipeline.errors import typed
-from pipeline.recording.writer import END, SESSION, SUM, facts_sum
+from pipeline.recording.writer import END, SESSION, SUM, facts_sum, free_path
 
 _MAGIC = b"\x89MCAP0\r\n"
 DAMAGE = (McapError, struct.error, ValueError, RuntimeError, OverflowError, MemoryError, zstandard.ZstdError)
@@ -108,12 +108,19 @@ _PACKED = (
 """Of packed files how they begin, what they are called, their suffix, and what to type for one and its contents."""
 
 
+_ARCHIVE = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.\w+)$", re.ASCII)
+"""How the names of files end that, once unpacked, are several in one."""
+
+
 def packed(path: Path, start: bytes) -> str:
     """That a file which begins so is packed as a whole, and what to type; nothing if it is not known to be."""
     for magic, name, suffix, command in _PACKED:
         if start.startswith(magic):
+            if _ARCHIVE.search(path.name):
+                return f"it is an archive packed with {name}. Unpack it first: tar -xkf {typed(path)}"
             inside = path.stem if path.suffix in (suffix, f".{name}") else f"unpacked{path.suffix}"
-            return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(inside))}"
+            to = free_path(Path(inside))  # a shell's > replaces what is there
+            return f"it is packed with {name}. Unpack it first: {command.format(typed(path), typed(to))}"
     return ""
 
 

@@ -57,6 +57,8 @@ MESSAGE_HEAD = struct.Struct("<HIQQ")
 _KEPT = {Opcode.SCHEMA, Opcode.CHANNEL, Opcode.METADATA, Opcode.ATTACHMENT, Opcode.CHUNK_INDEX}
 
 _BEGINNING = 1 << 16
+_END_BYTES = 4
+"""So many bytes of the end, and no fewer, are behind a cut by no chance."""
 _HEAD_RECORDS = 4
 """Within so many records of its beginning a recording says whose it is."""
 
@@ -197,7 +199,15 @@ class RecordingReader:
         return os.pread(self._file.fileno(), length, offset)
 
     def _no_end(self) -> str:
-        return written_now(self._file.fileno()) or lacking_end(self._read, self._size)
+        descriptor = self._file.fileno()
+        if now := written_now(descriptor):
+            return now
+        if os.fstat(descriptor).st_size != self._size:  # its writer has closed it, or died, since
+            return "it was still being written when it was opened"
+        return lacking_end(self._read, self._size)
+
+    def _not_begun(self) -> str:
+        return written_now(self._file.fileno()) or "its writer died before it began"
 
     def _damaged(self, where: str) -> RecordingError:
         path = typed(self.path)
@@ -210,7 +220,7 @@ class RecordingReader:
         """Notes where everything lies. True if the file has its end."""
         size = self._size
         if size == 0:
-            raise RecordingError(f"{self.path} is empty: nothing was recorded, or its writer died before it began")
+            raise RecordingError(f"{self.path} is empty: nothing was recorded, or {self._not_begun()}")
         if (start := self._read(0, len(MAGIC))) != MAGIC[:size]:
             if how := packed(self.path, start):
                 raise RecordingError(f"{self.path} is no MCAP file: {how}")
@@ -308,7 +318,7 @@ class RecordingReader:
         ours = SESSION in self._metadata or b"sensorium" in self._read(0, _BEGINNING)
         if ours and (more := next_piece(self._read, self._sure, size)) is not None:
             raise self._damaged(f" from byte {self._sure} on, and goes on at byte {more.start}")
-        if ours and size > 2 * len(MAGIC) and self._read(size - len(MAGIC), len(MAGIC)) == MAGIC:
+        if ours and size > 2 * len(MAGIC) and self._read(size - _END_BYTES, _END_BYTES) == MAGIC[-_END_BYTES:]:
             raise self._damaged(f" from byte {self._sure} on, before its end")
 
     def _session(self, whole: bool) -> SessionInfo:
@@ -317,7 +327,7 @@ class RecordingReader:
             raise RecordingError(
                 f"{self.path} is an MCAP file, but no recording of a Sensorium session. See `sensorium import`"
                 if whole
-                else f"{self.path} ends before it says which session it holds: its writer died before it began"
+                else f"{self.path} ends before it says which session it holds: {self._not_begun()}"
             )
         end = self._metadata.get(END, {})
         try:

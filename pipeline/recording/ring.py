@@ -18,6 +18,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def ring_notes(folder: Path, limit_bytes: int) -> list[str]:
     if there is None:
         return busy
     free = shutil.disk_usage(there).free
-    held = sum(p.stat().st_size for p in folder.glob("segment-*.mcap")) if folder.is_dir() else 0
+    held = 0
+    for path in folder.glob("segment-*.mcap"):
+        with suppress(FileNotFoundError):  # its recorder has deleted it since, or it is a link that leads nowhere
+            held += path.stat().st_size
     if held + free >= limit_bytes:
         return busy
     return [

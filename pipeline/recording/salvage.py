@@ -15,6 +15,7 @@ import struct
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -607,7 +608,7 @@ def refuse_foreign(path: Path) -> None:
 
 def _refuse_unfinished(path: Path) -> None:
     """Raises ConfigError for what is only not there yet."""
-    with path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:  # why it cannot be opened says its reader
         if now := written_now(file.fileno()):
             raise ConfigError(
                 f"{path} is no damaged recording: {now}. Stop that session first, which gives it its end; what can be "

@@ -61,6 +61,18 @@ class NoRoomError(RecordingError):
         self.why = why
 
 
+class BusyError(RecordingError):
+    """A file that another writer writes at this moment."""
+
+    def __init__(self, path: Path, process: int) -> None:
+        first = "close that writer first" if process == os.getpid() else "wait until that has ended"
+        super().__init__(f"{path} is being written at this moment, by process {process}; {first}, or name another file")
+        self.path, self.process = path, process
+
+    def __reduce__(self) -> tuple[type[BusyError], tuple[Path, int]]:
+        return BusyError, (self.path, self.process)  # else no other process could be told
+
+
 class Deleted(msgspec.Struct, frozen=True):
     """What a ring has deleted so far, in all its sessions; ``messages`` by stream."""
 
@@ -165,8 +177,12 @@ class RecordingWriter:
             index_types=IndexType.ALL,
             enable_data_crcs=True,  # of what lies between chunks, too: see ``pipeline.recording.damage``
         )
-        self._writer.start(profile="", library="sensorium")
-        self._write_session(session)
+        try:
+            self._writer.start(profile="", library="sensorium")
+            self._write_session(session)
+        except BaseException:
+            self._output.close()  # else it is locked as long as this process lives
+            raise
 
     @property
     def bytes_written(self) -> int:
@@ -345,7 +361,7 @@ class _Output:
         self._path = path
         self.size = 0
         self.closed = False
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if overwrite else os.O_EXCL)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if overwrite else os.O_EXCL)
         try:
             if not path.parent.is_dir():
                 path.parent.mkdir(parents=True)
@@ -356,10 +372,24 @@ class _Output:
             in_the_way = next((parent for parent in path.parents if parent.exists()), path)
             why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
             raise RecordingError(f"{path} cannot be created: {why}") from None
-        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
-        # Nobody is kept from anything by it, and where there are no locks there is none.
-        with contextlib.suppress(OSError):
+        try:
+            self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode)
+            self._lock()
+            if self._regular:
+                os.ftruncate(self._fd, 0)  # only now: it is nobody else's
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self) -> None:
+        """Marks the file as being written, where there are locks. Raises BusyError if it is by another."""
+        try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if process := _holder(self._fd):  # else it is a reader, who looks whether it is being written
+                raise BusyError(self._path, process) from None
+        except OSError:
+            pass
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)
@@ -414,6 +444,8 @@ class _Output:
     def close(self) -> None:
         if not self.closed:
             self.closed = True
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # a process that was forked meanwhile would keep it
             os.close(self._fd)
 
 
@@ -423,6 +455,8 @@ def written_now(fd: int) -> str:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         process = _holder(fd)
+        if process is not None and not _lives(process):  # what it has forked has the lock still, which says nothing
+            return ""
         return "it is being written at this moment" + (f", by process {process}" if process else "")
     except OSError:  # where there are no locks nobody knows
         return ""
@@ -430,24 +464,36 @@ def written_now(fd: int) -> str:
     return ""
 
 
-def _holder(fd: int) -> str | None:
-    """The process that holds the lock of an open file, where the system tells."""
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
+
+
+def _holder(fd: int) -> int | None:
+    """The process that has taken the lock of an open file, where the system tells."""
     file = os.fstat(fd)
     place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             match line.split():
                 case [_, "FLOCK", _, "WRITE", process, where, *_] if where == place and int(process) > 0:
-                    return process
+                    return int(process)
     return None
 
 
 @contextlib.contextmanager
 def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
     """Where a recording is written that is to appear as ``out`` only when it is whole, which it is when the block is
-    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full; ConfigError
-    where ``out`` has come to be meanwhile, if that is not to be overwritten."""
+    left. After an exception nothing of it stays. RecordingError, naming ``out``, where the disk is full, or where
+    another process is making it; ConfigError where ``out`` has come to be meanwhile, if that is not to be
+    overwritten."""
     part = out.with_name(out.name + ".tmp")
+    mine = True
     try:
         yield part
         if overwrite or not _linked(part, out):
@@ -456,9 +502,13 @@ def whole_file(out: Path, overwrite: bool = True) -> Iterator[Path]:
         raise RecordingError(
             f"{out} cannot be written: {error.why}. Nothing of it is kept; make room, or use another disk"
         ) from None
+    except BusyError as error:
+        mine = False
+        raise BusyError(out, error.process) from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        if mine:
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def _linked(part: Path, out: Path) -> bool:

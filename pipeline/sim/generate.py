@@ -17,7 +17,7 @@ import msgspec
 
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
-from pipeline.recording.writer import NoRoomError
+from pipeline.recording.writer import NoRoomError, written_now
 from pipeline.sim.camera import prepare
 from pipeline.sim.ranges import Name
 from pipeline.sim.script import Spell
@@ -113,7 +113,7 @@ def record_sessions(
                 yield done.result()
     finally:
         for seed in wanted:
-            _unfinished(folder, seed, ranges).unlink(missing_ok=True)
+            _discard(_unfinished(folder, seed, ranges))
 
 
 def _check_lengths(files: Iterable[Path], duration_s: float) -> None:
@@ -135,6 +135,13 @@ def _check_lengths(files: Iterable[Path], duration_s: float) -> None:
 
 def _unfinished(folder: Path, seed: int, ranges: Name) -> Path:
     return session_file(folder, seed, ranges).with_suffix(".mcap.tmp")
+
+
+def _discard(path: Path) -> None:
+    """Removes what was begun, unless another process is at it."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        if not written_now(file.fileno()):
+            path.unlink()
 
 
 def _record_whole(folder: Path, seed: int, ranges: Name, duration_s: float) -> Written:
