@@ -310,7 +310,7 @@ def test_what_another_tool_wrote_without_chunks_is_refused_and_not_called_damage
     with pytest.raises(RecordingError, match=said):
         recover(anew, tmp_path / "out.mcap")
     with pytest.raises(RecordingError, match=said):
-        info(anew, json=True)
+        info([anew], json=True)
 
 
 def written_anew(original: Original, folder: Path, **options: Any) -> tuple[Path, Path]:
