@@ -244,6 +244,21 @@ def test_whatever_happens_to_a_file_all_the_rest_of_it_is_saved(
             assert named <= before - there
 
 
+@pytest.mark.parametrize("opcode", [1, 7, 15, 128, 255])
+def test_a_chunk_that_says_no_longer_that_it_is_one_is_not_passed_over(
+    original: Original, opcode: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "hurt.mcap"
+    path.write_bytes(original.content)
+    with RecordingReader(path) as reader:
+        at = min(chunk.offset for chunk in reader._chunks)
+    hurt = bytearray(original.content)
+    hurt[at] = opcode
+    path.write_bytes(hurt)
+    with pytest.raises(RecordingError, match=f"what lies at byte {at} is no chunk, and its index lists one there"):
+        RecordingReader(path)
+
+
 @settings(max_examples=150)
 @given(data=st.data())
 def test_no_damage_passes_an_ordinary_reader_unseen(
