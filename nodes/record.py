@@ -18,7 +18,7 @@ import msgspec
 
 from pipeline.clock import SystemClock
 from pipeline.errors import WireError
-from pipeline.life import ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report, last_sent
+from pipeline.life import FROM_ELSEWHERE, ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report, last_sent
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
@@ -61,7 +61,8 @@ class Record:
     """Writes a session to an MCAP file, or into a ring of them."""
 
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-        """``wiring``: the streams to record by publishing node; ``topics``: what else they publish. With
+        """``wiring``: the streams to record by publishing node; ``topics``: what else they publish; ``elsewhere``: the
+        nodes among them whose sources are on another host. With
         ``limit_bytes``, ``path`` is the folder of a ring, whose segments are ``segment_ns`` long at most."""
 
         path: Path
@@ -73,6 +74,7 @@ class Record:
         bundle: str | None = None
         limit_bytes: int | None = None
         segment_ns: int = 0
+        elsewhere: list[str] = []
 
     def __init__(self, life: Life) -> None:
         self.life, self.clock = life, life.clock
@@ -244,7 +246,10 @@ class Record:
         """Why messages of ``stream`` did not arrive."""
         malformed = self.subscriber.counters(stream).malformed
         before, self._malformed[stream] = self._malformed.get(stream, 0), malformed
-        return MALFORMED if malformed > before else ON_THE_WAY
+        if malformed > before:
+            return MALFORMED
+        settings = self.settings
+        return FROM_ELSEWHERE if any(stream in settings.wiring[node] for node in settings.elsewhere) else ON_THE_WAY
 
     def _write(self, message: Message, arrival_ns: int) -> None:
         """Runs in the thread that writes. What no schema can state becomes a gap; it must not end the recording."""

@@ -43,6 +43,7 @@ from pipeline.link import (
 )
 from pipeline.messages import Message, Payload, payload_of
 from pipeline.node import Source, decode_settings, load_kind, ring_drops, ring_spec, wait_for_readers
+from pipeline.refusals import Refusals
 from pipeline.session import check_remote
 from pipeline.transport import LinkServer, Publisher, ZmqBus, load_curve_server
 from pipeline.wire import check_payload, decode_header
@@ -56,6 +57,8 @@ AHEAD_NS = 1_000_000_000
 """An epoch that opens later than this from now is nonsense, and would silence its stream until then."""
 LEAVE_NS = 1_500_000_000
 """How long after the end the other host may take to send what it has."""
+_NOTES: dict[State, str] = {"waiting": "nothing comes", "starting": "it starts"}
+"""What is said of a source that says nothing itself."""
 
 
 class Remote:
@@ -100,6 +103,9 @@ class Remote:
         self.said: dict[str, Report] = {}
         self.heard_ns: dict[str, int] = {}
         self.joined: deque[bytes] = deque(maxlen=8)
+        self.asked: bytes | None = None
+        """Who asked last what to run."""
+        self.crowd = Refusals(self.clock)
         self.host = ""
         self.counters: dict[str, float] = {}
         self.own_life = secrets.token_hex(8)
@@ -178,9 +184,18 @@ class Remote:
             self._count("link.malformed")
 
     def _join(self, peer: bytes, hello: Hello) -> None:
+        before, self.asked = self.asked, peer
+        host = hello.host[:64]
         if peer not in self.joined:
             self.joined.append(peer)
-        self.host = hello.host[:64]
+        elif peer != before:  # one that was followed by another is silent; both ask
+            hosts = " and ".join(sorted({host, self.host}))
+            self.crowd.add(
+                f"`sensorium node --join` runs twice for {self.settings.listen}, on {hosts}: each stream is taken from "
+                "the one that began it last, and what the other sends is left out. End one of them; for one more host "
+                "give the rig one more source of `kind: remote`, with another `listen`."
+            )
+        self.host = host
         streams = {
             name: RemoteStream(
                 kind=entry.kind, payload=self.streams[name], settings=entry.settings,
@@ -240,7 +255,8 @@ class Remote:
             there |= {f"{stream}.{name}": count for name, count in said.counters.items()}
         return Report(
             state=self.state(), note=self._note(), sources=self.reports, ended=ended,
-            counters=self.counters | there | ring_drops(self.publisher), warnings=self.server.refusals(),
+            counters=self.counters | there | ring_drops(self.publisher),
+            warnings=self.server.refusals() + self.crowd.recent(),
         )  # fmt: skip
 
     def _note(self) -> str:
@@ -249,10 +265,11 @@ class Remote:
             return f"{self.host or 'a host'} {come} at {self.settings.listen}"
         if not self.present():
             return f"nothing comes from {self.host}"
-        away = [stream for stream in self.streams if self._state_of(stream) == "waiting"]
+        states = {stream: self._state_of(stream) for stream in self.streams}
         return "; ".join(
-            f"{stream}: {said.note if (said := self.said.get(stream)) and said.note else 'nothing comes'}"
-            for stream in away
+            f"{stream}: {said.note if (said := self.said.get(stream)) and said.note else _NOTES[state]}"
+            for stream, state in states.items()
+            if state in _NOTES
         )
 
 

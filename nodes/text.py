@@ -7,7 +7,8 @@
 
 A line counts as captured when it was complete: of a file and a pipe that is when it was found, at most
 ``uncertainty_ns`` after it was written. Empty lines are passed over. What is no UTF-8 is refused and counted as
-``utf8``, a line longer than ``max_bytes`` as ``overlong``. While nothing is said the source promises so, and nobody
+``utf8``, a line longer than ``max_bytes`` as ``overlong``. The last line of a file whose place another takes needs no
+end; that of one that is written anew is counted as ``cut``. While nothing is said the source promises so, and nobody
 waits for it.
 """
 
@@ -36,6 +37,8 @@ _MS = 1_000_000
 _PATIENCE_S = 0.05
 _POLL_NS = 5 * _MS
 _CHUNK = 1 << 16
+_SEEN = 64
+"""So many of the bytes that were read last are looked at again: are they others, the file was written anew."""
 _LARGEST_POST = 1 << 20
 _POST_TIMEOUT_S = 5.0
 
@@ -138,13 +141,17 @@ class _Splitter:
         self._rest = rest[: self._keep]
         return [line[: self._keep] for line in lines]
 
+    def end(self) -> list[bytes]:
+        """The last line, if it has no end."""
+        return self.feed(b"\n") if self._rest else []
+
 
 class _File:
     """Follows a file by its name, as `tail -F` does."""
 
     def __init__(self, settings: Text.Settings, context: SourceContext, place: tuple[int, int] | None) -> None:
         assert settings.file is not None
-        self._path, self._clock = settings.file, context.clock
+        self._path, self._clock, self._count = settings.file, context.clock, context.count
         self._max_bytes = settings.max_bytes
         self._open(None if place is None and not settings.from_start else place or (0, 0))
         self._asked_ns = self._next_ns = self._clock.now_ns()
@@ -161,6 +168,8 @@ class _File:
             ) from error
         self._number, size = os.fstat(self._fd).st_ino, os.fstat(self._fd).st_size
         self._at = size if place is None else place[1] if place[0] == self._number and place[1] <= size else 0
+        before = max(self._at - _SEEN, 0)
+        self._seen = os.pread(self._fd, self._at - before, before)
         self._lines = _Splitter(self._max_bytes)
 
     @property
@@ -180,30 +189,47 @@ class _File:
     def _look(self) -> list[Line]:
         now, before = self._clock.now_ns(), self._asked_ns
         self._next_ns = now + _POLL_NS
+        last: list[bytes] = []
         try:
-            data = os.pread(self._fd, _CHUNK, self._at)
-            if not data:
-                self._follow()
+            data = self._more()
+            if not data and self._replaced():
+                data = self._more()  # what was added before another took its place
+                last = [] if data else self._follow()
         except OSError as error:
             raise SensorError(f"the text file {self._path} cannot be read any more: {error}.") from error
-        self._at += len(data)
         if len(data) < _CHUNK:
             self._asked_ns = now
-        return [(line, now, now - before) for line in self._lines.feed(data)]
+        return [(line, now, now - before) for line in last + self._lines.feed(data)]
 
-    def _follow(self) -> None:
-        """Goes on at the beginning of a file that was cut, or that took this one's place."""
+    def _more(self) -> bytes:
+        """What was added, or all that a file begins with that was cut or written anew."""
+        data = os.pread(self._fd, len(self._seen) + _CHUNK, self._at - len(self._seen))
+        if data.startswith(self._seen):
+            data = data[len(self._seen) :]
+        else:
+            if self._lines.end():
+                self._count("cut")
+            self._at, self._seen, self._lines = 0, b"", _Splitter(self._max_bytes)
+            data = os.pread(self._fd, _CHUNK, 0)
+        self._at += len(data)
+        self._seen = (self._seen + data)[-_SEEN:]
+        return data
+
+    def _replaced(self) -> bool:
+        """Whether another file has the name now."""
         try:
-            named = os.stat(self._path)
+            return os.stat(self._path).st_ino != self._number
         except OSError:
             self._number = 0  # a new file may be given this one's number
             raise
-        if named.st_ino != self._number:
-            old = self._fd
-            self._open((0, 0))
-            os.close(old)
-        elif named.st_size < self._at:
-            self._at, self._lines = 0, _Splitter(self._max_bytes)
+
+    def _follow(self) -> list[bytes]:
+        """Goes on at the beginning of the file that took this one's place. The last line of this one, if it has no
+        end: nobody will write it here."""
+        last, old = self._lines.end(), self._fd
+        self._open((0, 0))
+        os.close(old)
+        return last
 
     def promise_ns(self) -> int:
         return self._asked_ns
@@ -247,8 +273,8 @@ class _Pipe:
         if len(data) < _CHUNK:
             self._asked_ns = now
         if not data:
-            last = self._lines.feed(b"\n")
-            if last != [b""]:
+            last = self._lines.end()
+            if last:
                 return [(last[0], now, now - before)]
             raise EOFError
         return [(line, now, now - before) for line in self._lines.feed(data)]

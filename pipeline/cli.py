@@ -258,8 +258,10 @@ def devices(json: Json = False) -> None:
 
 
 @app.command()
-def info(recording: Recording, json: Json = False) -> None:
-    """Show what a recording holds.
+def info(
+    recordings: Annotated[list[Path], typer.Argument(metavar="RECORDING...", help="MCAP files")], json: Json = False
+) -> None:
+    """Show what a recording holds, or several, one after the other.
 
     When and by what it was recorded, how long each label was true (by X.labels.csv beside X.mcap, if that is there);
     of every stream its rate, losses, delays; with --json also statistics of what was measured. Of a damaged recording
@@ -269,10 +271,11 @@ def info(recording: Recording, json: Json = False) -> None:
     Example:
       sensorium info recordings/demo.mcap
       sensorium info recordings/demo.mcap --json
+      sensorium info recordings/edge/*.mcap
     """
     from pipeline.commands import recorded
 
-    raise typer.Exit(0 if recorded.info(recording, json=json) else DIFFERENT)
+    raise typer.Exit(0 if recorded.info(recordings, json=json) else DIFFERENT)
 
 
 @app.command()

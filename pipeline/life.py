@@ -103,6 +103,8 @@ ON_THE_WAY = "lost on the way to the recorder"
 OVERWRITTEN = "overwritten in shared memory before the recorder had copied it"
 SLOW = (QUEUE_FULL, ON_THE_WAY, OVERWRITTEN)
 """Why the recorder has lost messages, where the disk or the machine was too slow."""
+FROM_ELSEWHERE = "lost on the way from their host to the recorder"
+"""The same of streams of another host, between which and the recorder there is a link."""
 
 
 class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -443,9 +443,11 @@ def _record_settings(plan: Plan, record: RecordEntry, place: Place) -> dict[str,
     topics = {source.name: ["label"] for source in plan.sources if source.labels}
     if plan.bundle is not None:
         topics |= {"align": [GAP, STEP], "fusion": [GAP, "prediction"]}
+    wiring = _wiring(plan, _recorded(plan))
     return {
-        "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": _wiring(plan, _recorded(plan)),
+        "path": str(place.path(record.path, plan.rig_file.resolve)), "wiring": wiring,
         "topics": topics, "queue_bytes": record.queue_mib << 20, "compression": record.compression,
         "rig": plan.rig_file.document.text, "bundle": None if plan.bundle is None else plan.bundle.sha256,
         "limit_bytes": record.limit_bytes, "segment_ns": round(record.segment_s * 1e9),
+        "elsewhere": [source.name for source in plan.sources if source.kind == "remote" and source.name in wiring],
     }  # fmt: skip

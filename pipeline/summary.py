@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from pipeline.align import Counters, Verdict
-from pipeline.life import ON_THE_WAY, SLOW, RecordReport
+from pipeline.life import FROM_ELSEWHERE, ON_THE_WAY, SLOW, RecordReport
 from pipeline.prediction import Prediction
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -187,6 +187,11 @@ def not_whole(recordings: Sequence[RecordReport], goes_on: bool = True) -> str:
         todo += (
             ". The disk or the machine was too slow: record fewer or slower streams (`streams` of `record`; `rate_hz` "
             "and the like of a source), with a larger `queue_mib`, or onto a faster disk"
+        )
+    if any(FROM_ELSEWHERE in causes for causes in losses.values()):
+        todo += (
+            ". The link between the hosts was cut or too slow: look after its cable or its radio, or send less over it "
+            "(`rate_hz` and the like of a source)"
         )
     return f"the recording is not whole: {'; '.join(said)}{todo}"
 

@@ -241,6 +241,19 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     assert out == ""
 
 
+def test_info_shows_one_recording_after_the_other_and_says_at_the_end_what_it_could_not_read(
+    call: Call, place: Path
+) -> None:
+    demo, rover = f"{ROOT}/recordings/demo.mcap", f"{ROOT}/recordings/rover.mcap"
+    _, of_demo, _ = call(place, "info", demo)
+    code, out, err = call(place, "info", demo, "no.mcap", rover)
+    assert out.startswith(f"{demo}\n{of_demo}\nno.mcap\n\n{rover}\nsession ")
+    assert (code, err.count("error: "), "no.mcap: there is no such file" in err) == (2, 1, True)
+    code, out, err = call(place, "info", demo, rover)
+    assert (code, err) == (0, "")
+    assert demo not in of_demo
+
+
 @pytest.mark.parametrize("command", [("info",), ("explain",), ("replay", "--bundle", f"{ROOT}/models/demo")])
 def test_every_command_says_of_a_recording_that_is_cut_off_the_same(
     tmp_path: Path, call: Call, command: tuple[str, ...]

@@ -29,10 +29,26 @@ from pipeline.explain import explain
 from pipeline.joining import join
 from pipeline.launch import Session, check_rig_file
 from pipeline.life import Life, NodeSpec, Report, SourceReport
-from pipeline.link import DATA, ECHO, INVITE, JOIN, LOST_NS, PROBE, REPORT, Echo, Invitation, Link, LinkSpec, probe
+from pipeline.link import (
+    DATA,
+    ECHO,
+    INVITE,
+    JOIN,
+    LOST_NS,
+    PROBE,
+    PROTOCOL,
+    REPORT,
+    Echo,
+    Hello,
+    Invitation,
+    Link,
+    LinkSpec,
+    probe,
+)
 from pipeline.linkclock import LinkClock, RoundTrip, Steered
 from pipeline.messages import IMU_DTYPE, Header, ImuLayout, TextLayout
 from pipeline.node import SourceShell
+from pipeline.plan import Place, core_specs, make_plan
 from pipeline.prediction import Prediction
 from pipeline.recording import RecordingReader
 from pipeline.refusals import RECENT_NS, REPEAT_NS, Refusals, Repeated
@@ -394,6 +410,13 @@ def test_a_rig_of_several_hosts_is_checked_like_any_other(tmp_path: Path, more: 
     )
 
 
+def test_the_recorder_is_told_which_streams_come_over_a_link(tmp_path: Path) -> None:
+    imu = {"imu": {"kind": "synthetic", "payload": "imu"}}
+    sources = {"camera": SOURCES["camera"], "pi": {"kind": "remote", "listen": "tcp://127.0.0.1:5600", "sources": imu}}
+    plan = make_plan(make_rig(tmp_path, sources, bundle=False), record=RecordEntry(path=str(tmp_path / "x.mcap")))
+    assert core_specs(plan, Place("s", tmp_path, Origin(0, 0)))[0].settings["elsewhere"] == ["pi"]
+
+
 def test_keys_that_are_not_there_are_missed_before_anything_starts(tmp_path: Path) -> None:
     curve = {"secret": "no.key_secret", "allow": []}
     pi = {"kind": "remote", "listen": "tcp://127.0.0.1:5600", "sources": {"imu": SOURCES["imu"]}, "curve": curve}
@@ -455,6 +478,9 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     def say(*parts: bytes) -> None:
         node._take(b"peer", list(parts), clock.now_ns())
 
+    def join(peer: bytes, host: str) -> None:
+        node._take(peer, [JOIN, msgspec.json.encode(Hello(PROTOCOL, host))], clock.now_ns())
+
     say(DATA, encode_header(text(0)), b"hi")
     say(DATA, encode_header(text(1, layout=None)))
     good = len(bus.sent)
@@ -495,8 +521,17 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     assert (note.dropped, note.failures) == ({"order": 2}, 4)
     assert (note.unmeasured, note.unmeasured_ns) == (5, 6)
     assert node._report().warnings == ["a stranger"]
+    say(REPORT, b"note", msgspec.json.encode(Report(state="starting")))
+    assert (node.state(), node._note()) == ("waiting", "note: it starts")
     clock.advance(2 * S)
     assert (node.state(), node._note()) == ("waiting", "nothing comes from pi")
+    join(b"peer", "pi")
+    join(b"another", "pi")  # as whoever starts the host again does
+    join(b"another", "pi")
+    assert node._report().warnings == ["a stranger"]
+    join(b"peer", "door")
+    (_, crowd) = node._report().warnings
+    assert crowd.startswith("`sensorium node --join` runs twice for tcp://127.0.0.1:1, on door and pi: ")
 
 
 def answer(server: LinkServer, invitation: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from nodes.replay import Replay, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
-from pipeline.life import Life, Mark, NodeSpec, Order, last_sent
+from pipeline.life import FROM_ELSEWHERE, Life, Mark, NodeSpec, Order, last_sent
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
@@ -425,6 +425,27 @@ def test_what_is_lost_is_named_and_the_recording_says_that_it_is_incomplete(tmp_
         assert [(g["stream"], g["from"], g["to"]) for g in gaps] == [("text", 2, 3), ("text", 6, 7)]
         assert not reader.info.complete
         assert "4 messages" in reader.info.note
+
+
+def test_what_is_lost_between_two_hosts_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    bus = MemoryBus()
+    here, there = bus.publisher("text", ["text"]), bus.publisher("pi", ["far"])
+    node = recorder(tmp_path, bus, wiring={"text": ["text"], "pi": ["far"]}, elsewhere=["pi"])
+    for seq in (0, 2):
+        there.publish(Message(header("far", seq, seq * MS, TextLayout(4)), b"line"))
+    node.turn(1000)
+    node._close_gap("far", 3 * MS)
+    causes = node._recording().lost
+    assert causes == {"far": {FROM_ELSEWHERE: 1}}
+    said = not_whole([node._recording()])
+    assert "The link between the hosts was cut or too slow" in said
+    assert "disk" not in said
+    for seq in (0, 2):
+        here.publish(text(seq, seq * MS))
+    node.turn(1000)
+    said = not_whole([node._recording()])
+    assert "onto a faster disk. The link between the hosts was cut" in said
+    node.finish()
 
 
 def test_a_recorder_whose_disk_is_too_slow_names_what_did_not_fit(tmp_path: Path) -> None:

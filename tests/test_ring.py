@@ -227,6 +227,30 @@ def test_a_kill_between_the_count_and_the_deletion_counts_once(tmp_path: Path) -
     again.close()
 
 
+def test_segments_that_somebody_else_has_deleted_are_said_to_be_and_not_counted(tmp_path: Path) -> None:
+    def fill(writer: RingWriter, first: int, count: int) -> None:
+        for i in range(first, first + count):
+            writer.write(message(TextLayout(100_000), noise(100_000), stream="a", seq=i, t=i), i)
+
+    writer = ring_writer(tmp_path, 4 * MB)
+    fill(writer, 0, 20)
+    assert "not there" not in writer.note
+    files(tmp_path)[0].unlink()  # the oldest, which the ring itself would have deleted next
+    fill(writer, 20, 30)
+    assert writer.ring.missing == [1]
+    assert "segment 1 is not there, deleted or moved by somebody else" in writer.note
+    writer.close()
+    there = [int(path.name.split("-")[1]) for path in files(tmp_path)]
+    deleted = writer.ring.deleted
+    assert deleted.segments == there[0] - 2  # all that are gone but the first
+    files(tmp_path)[2].unlink()
+    files(tmp_path)[1].unlink()
+    again = ring_writer(tmp_path, 4 * MB)
+    assert again.ring.missing == there[1:3]
+    assert f"segments {there[1]}, {there[2]} are not there" in again.note
+    again.close()
+
+
 @pytest.mark.parametrize(("record", "said"), [
     ({"path": "out.mcap", "limit_mb": 100}, "name a folder"), ({"path": "{time}", "limit_mb": 100}, "name a folder"),
     ({"path": "ring", "limit_mb": 31}, "at least 32"), ({"path": "ring", "limit_mb": 32}, "limit_mb: 100"),

@@ -254,6 +254,21 @@ def test_bytes_that_are_gone_before_the_last_ones_make_no_killed_recorder(
         RecordingReader(tmp_path / "hurt.mcap")
 
 
+@pytest.mark.parametrize("opcode", [1, 7, 15, 128, 255])
+def test_a_chunk_that_says_no_longer_that_it_is_one_is_not_passed_over(
+    original: Original, opcode: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "hurt.mcap"
+    path.write_bytes(original.content)
+    with RecordingReader(path) as reader:
+        at = min(chunk.offset for chunk in reader._chunks)
+    hurt = bytearray(original.content)
+    hurt[at] = opcode
+    path.write_bytes(hurt)
+    with pytest.raises(RecordingError, match=f"what lies at byte {at} is no chunk, and its index lists one there"):
+        RecordingReader(path)
+
+
 @settings(max_examples=150)
 @given(data=st.data())
 def test_no_damage_passes_an_ordinary_reader_unseen(
@@ -321,7 +336,7 @@ def test_what_another_tool_wrote_without_chunks_is_refused_and_not_called_damage
     with pytest.raises(RecordingError, match=said):
         recover(anew, tmp_path / "out.mcap")
     with pytest.raises(RecordingError, match=said):
-        info(anew, json=True)
+        info([anew], json=True)
 
 
 def written_anew(original: Original, folder: Path, **options: Any) -> tuple[Path, Path]:

@@ -146,6 +146,51 @@ def test_a_file_that_is_cut_or_replaced_is_read_from_its_new_beginning(tmp_path:
     source.close()
 
 
+def test_the_last_line_of_a_file_that_is_replaced_needs_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, context = opened(file=str(path))
+    append(path, b"one\nno end")
+    assert lines(read(source, 1)) == ["one"]
+    path.rename(tmp_path / "notes.1")
+    append(path, b"two\n")
+    assert lines(read(source, 2)) == ["no end", "two"]
+    assert context.counted == {}
+    source.close()
+
+
+def test_what_was_added_just_before_a_file_is_replaced_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, _ = opened(file=str(path))
+    stat = os.stat
+
+    def rotate(asked: Any) -> os.stat_result:  # between two looks of the source
+        monkeypatch.setattr(os, "stat", stat)
+        append(path, b"last\n")
+        path.rename(tmp_path / "notes.1")
+        append(path, b"first\n")
+        return stat(asked)
+
+    monkeypatch.setattr(os, "stat", rotate)
+    assert lines(read(source, 2)) == ["last", "first"]
+    source.close()
+
+
+@pytest.mark.parametrize("anew", [b"other\n", b"and a longer one\n", b"ended\nand more\n"])
+def test_a_file_that_is_written_anew_is_read_from_its_beginning_however_long_it_is(tmp_path: Path, anew: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, context = opened(file=str(path))
+    append(path, b"one\nno")
+    assert lines(read(source, 1)) == ["one"]
+    path.write_bytes(anew)  # as long as what was read, or longer: its size does not tell
+    found = read(source, anew.count(b"\n"))
+    assert lines(found) == anew.decode().splitlines()
+    assert context.counted == {"cut": 1}
+    source.close()
+
+
 def test_a_file_that_goes_away_is_an_error_and_nothing_is_missed_when_it_returns(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     with pytest.raises(SensorError, match="cannot be opened"):

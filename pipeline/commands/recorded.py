@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from pipeline.commands.tools import ended_politely, interrupted, making, print_json, say, writable
-from pipeline.errors import ConfigError, RecordingError, SensoriumError, typed
+from pipeline.errors import ConfigError, RecordingError, SensoriumError, Together, typed
 from pipeline.outside import naming
 from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping
 from pipeline.strict import nearest
@@ -24,8 +24,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def info(recording: Path, *, json: bool) -> bool:
-    """``sensorium info``. Whether the recording is undamaged."""
+def info(recordings: Sequence[Path], *, json: bool) -> bool:
+    """``sensorium info``. Whether all recordings are undamaged. Raises at the end for those that cannot be read."""
+    whole, wrong = True, Together()
+    for number, recording in enumerate(recordings):
+        if len(recordings) > 1 and not json:
+            print(("\n" if number else "") + str(recording))
+        with wrong:
+            whole &= _info(recording, json)
+    return wrong.settled(whole)
+
+
+def _info(recording: Path, json: bool) -> bool:
+    """Shows one recording. Whether it is undamaged."""
     from pipeline.explain import latency_ms, recorded_predictions
     from pipeline.labels import told_labels
     from pipeline.recording import about, seconds_of, summarise

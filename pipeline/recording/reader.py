@@ -240,6 +240,7 @@ class RecordingReader:
                 self._refuse_bare(body)
             elif opcode == Opcode.FOOTER:
                 whole = self._ended(body + length, size)
+                self._find_chunks()
                 self._learn_channels()
                 return whole
             at = body + length
@@ -254,6 +255,14 @@ class RecordingReader:
                 f"{self.path} was written anew by another tool, and without chunks, which recordings consist of. Write "
                 f"it with chunks: mcap compress {typed(self.path.name)} -o chunked.mcap"
             )
+
+    def _find_chunks(self) -> None:
+        """Raises RecordingError where a chunk that the index lists does not say that it is one: it would be passed
+        over, and all that is in it."""
+        there = {chunk.offset for chunk in self._chunks}
+        for offset in self._chunk_channels:
+            if offset not in there:
+                raise self._damaged(f": what lies at byte {offset} is no chunk, and its index lists one there")
 
     def _learn_channels(self) -> None:
         """Takes the channels from the chunks where the end does not list them, as some tools leave it."""

@@ -34,6 +34,8 @@ SEGMENTS = 8
 """A segment takes at most this part of the limit, so that what is deleted at once is little of what there is."""
 _NAME = re.compile(r"segment-(\d{6,})-\d{8}T\d{6}Z\.mcap", re.ASCII)
 _CHUNK_BYTES = 1 << 20
+_NAMED = 8
+"""Missing segments that are named, at most."""
 
 
 def segment_limit(limit_bytes: int) -> int:
@@ -92,6 +94,8 @@ class Ring:
         self.deleted = Deleted()
         self.strangers: list[str] = []
         """Files with a segment's name that are none of this ring's."""
+        self.missing: list[int] = []
+        """Segments that should be there and are not: somebody else has deleted or moved them."""
         self._sizes: dict[int, tuple[Path, int]] = {}
         self._next = 1
         try:
@@ -116,6 +120,7 @@ class Ring:
 
     def _scan(self) -> None:
         parts: dict[int, RingPart] = {}
+        others: set[int] = set()
         for path in sorted(self.folder.iterdir()):
             if (match := _NAME.fullmatch(path.name)) is None:
                 continue
@@ -123,11 +128,13 @@ class Ring:
             self._next = max(self._next, number + 1)
             if part is None or part.segment != number or not path.is_file() or path.is_symlink():
                 self.strangers.append(path.name)
+                others.add(number)
                 continue
             parts[number], self._sizes[number] = part, (path, path.stat().st_size)
         if parts:
             newest = parts[max(parts)]
             self.deleted = newest.deleted
+            self.missing = [n for n in range(newest.oldest, newest.segment) if n not in parts and n not in others]
             self._unlink(number for number in parts if number < newest.oldest)  # counted already, then it was killed
 
     def open(
@@ -135,6 +142,7 @@ class Ring:
     ) -> RecordingWriter:
         """Begins the next segment, for which room is made. Raises RecordingError."""
         number, room = self._next, self.limit_bytes - segment_limit(self.limit_bytes)
+        self._look()
         doomed, kept = [], self.bytes
         for old in sorted(self._sizes):
             if kept > room:
@@ -151,6 +159,13 @@ class Ring:
         self._next += 1
         self._unlink(doomed)  # only now: the count of what is gone lies in the file that has just begun
         return writer
+
+    def _look(self) -> None:
+        """Takes note of segments that somebody else has deleted: they are not the ring's to count."""
+        gone = [number for number, (path, _) in self._sizes.items() if not path.exists()]
+        for number in gone:
+            del self._sizes[number]
+        self.missing += gone
 
     def closed(self, writer: RecordingWriter) -> None:
         """Takes a segment that was written to its end among those that may be deleted."""
@@ -238,13 +253,19 @@ class RingWriter:
     @property
     def note(self) -> str:
         """What to tell whoever watches: where it writes, what was deleted, what is in the way."""
-        deleted, strangers = self.ring.deleted, self.ring.strangers
+        deleted, strangers, missing = self.ring.deleted, self.ring.strangers, self.ring.missing
         before = self._segments - 1
         said = [str(self.path)]
         if before:
             said[0] += f", and the {before} segments before it" if before > 1 else ", and the segment before it"
         if deleted.segments:
             said.append(f"the ring has deleted {deleted_text(deleted)}")
+        if missing:
+            numbers = ", ".join(map(str, missing[:_NAMED])) + (" …" if len(missing) > _NAMED else "")
+            said.append(
+                f"segment{'s' if len(missing) > 1 else ''} {numbers} {'are' if len(missing) > 1 else 'is'} not there, "
+                "deleted or moved by somebody else, and not counted as deleted"
+            )
         if strangers:
             said.append(f"left alone and not counted, being none of its segments: {', '.join(strangers)}")
         return "; ".join(said)
