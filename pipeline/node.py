@@ -259,7 +259,6 @@ class SourceShell:
             self.context.count("order")
             return
         self._in_a_row = 0
-        self._values.look(reading.layout, reading.data, now_ns)
         if header.epoch != self._said_epoch:
             self._report()  # before anything of it is sent: whoever buries this node must know its last epoch
         if not self.sender.publish(Message(header, reading.data)):
@@ -267,6 +266,7 @@ class SourceShell:
         self.published += 1
         self.newest_ns = header.t_end_ns
         self._last_sent_ns = self.life.clock.now_ns()
+        self._values.look(reading.layout, reading.data, self._last_sent_ns)  # nobody waits for it, nor does it jump
 
     def _failed(self, error: SensorError) -> None:
         self.source.close()
@@ -326,11 +326,11 @@ class PlayedStreams:
         if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
             report.epoch = header.epoch
             self.report(force=True)
+        self._publisher.publish(message)
         if header.layout is not None and message.data is not None:
             values = self._values[header.stream]
             values.look(header.layout, message.data, header.t_receipt_ns)
             report.unmeasured, report.unmeasured_ns = values.count, values.longest_ns
-        self._publisher.publish(message)
         report.newest_ns = header.t_end_ns
         report.published += 1
 

@@ -220,7 +220,7 @@ def _steps(reader: RecordingReader, spec: AlignSpec, result: Verification) -> It
     unknown = _Unknown({stream.name for stream in spec.streams if stream.ordered})
     aligner: Aligner | None = None
     begun = reader.info.since is None
-    died = _died_before(reader)
+    died = _died_before(list(_gaps(reader)))
     expected = 1
     for data, log_ns, _ in reader.json(MANIFEST_TOPIC):
         manifest = msgspec.json.decode(data, type=Manifest)
@@ -429,9 +429,9 @@ class _Predictions:
         self._whole = 0  # so many windows since then are verified
         # What came before the file's beginning, or in a gap, nobody knows, until one comes out the same.
         self._unsettled = reader.info.since is not None
-        self._never = _said_missing(reader, "prediction")
-        self._unmade = _said_missing(reader, "window")
-        self._died = _died_before(reader)
+        gaps = list(_gaps(reader))
+        self._never, self._unmade = _said_missing(gaps, "prediction"), _said_missing(gaps, "window")
+        self._died = _died_before(gaps)
         self._dead = {k for gap in self._died.values() for k in range(gap.first, gap.last + 1)}
         self._owed: list[int] = []
         """Windows without a prediction that are named with the windows missing behind them, if those are missing."""
@@ -536,16 +536,15 @@ def _gaps(reader: RecordingReader) -> Iterator[_Gap]:
         yield msgspec.json.decode(data, type=_Gap)
 
 
-def _said_missing(reader: RecordingReader, of: str) -> set[int]:
+def _said_missing(gaps: list[_Gap], of: str) -> set[int]:
     """The windows of which the recording says that they, or their predictions, never came."""
-    gaps = (gap for gap in _gaps(reader) if gap.stream is None and gap.of == of)
-    return {k for gap in gaps for k in range(gap.first, gap.last + 1)}
+    return {k for gap in gaps if gap.stream is None and gap.of == of for k in range(gap.first, gap.last + 1)}
 
 
-def _died_before(reader: RecordingReader) -> dict[int, _Gap]:
+def _died_before(gaps: list[_Gap]) -> dict[int, _Gap]:
     """The predictions that the aligner's death took with it, by the first window that it took: the last windows that
     it sent may have come to the recorder and not to the fusion node."""
-    gaps = [gap for gap in _gaps(reader) if gap.stream is None]
+    gaps = [gap for gap in gaps if gap.stream is None]
     causes = {gap.first: gap.cause for gap in gaps if gap.of == "window"}
     return {gap.last + 1: gap for gap in gaps if gap.of == "prediction" and causes.get(gap.last + 1) == gap.cause}
 
