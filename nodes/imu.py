@@ -9,8 +9,9 @@ Samples are in m/s^2 and rad/s, NaN where the sensor measures nothing, and trave
 
 A serial sensor samples on its own clock and sends each sample at once: its samples are counted, and the count is fitted
 against the times at which they were received (``timebase.SampleClock``). What is left unknown is the constant time that
-one sample takes on its way. I2C and IIO sensors are asked: the host's clock says when, and the sensor's answer is at
-most one of its own periods (1 ms) old.
+one sample takes on its way. Samples gather in the port for ``gather_ms`` and make their batches together: to be woken
+costs more than to take one batch more. I2C and IIO sensors are asked, sample by sample: the host's clock says when, and
+the sensor's answer is at most one of its own periods (1 ms) old.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Imu(Source):
     class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Exactly one of ``port`` (a serial port), ``i2c`` (the number of the bus) and ``iio`` (a device's name, or
         its folder like ``iio:device0``). ``rate_hz`` is what a serial sensor is set to, and how often the others are
-        asked. The ranges are for I2C; the others know theirs. A device that says nothing for ``silence_ms`` is lost."""
+        asked. Samples travel in batches of ``batch_ms``; for ``gather_ms`` they may gather in a serial port until they
+        are taken, all at once: at that of one batch each comes when it is full, and costs more CPU. The ranges are for
+        I2C; the others know theirs. A device that says nothing for ``silence_ms`` is lost."""
 
         port: str | None = None
         baud: Annotated[int, msgspec.Meta(ge=1200)] = 115_200
@@ -63,6 +66,7 @@ class Imu(Source):
         iio: str | None = None
         rate_hz: Rate = 100.0
         batch_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 10.0
+        gather_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 20.0
         accel_range_g: Literal[2, 4, 8, 16] = 4
         gyro_range_dps: Literal[250, 500, 1000, 2000] = 500
         silence_ms: Annotated[int, msgspec.Meta(ge=100)] = 1000
@@ -81,7 +85,10 @@ class Imu(Source):
 
     @classmethod
     def pace(cls, settings: Any) -> Pace:
-        return Pace.of(settings.rate_hz, settings.batch_ms, "batch_ms")
+        pace = Pace.of(settings.rate_hz, settings.batch_ms, "batch_ms")
+        if settings.port is None or settings.gather_ms <= settings.batch_ms:
+            return pace
+        return msgspec.structs.replace(pace, gather_ns=settings.gather_ms * 1e6, sooner="lower `gather_ms`")
 
     @classmethod
     def discover(cls, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[Search]:
@@ -121,7 +128,7 @@ class Imu(Source):
         else:
             self._device = _Polled(settings, self.context, _Iio(settings.iio))
 
-    def read(self) -> Reading | None:
+    def read(self) -> Reading | list[Reading] | None:
         if self._device is None:
             raise SensorError("the IMU was read before it was opened; open it first.")
         return self._device.read()
@@ -154,7 +161,7 @@ def _kernels(folder: Path) -> Found:
 
 
 class _Device(Protocol):
-    def read(self) -> Reading | None: ...
+    def read(self) -> Reading | list[Reading] | None: ...
     def close(self) -> None: ...
 
 
@@ -184,7 +191,8 @@ class _Serial:
         self._settings, self._context = settings, context
         self._frames = WitMotion()
         self._times = SampleClock(settings.rate_hz)
-        self._wanted = max(1, round(settings.rate_hz * settings.batch_ms / 1000))
+        self._batch = max(1, round(settings.rate_hz * settings.batch_ms / 1000))
+        self._wanted = self._batch * max(1, round(settings.gather_ms / settings.batch_ms))
         self._held: list[Sample] = []
         self._count = 0
         self._end_ns = -1
@@ -192,18 +200,25 @@ class _Serial:
         self._rate_known = False
         self._doubt_ns: int | None = None
 
-    def read(self) -> Reading | None:
-        samples, now = self._receive()
+    def read(self) -> list[Reading] | None:
+        try:
+            samples, now = self._receive()
+        except SensorError:
+            if not self._held:
+                raise
+            return self._batches(self._last_ns)  # what came before; the port fails again when it is read again
         if samples:
             self._held += samples
             self._check_rate(len(samples), now)
             self._last_ns = now
         elif now - self._last_ns > self._settings.silence_ms * _MS:
+            if self._held:
+                return self._batches(self._last_ns)
             raise SensorError(
                 f"the IMU on {self._settings.port} sent no sample for {self._settings.silence_ms} ms. Is it a "
                 f"WitMotion sensor that sends acceleration at {self._settings.baud} baud, and is it still plugged in?"
             )
-        return self._batch(now) if len(self._held) >= self._wanted else None
+        return self._batches(now) if len(self._held) >= self._wanted else None
 
     def _receive(self) -> tuple[list[Sample], int]:
         try:
@@ -220,8 +235,9 @@ class _Serial:
             self._context.count("checksum", self._frames.damaged - damaged)
         return samples, now
 
-    def _batch(self, now: int) -> Reading:
-        """What is held, as one reading. A batch has a few samples: numbers one by one cost less than arrays do."""
+    def _batches(self, now: int) -> list[Reading]:
+        """What is held, the last of it received at ``now``. A batch has a few samples: numbers one by one cost less
+        than arrays do."""
         values, self._held = self._held, []
         block = self._times.update(len(values), now)
         if block.lost:
@@ -235,11 +251,18 @@ class _Serial:
             end = max(now, self._end_ns + len(values))
             step = min(step, (end - self._end_ns) / len(values))
         self._end_ns, last = end, len(values) - 1
-        length = round(last * step)
-        packed = [_SAMPLE.pack(length - round((last - i) * step), *value) for i, value in enumerate(values)]
-        return Reading(layout=ImuLayout(len(values)), data=np.frombuffer(b"".join(packed), IMU_DTYPE),
-                       t_capture_ns=end - length, t_end_ns=end, t_receipt_ns=now,
-                       uncertainty_ns=block.uncertainty_ns + excess, new_epoch=block.new_epoch)  # fmt: skip
+        times = [end - round((last - i) * step) for i in range(len(values))]
+        found = []
+        for first in range(0, len(values), self._batch):
+            some = values[first : first + self._batch]
+            begin = times[first]
+            packed = [_SAMPLE.pack(times[first + i] - begin, *value) for i, value in enumerate(some)]
+            found.append(
+                Reading(layout=ImuLayout(len(some)), data=np.frombuffer(b"".join(packed), IMU_DTYPE),
+                        t_capture_ns=begin, t_end_ns=times[first + len(some) - 1], t_receipt_ns=now,
+                        uncertainty_ns=block.uncertainty_ns + excess, new_epoch=block.new_epoch and not first)
+            )  # fmt: skip
+        return found
 
     def _check_rate(self, samples: int, now: int) -> None:
         """A wrong ``rate_hz`` would make every time wrong: better no data than those."""

@@ -14,6 +14,8 @@ from typing import Any
 
 _MOST = 255  # VMIN is one byte
 _CHUNK = 4096
+_HANDED = 64
+"""Of a terminal that is not to block, Linux hands out so many bytes at a time, whatever is asked for."""
 
 
 class SerialPort:
@@ -35,10 +37,14 @@ class SerialPort:
         if least != self._least:
             self._wake_at(fd, least)
         ready = select.select([fd], [], [], seconds)[0]
+        data = b""
         try:
-            data = os.read(fd, _CHUNK)
+            while part := os.read(fd, _CHUNK):
+                data += part
+                if len(part) < _HANDED:
+                    break
         except BlockingIOError:
-            return b""
+            return data
         if ready and not data:
             raise OSError("it hung up")
         return data

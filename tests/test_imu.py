@@ -174,15 +174,19 @@ def test_a_serial_sensor_keeps_the_contract_of_a_source(port: Port) -> None:
         sender.join()
 
 
+def read(source: Imu) -> list[Reading]:
+    found = source.read()
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
 def read_all(source: Imu, wanted: int, turns: int = 3000) -> list[Reading]:
     """Readings until ``wanted`` samples have come."""
     found: list[Reading] = []
     count = 0
     for _ in range(turns):
-        reading = source.read()
-        if reading is not None:
-            found.append(reading)
-            count += len(reading.data)
+        readings = read(source)
+        found += readings
+        count += sum(len(reading.data) for reading in readings)
         if count >= wanted:
             return found
     raise AssertionError(f"{count} samples of {wanted} after {turns} turns")
@@ -223,27 +227,28 @@ def test_a_thousand_samples_a_second_none_lost_then_twenty_seconds_of_them_at_on
     assert all(r.t_end_ns <= r.t_receipt_ns for r in found)
 
 
-def test_twenty_seconds_of_simulated_time_through_a_real_port(port: Port) -> None:
+@pytest.mark.parametrize("gather_ms", [10, 20])
+def test_twenty_seconds_of_simulated_time_through_a_real_port(port: Port, gather_ms: int) -> None:
     """Frames pass the port, time is simulated: 22 s at 1 kHz, the sensor's clock 80 ppm slow, receipts late by up to
     3 ms."""
     clock = ManualClock()
     context = CheckContext(clock=clock)
-    source = Imu(settings(port=port.name, rate_hz=RATE), context)
+    source = Imu(settings(port=port.name, rate_hz=RATE, gather_ms=gather_ms), context)
     source.open()
-    late = np.random.default_rng(5).exponential(0.5 * MS, 2200).clip(0, 3 * MS)
+    moments = 22_000 // gather_ms
+    late = np.random.default_rng(5).exponential(0.5 * MS, moments).clip(0, 3 * MS)
     true_period = NS / RATE * (1 + 80e-6)
     found: list[Reading] = []
-    for i in range(2200):
-        clock.advance(max(0, round((i + 1) * 10 * true_period + late[i]) - clock.now_ns()))
-        port.write(b"".join(sample(10 * i + j) for j in range(10)))
-        wanted = 10 * i + 9
+    for i in range(moments):
+        clock.advance(max(0, round((i + 1) * gather_ms * true_period + late[i]) - clock.now_ns()))
+        port.write(b"".join(sample(gather_ms * i + j) for j in range(gather_ms)))
+        wanted = gather_ms * (i + 1) - 1
         for _ in range(50):
-            reading = source.read()
-            if reading is not None:
-                found.append(reading)
-                if indices(reading.data)[-1] >= wanted:
-                    break
+            found += (readings := read(source))
+            if readings and indices(readings[-1].data)[-1] >= wanted:
+                break
     source.close()
+    assert {len(reading.data) for reading in found} == {10}
     data = np.concatenate([reading.data for reading in found])
     assert indices(data).tolist() == list(range(22_000))
     assert context.counted == {}
@@ -280,6 +285,45 @@ def test_an_unplugged_sensor_is_a_sensor_error_and_so_is_one_that_is_not_there(p
     source.close()
     with pytest.raises(SensorError, match="plugged in"):
         source.open()
+
+
+def test_batches_that_gathered_come_together_each_with_its_own_time(port: Port) -> None:
+    clock = ManualClock()
+    source = Imu(settings(port=port.name, rate_hz=200), CheckContext(clock=clock))
+    source.open()
+    clock.advance(20 * MS)
+    port.write(b"".join(sample(i) for i in range(4)))
+    first, second = read_all(source, 4)
+    source.close()
+    assert [indices(r.data).tolist() for r in (first, second)] == [[0, 1], [2, 3]]
+    assert [r.data["offset_ns"].tolist() for r in (first, second)] == [[0, 5 * MS], [0, 5 * MS]]
+    assert [r.t_capture_ns for r in (first, second)] == [5 * MS, 15 * MS]
+    assert [r.t_end_ns for r in (first, second)] == [10 * MS, 20 * MS]
+    assert [r.new_epoch for r in (first, second)] == [True, False]
+
+
+def test_what_had_come_of_a_batch_is_given_before_its_sensor_is_lost(port: Port) -> None:
+    clock = ManualClock()
+    source = Imu(settings(port=port.name, rate_hz=200, silence_ms=500), CheckContext(clock=clock))
+    source.open()
+    clock.advance(15 * MS)
+    port.write(b"".join(sample(i) for i in range(3)))
+    assert [read(source) for _ in range(2)] == [[]] * 2
+    clock.advance(501 * MS)
+    silent = read(source)
+    with pytest.raises(SensorError, match="no sample for 500 ms"):
+        source.read()
+    clock.advance(5 * MS)
+    port.write(sample(3))
+    assert [read(source) for _ in range(2)] == [[]] * 2
+    port.unplug()
+    unplugged = read_all(source, 1)
+    with pytest.raises(SensorError, match="unplugged"):
+        source.read()
+    source.close()
+    assert [indices(r.data).tolist() for r in silent] == [[0, 1], [2]]
+    assert silent[-1].t_end_ns <= 15 * MS
+    assert [indices(r.data).tolist() for r in unplugged] == [[3]]
 
 
 def test_a_silent_sensor_is_lost_after_a_while(port: Port) -> None:
@@ -375,13 +419,10 @@ def test_polling_that_cannot_keep_up_skips_and_counts(iio: Path) -> None:
     context = CheckContext(clock=clock)
     source = Imu(settings(iio="mpu6050", rate_hz=100), context)
     source.open()
-    first = source.read()
+    (first,) = read(source)
     clock.advance(95 * MS)
-    second, third = source.read(), source.read()
+    (second,), (third,) = read(source), read(source)
     source.close()
-    assert first is not None
-    assert second is not None
-    assert third is not None
     assert context.counted == {"not_asked": 8}
     assert first.t_end_ns < second.t_capture_ns < third.t_capture_ns
 
