@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.answers import Answers, in_set
 from pipeline.learn.dataset import Labelled
+from pipeline.learn.fusion import LateFusion
 from pipeline.learn.model import Said, subsets_of
 from pipeline.learn.train import Trained
 from pipeline.modelfile import Calibration
@@ -96,6 +97,7 @@ def card(
         *([_by_label(trained, said)] if said is not None and len(said.truth) else []),
         "## Calibration",
         _calibration(trained, calibration),
+        *_worth(trained),
         "## Checks",
         "ONNX Runtime and torch agree: " + ", ".join(f"{n} to {d:.1g}" for n, d in agreement.items()) + ". " + proven,
         "## Limits",
@@ -230,6 +232,23 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
         f"abstention such that there, of no label more than {entry.wrong:.0%} of the windows get a confident wrong "
         f"answer, and no answer is wrong in more than {entry.mistaken:.0%} of the windows in which it counts."
     ) + _lacking(trained, "held out", "For these nothing is fitted: neither confidence nor sets nor abstention.")
+
+
+def _worth(trained: Trained) -> list[str]:
+    """What each stream's word counts, where that was fitted."""
+    fusion = trained.model.fusion
+    if not isinstance(fusion, LateFusion) or not (fusion.own.any() or fusion.beside.any()):
+        return []
+    names = list(trained.streams)
+    rows = ["What each stream's evidence counts was fitted there, too: by itself (1: as it was learnt), and by what "
+            "factor more or less where another is there:", "",
+            "| stream | by itself | " + " | ".join(f"beside {name}" for name in names) + " |",
+            "| --- |" + " ---: |" * (len(names) + 1)]  # fmt: skip
+    for i, name in enumerate(names):
+        own, beside = float(fusion.own[i].exp()), fusion.beside[i].exp().tolist()
+        cells = ["–" if i == j else f"{factor:.2f}" for j, factor in enumerate(beside)]
+        rows.append(f"| {name} | {own:.2f} | " + " | ".join(cells) + " |")
+    return ["\n".join(rows)]
 
 
 def _limits(trained: Trained) -> str:

@@ -17,7 +17,8 @@ log p(y) (Hinton, 2002; log-linear pooling). They are not, and sensors fail unno
 weight, its *reliability*, estimated for every window from the data: from the stream's own summary, from how sure its
 head is and whether the other heads agree, and from how far its summary is from what the others let expect. A model
 that has met broken streams in training (``robust``) gives one that is noisy, late or frozen unnoticed less to say: for
-the most part since its head has learnt to be unsure of such content, for the rest by a lower weight.
+the most part since its head has learnt to be unsure of such content, for the rest by a lower weight. What a stream is
+worth on the whole, alone and beside each of the others, is fitted after the training (``weighing``).
 
 **Time.** Cost must not grow with the window. The newest steps are looked at one by one, older ones as means of 2, 4, 8
 ... steps (``spans``): a window of 300 steps has 40 of them. A convolution over them sees change; attention by a few
@@ -70,11 +71,12 @@ class FusionOut(NamedTuple):
 
 class Found(NamedTuple):
     """Logits [B, K]; and where a strategy has them, for each stream: its evidence [M, B, K], its reliability [M, B, 1],
-    and how far its summary is from what was expected [M, B, 1]."""
+    whether it is there [M, B, 1], and how far its summary is from what was expected [M, B, 1]."""
 
     logits: Tensor
     evidence: Tensor | None = None
     reliability: Tensor | None = None
+    present: Tensor | None = None
     off: Tensor | None = None
 
 
@@ -103,7 +105,11 @@ class Fusion(nn.Module):
 
     def forward(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
         """Logits [B, K]."""
-        return self.fused(*self._parts(tokens, masks)).logits
+        return self.found(tokens, masks).logits
+
+    def found(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Found:
+        """Logits, and what they were made of."""
+        return self.fused(*self._parts(tokens, masks))
 
     def train_step(self, tokens: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> FusionOut:
         """Logits, and what else there is to learn from."""
@@ -175,6 +181,9 @@ class EarlyFusion(Fusion):
 class LateFusion(Fusion):
     """A product of experts weighted by reliability; see the module's text."""
 
+    own: Tensor
+    beside: Tensor
+
     def __init__(self, tokens: Mapping[str, int], steps: int, labels: int, settings: FusionSettings) -> None:
         super().__init__(tokens, steps, labels, settings)
         s, m, size = settings, len(self.tokens), settings.queries * settings.width
@@ -183,9 +192,23 @@ class LateFusion(Fusion):
         self.trust = Perceptron(m, size + 5, 32, 1)
         nn.init.zeros_(self.trust.second.weight)  # all are trusted alike to begin with
         nn.init.zeros_(self.trust.second.bias)
+        # Not of the state: whoever begins from these weights learns anew what the streams are worth.
+        self.register_buffer("own", torch.zeros(m), persistent=False)
+        self.register_buffer("beside", torch.zeros(m, m), persistent=False)
         self.read, self.write = None, None
         if s.impute and m > 1:
             self.read, self.write = Each(m, size, s.width), Perceptron(m, s.width, s.width, size)
+
+    @torch.no_grad()
+    def take_weights(self, own: Tensor, beside: Tensor) -> None:
+        """What each stream's evidence counts from now on, as ``weighing`` states it: logarithms [M], and what the
+        presence of each other stream adds to them [M, M], zeros on the diagonal."""
+        self.own.copy_(own)
+        self.beside.copy_(beside)
+
+    def counts(self, present: Tensor) -> Tensor:
+        """The weight of each stream [M, B, 1], given which are ``present`` [M, B, 1]."""
+        return (self.own[:, None] + self.beside @ present[..., 0]).exp()[..., None] * present
 
     def fused(self, x: Tensor, shares: Tensor) -> Found:
         return self._pooled(*self._summaries(x, shares))[0]
@@ -210,8 +233,8 @@ class LateFusion(Fusion):
         strange = torch.zeros_like(agreed) if off is None else off.detach() * known
         signs = torch.cat([summaries, share, belief.amax(2, keepdim=True), agreed, known, strange], 2)
         reliability = self.trust(signs).sigmoid() * 2 * present
-        logits = self.log_prior + (evidence * reliability).sum(0)
-        return Found(logits, evidence, reliability, off), expected
+        logits = self.log_prior + (evidence * reliability * self.counts(present)).sum(0)
+        return Found(logits, evidence, reliability, present, off), expected
 
 
 class Attention(nn.Module):

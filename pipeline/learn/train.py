@@ -1,4 +1,5 @@
-"""From sessions to a trained model: prepare, split, fit the normalisation, pretrain and train teachers if asked, train.
+"""From sessions to a trained model: prepare, split, fit the normalisation, pretrain and train teachers if asked, train,
+and weigh the streams on what was held out.
 
 Reads like the list of its steps; what each of them is stands in its own file. ``export`` makes a bundle of the result.
 """
@@ -43,6 +44,7 @@ from pipeline.learn.pretrain import Contrast
 from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
 from pipeline.learn.teaching import Teachers, blended, missed
+from pipeline.learn.weighing import weigh
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
 from pipeline.recording import Label
@@ -214,7 +216,9 @@ def train(
         if not resume:
             checkpoints.clear()
         run.run(checkpoints, resume)
-        return run.trained(sessions)
+        trained = run.trained(sessions)
+        weigh(trained.model, trained.dataset(parts.held_out), torch.device("cpu"))
+        return trained
 
 
 def _longer_than_all(config: Config, sessions: Sequence[Labelled]) -> str:
