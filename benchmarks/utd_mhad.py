@@ -27,10 +27,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ from pipeline.learn import Config, Made, Trained, check_config, train, with_over
 from pipeline.learn.dataset import Dataset
 from pipeline.learn.model import say, subsets_of
 from pipeline.learn.train import prepare_all
+from pipeline.learn.weighing import Heard, fit_weights, hear
 from pipeline.scoring import bootstrap
 from pipeline.strict import Document
 from pipeline.workers import workers
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 FOLDER = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "utd_mhad"
 ODD, EVEN = (1, 3, 5, 7), (2, 4, 6, 8)
 STRATEGIES = ("late", "early", "hybrid")
@@ -92,6 +94,8 @@ ROBUST = {
     "drop_steps": 0.0, "outage": 0.0, "agree": 1.0,
 }  # fmt: skip
 TEACHERS = {"count": 4, "epochs": 60, "blend": 0.7}
+FOLDS = {"epochs": 60}
+"""Of the models that leave out one of the people each."""
 CORRUPTIONS = {"noise": (0.5, 1.0), "shift": (0.2, 0.4), "loss": (0.8, 0.95)}
 SPOILED = (("skeleton",), ("inertial",))
 
@@ -116,9 +120,9 @@ class Outcome(NamedTuple):
     right: dict[tuple[str, Corruption | None], Array]
 
 
-def configuration(run: Run, seed: int, epochs: int | None) -> Config:
-    """The training file of a run."""
-    file = {
+def configuration(run: Run, seed: int, epochs: int | None, **changes: Any) -> Config:
+    """The training file of a run, with ``changes``."""
+    file: dict[str, Any] = {
         "name": "utd-mhad",
         "window": {"hop_ms": SPAN_NS / 1e6, "steps": 1},
         "labels": list(ACTIONS),
@@ -132,7 +136,7 @@ def configuration(run: Run, seed: int, epochs: int | None) -> Config:
         "windows": "event_time",
         "seed": seed,
     }
-    return with_overrides(check_config(Document(yaml.safe_dump(file), "utd_mhad.yaml")), epochs=epochs)
+    return with_overrides(check_config(Document(yaml.safe_dump(file | changes), "utd_mhad.yaml")), epochs=epochs)
 
 
 class Clips:
@@ -171,12 +175,37 @@ class Clips:
         return [clip for clip in self.clips if clip.subject in wanted]
 
 
+def heard_of(clips: Clips, run: Run, epochs: int | None, device: str) -> Heard:
+    """What a model trained on ``run.train`` says of ``run.test``, who are to be trained on later."""
+    entry = {**TRAIN, **FOLDS}
+    config = configuration(run, 0, None if epochs is None else min(epochs, FOLDS["epochs"]), train=entry, teachers=None)
+    trained = train(config, clips.sessions(run.streams, (*run.train, *run.test)), cache=clips.cache, device=device)
+    heard = hear(trained.model, trained.dataset(trained.split.test), torch.device("cpu"))
+    assert heard is not None
+    return heard
+
+
+def folds_of(run: Run) -> list[Run]:
+    """The models by which the streams of ``run`` are weighed; of a strategy without experts there are none."""
+    if run.strategy == "early":
+        return []
+    return [run._replace(train=tuple(s for s in run.train if s != out), test=(out,)) for out in run.train]
+
+
 def evaluate(
-    clips: Clips, run: Run, seed: int, epochs: int | None, corruptions: Sequence[Corruption], device: str
+    clips: Clips,
+    run: Run,
+    seed: int,
+    epochs: int | None,
+    corruptions: Sequence[Corruption],
+    device: str,
+    heard: Sequence[Heard] = (),
 ) -> Outcome:
-    """Trains one model and tests it once."""
+    """Trains one model, weighs its streams by what was ``heard``, and tests it once."""
     sessions = clips.sessions(run.streams, (*run.train, *run.test))
     trained = train(configuration(run, seed, epochs), sessions, cache=clips.cache, device=device)
+    if heard:
+        trained.model.fusion.take_weights(*fit_weights(heard))
     everything = frozenset(run.streams)
     cpu = torch.device("cpu")
     said = say(trained.model, trained.dataset(trained.split.test), subsets_of(run.streams), cpu)
@@ -298,6 +327,7 @@ class Task(NamedTuple):
     seed: int
     epochs: int | None
     device: str
+    heard: tuple[Heard, ...] = ()
 
 
 @functools.cache
@@ -308,49 +338,70 @@ def _clips(source: Source) -> Clips:
     return Clips([clip for clip in known if clip.subject in source.subjects], source.cache)
 
 
-def _work(source: Source, task: Task) -> Outcome:
-    return evaluate(_clips(source), task.run, task.seed, task.epochs, task.corruptions, task.device)
+def _hear(source: Source, task: Task) -> Heard:
+    return heard_of(_clips(source), task.run, task.epochs, task.device)
 
 
-def outcomes(source: Source, tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Outcome]]:
-    """What the tasks find, as they are done."""
-    check_files(source.folder, source.depth)
+def _test(source: Source, task: Task) -> Outcome:
+    return evaluate(_clips(source), task.run, task.seed, task.epochs, task.corruptions, task.device, task.heard)
+
+
+def done(
+    work: Callable[[Source, Task], T], source: Source, tasks: Sequence[Task], jobs: int
+) -> Iterator[tuple[int, T]]:
+    """What ``work`` makes of the tasks, each by its place, as they are done."""
     if jobs == 1 or len(tasks) == 1:
-        yield from ((task, _work(source, task)) for task in tasks)
+        yield from ((i, work(source, task)) for i, task in enumerate(tasks))
         return
     with workers(min(jobs, len(tasks))) as pool:
-        found = {pool.submit(_work, source, task): task for task in tasks}
-        yield from ((found[done], done.result()) for done in as_completed(found))
+        found = {pool.submit(work, source, task): i for i, task in enumerate(tasks)}
+        yield from ((found[one], one.result()) for one in as_completed(found))
 
 
 def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     """All rows. What is done so far is told on stderr."""
     clock, epochs = SystemClock(), 3 if options.quick else options.epochs
     begun_ns = clock.now_ns()
-    tasks = [
-        Task(run, corruptions, seed, epochs, options.device)
-        for seed in range(options.seeds)
-        for run, corruptions in plan(options)
-    ]
-    found: dict[Task, Outcome] = {}
     source = Source(options.folder, options.depth, ODD if options.loso else (*ODD, *EVEN), cache)
-    for task, outcome in outcomes(source, tasks, options.jobs):
-        found[task] = outcome
+    check_files(source.folder, source.depth)
+
+    def tell(what: str) -> None:
+        print(f"{(clock.now_ns() - begun_ns) / 1e9:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+    planned = plan(options)
+    folds = [(run, Task(fold, (), 0, epochs, options.device))
+             for run, _ in planned if not options.loso for fold in folds_of(run)]  # fmt: skip
+    heard: dict[Run, dict[int, Heard]] = {}
+    for i, one in done(_hear, source, [task for _, task in folds], options.jobs):
+        run, task = folds[i]
+        heard.setdefault(run, {})[i] = one
+        tell(f"{run.split} {run.strategy} {'+'.join(run.streams)}, without {task.run.test[0]}")
+    in_order = {run: tuple(some[i] for i in sorted(some)) for run, some in heard.items()}
+    for run, some in in_order.items():
+        own, beside = fit_weights(some)
+        tell(f"{run.split} {run.strategy} {'+'.join(run.streams)} weighs {own.exp().numpy().round(2).tolist()}, "
+             f"beside each other times {beside.exp().numpy().round(2).tolist()}")  # fmt: skip
+    tasks = [
+        Task(run, corruptions, seed, epochs, options.device, in_order.get(run, ()))
+        for seed in range(options.seeds)
+        for run, corruptions in planned
+    ]
+    found: dict[int, Outcome] = {}
+    for i, outcome in done(_test, source, tasks, options.jobs):
+        found[i], task = outcome, tasks[i]
         said = ", ".join(f"{k[0]} {100 * v.mean():.2f}" for k, v in outcome.right.items() if k[1] is None)
-        spent_s = (clock.now_ns() - begun_ns) / 1e9
-        print(f"{spent_s:6.0f} s  {task.run.split} {task.run.strategy} seed {task.seed}: {said}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        tell(f"{task.run.split} {task.run.strategy} seed {task.seed}: {said}")
         if options.write:
             options.write.write_text(json.dumps(_rows(tasks, found, options.loso), indent=1))
     return _rows(tasks, found, options.loso)
 
 
-def _rows(tasks: Sequence[Task], found: Mapping[Task, Outcome], loso: bool) -> list[dict[str, Any]]:
+def _rows(tasks: Sequence[Task], found: Mapping[int, Outcome], loso: bool) -> list[dict[str, Any]]:
     """Rows of what is there, in the order of the plan. Folds of one seed are joined, and count once all are there."""
     parts: dict[Run, dict[int, list[Outcome | None]]] = {}
-    for task in tasks:
+    for i, task in enumerate(tasks):
         run = task.run._replace(train=ODD, test=ODD) if loso else task.run
-        parts.setdefault(run, {}).setdefault(task.seed, []).append(found.get(task))
+        parts.setdefault(run, {}).setdefault(task.seed, []).append(found.get(i))
     whole = {
         run: [joined([fold for fold in folds if fold is not None]) for folds in seeds.values() if None not in folds]
         for run, seeds in parts.items()

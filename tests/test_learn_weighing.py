@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import ConfigError
 from pipeline.onnxfile import open_session
 
 torch = pytest.importorskip("torch", reason="the package torch is missing: pip install -e '.[learn]'")
@@ -234,3 +235,41 @@ def test_too_few_windows_weigh_nothing() -> None:
     held = sum(int((one.truth >= 0).sum()) for one in trained.split.held_out)
     assert 0 < held < LEAST
     assert not trained.model.fusion.own.any()
+
+
+# -- learning apart ----------------------------------------------------------------------------------------------------
+
+
+def test_learning_apart_the_loss_of_all_together_teaches_nothing_but_reliability() -> None:
+    torch.manual_seed(0)
+    tokens = {"a": torch.randn(6, 5, 8, requires_grad=True), "b": torch.randn(6, 5, 6, requires_grad=True)}
+    masks = {name: torch.ones(6, 5) for name in tokens}
+    said = {}
+    for apart in (False, True):
+        torch.manual_seed(1)
+        fusion = build_fusion("late", {"a": 8, "b": 6}, 5, LABELS, SMALL | {"apart": apart})
+        torch.nn.init.normal_(fusion.trust.second.weight, 0, 0.1)
+        said[apart] = fusion.eval()(tokens, masks)
+        fusion.train()
+        out = fusion.train_step(tokens, masks)
+        together = torch.autograd.grad(
+            out.logits.square().sum() + sum(out.extra_losses.values()), [*tokens.values(), *fusion.parameters()],
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
+        names = [*tokens, *(name for name, _ in fusion.named_parameters())]
+        taught = {name.split(".")[0] for name, g in zip(names, together, strict=True) if g is not None and g.any()}
+        assert taught == (
+            {"trust", "read", "write"} if apart else {*names} & {*tokens} | {n.split(".")[0] for n in names}
+        )
+        (own,) = torch.autograd.grad(out.stream_logits["a"].square().sum(), [tokens["a"]])
+        assert own.any()
+    assert torch.equal(said[False], said[True])
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"strategy": "hybrid"}, "it is for `late`, and `strategy` is hybrid"),
+    ({"train": {"stream_loss": 0}}, "`stream_loss` alone, which is 0"),
+])  # fmt: skip
+def test_streams_that_cannot_learn_apart_are_said(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        training(**{"fusion": SMALL | {"apart": True}} | changes)

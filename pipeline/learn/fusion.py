@@ -45,7 +45,10 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """``width`` of all inner vectors, ``queries``: summaries a stream, ``layers`` and ``heads`` of the attention across
     streams. ``fine``: how many of the newest steps are looked at one by one. ``head``: what makes evidence of a
     stream's summaries, a ``perceptron`` or one ``linear`` layer, which a few hundred windows teach better. ``change``:
-    whether the differences from step to step are looked at beside the steps themselves."""
+    whether the differences from step to step are looked at beside the steps themselves. ``apart`` (of ``late``): each
+    stream learns from its own loss (``stream_loss``) alone, and the loss of all together teaches nothing but how far
+    each is to be relied on. Learnt together, a stream gets lazy where another is right already (Wang et al. 2020; Du et
+    al. 2023)."""
 
     width: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 64
     queries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
@@ -56,6 +59,7 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     head: Literal["perceptron", "linear"] = "perceptron"
     impute: bool = True
     change: bool = False
+    apart: bool = False
 
 
 class FusionOut(NamedTuple):
@@ -220,7 +224,9 @@ class LateFusion(Fusion):
 
     def _pooled(self, summaries: Tensor, present: Tensor, share: Tensor) -> tuple[Found, Tensor | None]:
         """The product of experts, and what each stream's summary is expected to be given those of the others."""
-        evidence = self.head(summaries) * present
+        heads = evidence = self.head(summaries) * present
+        if self.settings.apart and self.training:
+            summaries, evidence = summaries.detach(), evidence.detach()
         belief = (self.log_prior + evidence).softmax(2) * present
         others = present.sum(0) - present
         agreed = (belief * (belief.sum(0) - belief)).sum(2, keepdim=True) / others.clamp(min=1)
@@ -234,7 +240,7 @@ class LateFusion(Fusion):
         signs = torch.cat([summaries, share, belief.amax(2, keepdim=True), agreed, known, strange], 2)
         reliability = self.trust(signs).sigmoid() * 2 * present
         logits = self.log_prior + (evidence * reliability * self.counts(present)).sum(0)
-        return Found(logits, evidence, reliability, present, off), expected
+        return Found(logits, heads, reliability, present, off), expected
 
 
 class Attention(nn.Module):
