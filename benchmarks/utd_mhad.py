@@ -85,6 +85,8 @@ STREAMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FUSION = {"width": 96, "queries": 1, "head": "linear"}
+LATE = {"apart": True}
+"""Of ``late``, beside those."""
 TRAIN = {
     "epochs": 120, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
     "label_smoothing": 0.1, "class_weights": "none", "stream_loss": 4.0,
@@ -127,7 +129,7 @@ def configuration(run: Run, seed: int, epochs: int | None, **changes: Any) -> Co
         "window": {"hop_ms": SPAN_NS / 1e6, "steps": 1},
         "labels": list(ACTIONS),
         "strategy": run.strategy,
-        "fusion": FUSION,
+        "fusion": {**FUSION, **(LATE if run.strategy == "late" else {})},
         "streams": {name: STREAMS[name] for name in run.streams},
         "split": {"by": "subject", "held_out": 0.0, "test": [str(subject) for subject in run.test]},
         "train": TRAIN,

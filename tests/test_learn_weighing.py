@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -29,15 +28,8 @@ from pipeline.recording import Label  # noqa: E402
 from pipeline.strict import Document  # noqa: E402
 
 LABELS = 4
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"width": 16, "queries": 2, "layers": 1, "heads": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def heard(evidence: Any, truth: Any, rest: Any = None, sessions: int = 1000) -> Heard:

@@ -25,6 +25,11 @@ def data() -> Any:
         sys.path.remove(str(FOLDER))
 
 
+@pytest.fixture(scope="module")
+def bench(data: Any) -> Any:
+    return importlib.import_module("utd_mhad")
+
+
 def _clip(data: Any, frames: int = 67, samples: int = 177) -> Any:
     rng = np.random.default_rng(1)
     skeleton = rng.normal(0, 1, (frames, 60)).cumsum(axis=0).astype(np.float32)
@@ -81,3 +86,40 @@ def test_depth_rows_see_a_body_wherever_it_stands(data: Any) -> None:
 def test_missing_data_says_where_to_get_it(data: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="utdallas"):
         data.load_clips(tmp_path, depth=False)
+
+
+def test_streams_are_weighed_by_people_who_are_trained_on_and_never_by_those_tested(bench: Any) -> None:
+    run = bench.Run("late", bench.PAIR, bench.ODD, bench.EVEN)
+    folds = bench.folds_of(run)
+    assert [fold.test for fold in folds] == [(subject,) for subject in bench.ODD]
+    for fold in folds:
+        assert {*fold.train, *fold.test} == {*bench.ODD}
+        assert len(fold.train) == 3
+    assert bench.folds_of(run._replace(strategy="early")) == []
+
+
+@pytest.mark.parametrize("strategy", ["late", "early", "hybrid"])
+def test_the_settings_make_a_training_file_for_every_strategy(bench: Any, strategy: str) -> None:
+    file = bench.configuration(bench.Run(strategy, bench.ALL, bench.ODD, bench.EVEN), 3, None).file
+    assert (file.strategy, file.seed, file.fusion.apart) == (strategy, 3, strategy == "late")
+    assert file.split.test == ("2", "4", "6", "8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_clips_of_made_up_people_go_all_the_way(bench: Any, data: Any, tmp_path: Path) -> None:
+    """Weighed by folds, trained and tested; accuracy is not the point."""
+    rng = np.random.default_rng(0)
+    made = []
+    for subject in (1, 3, 5, 2):
+        for action in range(1, 28):
+            skeleton = rng.normal(0, 1, (20, 60)).cumsum(axis=0).astype(np.float32) + action
+            inertial = rng.normal(0, 1, (30, 6)).cumsum(axis=0).astype(np.float32) + action
+            made.append(data.Clip(action, subject, 1, {"skeleton": skeleton, "inertial": inertial}))
+    clips = bench.Clips(made, tmp_path)
+    run = bench.Run("late", bench.PAIR, (1, 3, 5), (2,))
+    heard = [bench.heard_of(clips, fold, 1, "cpu") for fold in bench.folds_of(run)]
+    outcome = bench.evaluate(clips, run, 0, 1, (), "cpu", heard)
+    rows = bench.rows_of(run, [outcome])
+    assert [row["subset"] for row in rows] == ["skeleton", "inertial", "skeleton+inertial"]
+    assert all(0 <= row["accuracy"] <= 100 and row["by_subject"].keys() == {2} for row in rows)
