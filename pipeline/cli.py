@@ -563,8 +563,8 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a text format.
 
-    prediction, info and evaluation are what programs get, config (a rig), bundle (model.yaml) and training (TRAIN.yaml)
-    what people write.
+    prediction, info and evaluation are what programs get, config (or rig), bundle (or model, model.yaml) and training
+    (or train, TRAIN.yaml) what people write.
 
     \b
     Example:
