@@ -51,6 +51,10 @@ Recording = Annotated[Path, typer.Argument(metavar="RECORDING", help="an MCAP fi
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 JsonLines = Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the bundle run Python code of its own")]
+Streams = Annotated[
+    list[str] | None,
+    typer.Option("--stream", metavar="NAME=STREAM", help="let STREAM of the recording be the bundle's NAME"),
+]
 Predictions = Annotated[
     str | None, typer.Option(metavar="ENDPOINT", help="publish predictions here too, like tcp://127.0.0.1:5599")
 ]
@@ -163,6 +167,7 @@ def record(
 def replay(
     recording: Recording,
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
+    streams: Streams = None,
     speed: Annotated[Speed, typer.Option(help="pace; changes nothing else")] = Speed.max,
     json: Annotated[
         bool, typer.Option("--json", help="one JSON object a line; with --verify and --faults one in all")
@@ -181,24 +186,31 @@ def replay(
     recorded one; exit code 3 if anything differs or cannot be verified. With --faults by the live rules, once without
     and once with each of the faults in FILE, and what that did to windows, predictions and accuracy.
 
+    A stream of the bundle is served by the one that served it when the session ran, else by the one of its name; with
+    --stream camera=front its `camera` is served by the recording's `front`, with --stream camera=null by none. The
+    option may be given several times.
+
     \b
     Example:
       sensorium replay session.mcap --verify
       sensorium replay session.mcap
       sensorium replay recordings/demo.mcap --bundle models/demo --speed 1
+      sensorium replay drive.mcap --bundle models/rover --stream camera=front --stream lidar=top
       sensorium replay recordings/demo.mcap --bundle models/demo --faults examples/faults.yaml
     """
     from pipeline.commands import recorded
 
     if sum((verify, faults is not None, out is not None)) > 1:
         raise ConfigError("--verify, --faults and --out ask for different things of a replay; choose one of them.")
+    mapped = streams or []
     if verify:
-        raise typer.Exit(0 if recorded.verify(recording, bundle, json=json, allow_code=allow_code) else DIFFERENT)
+        holds = recorded.verify(recording, bundle, mapped, json=json, allow_code=allow_code)
+        raise typer.Exit(0 if holds else DIFFERENT)
     if faults is not None:
-        recorded.faults(recording, faults, bundle, json=json, allow_code=allow_code)
+        recorded.faults(recording, faults, bundle, mapped, json=json, allow_code=allow_code)
     else:
         pace = None if speed is Speed.max else float(speed.value)
-        recorded.replay(recording, bundle, speed=pace, json=json, out=out, allow_code=allow_code)
+        recorded.replay(recording, bundle, mapped, speed=pace, json=json, out=out, allow_code=allow_code)
 
 
 @app.command()
@@ -283,6 +295,7 @@ def explain(
     recording: Annotated[Path | None, typer.Argument(metavar="[RECORDING]", help="else a session that runs")] = None,
     window: Annotated[int | None, typer.Option("--window", metavar="N", help="what window N was made of")] = None,
     bundle: Annotated[Path | None, typer.Option(metavar="BUNDLE", help="another model than the session's own")] = None,
+    streams: Streams = None,
     session: Annotated[str | None, typer.Option(metavar="ID", help="a session that runs on this machine")] = None,
     count: Annotated[int | None, typer.Option("--count", metavar="N", min=1, help="a running session, N times")] = None,
     json: Annotated[
@@ -294,7 +307,7 @@ def explain(
 
     Per stream: sent, lost, used, superseded and so on; rates, jitter, delays; which stream the windows waited for, and
     how long. With --window the messages that one window was made of, and why something is missing in it. A damaged
-    recording is explained as far as it can be read; exit code 3.
+    recording is explained as far as it can be read; exit code 3. --stream is as in `replay`.
 
     Without a recording: of the session that runs here, once a second on a terminal or with --json, else once.
 
@@ -308,11 +321,13 @@ def explain(
     from pipeline.commands import live, recorded
 
     if recording is None:
+        if bundle is not None or streams:
+            raise ConfigError("a session that runs has its own model; --bundle and --stream are for a recording.")
         live.explain_running(session, window=window, count=count, json=json)
     elif session is not None or count is not None:
         raise ConfigError("a recording is explained once, and is no session that runs; leave one of them out.")
     else:
-        whole = recorded.explain(recording, bundle, window=window, json=json, allow_code=allow_code)
+        whole = recorded.explain(recording, bundle, streams or [], window=window, json=json, allow_code=allow_code)
         raise typer.Exit(0 if whole else DIFFERENT)
 
 
@@ -497,6 +512,7 @@ def evaluate(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="the folder of a model")],
     recordings: Annotated[list[Path], typer.Argument(metavar="RECORDING...", help="MCAP files, or folders of them")],
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with plots to this file")] = None,
+    streams: Streams = None,
     json: Json = False,
     robustness: Annotated[bool, typer.Option("--robustness", help="also make each stream worse, step by step")] = False,
     by: Annotated[str | None, typer.Option(metavar="ATTRIBUTE", help="also by who, where, which day")] = None,
@@ -508,7 +524,7 @@ def evaluate(
     With every set of its streams: accuracy, calibration, prediction sets, how often it abstains, and which labels the
     streams that are left cannot tell apart. Intervals are over sessions. Labels are those in a recording, or in
     X.labels.csv (start_s,end_s,label) beside X.mcap. With --robustness what loss, noise and wrong times on each stream
-    do to it, if nobody notices.
+    do to it, if nobody notices. --stream is as in `replay`, for those of the recordings that have such a stream.
 
     \b
     Columns, in per cent but for the set size:
@@ -534,8 +550,9 @@ def evaluate(
     from pipeline.commands import models
 
     models.evaluate(
-        bundle, recordings, html=html, json=json, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code
-    )
+        bundle, recordings, streams or [], html=html, json=json, robustness=robustness, by=by, jobs=jobs,
+        allow_code=allow_code,
+    )  # fmt: skip
 
 
 @app.command()
@@ -546,8 +563,8 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a text format.
 
-    prediction, info and evaluation are what programs get, config (a rig), bundle (model.yaml) and training (TRAIN.yaml)
-    what people write.
+    prediction, info and evaluation are what programs get, config (or rig), bundle (or model, model.yaml) and training
+    (or train, TRAIN.yaml) what people write.
 
     \b
     Example:

@@ -7,7 +7,7 @@ more for every stream, fault and severity; passes are independent, so they may r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,15 +53,16 @@ def evaluate(
     *,
     robustness: bool = False,
     by: str | None = None,
+    streams: Mapping[str, str | None] | None = None,
     jobs: int = 1,
     allow_code: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Evaluation:
     """The bundle on ``recordings``, files or folders of them. ``by`` names an attribute of the sessions to group them
-    by. ``jobs`` processes share the passes; the result does not depend on it. Raises RecordingError, BundleError,
-    ConfigError."""
+    by; ``streams`` maps bundle stream -> stream of the recordings that have it, and None leaves one out. ``jobs``
+    processes share the passes; the result does not depend on it. Raises RecordingError, BundleError, ConfigError."""
     bundle = load_bundle(bundle_path, allow_code)
-    sessions = survey(bundle, found_in(recordings), by)
+    sessions = survey(bundle, found_in(recordings), by, streams)
     tasks = [_Task(session) for session in sessions]
     if robustness:
         tasks += [

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.bundle import Bundle
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.labels import session_attributes, session_labels
-from pipeline.paths import existing, recorded_mapping
+from pipeline.mapping import session_mapping
+from pipeline.paths import existing
 from pipeline.recording import Label, RecordingReader
 from pipeline.replay import plan_replay
 from pipeline.strict import listed, nearest
@@ -45,12 +46,19 @@ def found_in(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def survey(bundle: Bundle, recordings: Sequence[Path], by: str | None = None) -> list[Session]:
-    """The sessions, each checked against the bundle. Raises RecordingError, BundleError, ConfigError."""
+def survey(
+    bundle: Bundle,
+    recordings: Sequence[Path],
+    by: str | None = None,
+    streams: Mapping[str, str | None] | None = None,
+) -> list[Session]:
+    """The sessions, each checked against the bundle. ``streams`` maps bundle stream -> stream of the recordings that
+    have it. Raises RecordingError, BundleError, ConfigError."""
     sessions: list[Session] = []
+    held = _held(recordings) if streams and len(recordings) > 1 else set[str]()
     for path in recordings:
         with RecordingReader(path) as reader:
-            mapping = recorded_mapping(reader.info, path, bundle)
+            mapping = session_mapping(reader, bundle, streams, held)
             plan = plan_replay(reader, bundle, mapping)
             labels = session_labels(reader, bundle.labels)
             rig = {rig: name for name, rig in plan.streams.items()}
@@ -69,6 +77,15 @@ def survey(bundle: Bundle, recordings: Sequence[Path], by: str | None = None) ->
             )
         sessions.append(found)
     return sessions
+
+
+def _held(recordings: Sequence[Path]) -> set[str]:
+    """The streams of all recordings."""
+    held: set[str] = set()
+    for path in recordings:
+        with RecordingReader(path) as reader:
+            held |= reader.streams.keys()
+    return held
 
 
 def _attributes(reader: RecordingReader, by: str | None) -> tuple[dict[str, str], str]:

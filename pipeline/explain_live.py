@@ -33,7 +33,7 @@ from pipeline.life import Accounts, AlignReport
 from pipeline.messages import payload_of
 from pipeline.prediction import Prediction
 from pipeline.receiving import Parts
-from pipeline.recording import SessionInfo
+from pipeline.recording import SessionInfo, rate_hz
 from pipeline.status import SessionRef
 from pipeline.steps import ACCOUNT, GAP, STEP, decode_step
 from pipeline.transport import Buffered, Delivery, observe
@@ -146,7 +146,7 @@ class Attached(Session):
         span_ns = int(captures.max() - captures.min()) if len(captures) > 1 else 0
         return StreamAccount(
             payload=self.payloads.get(name),
-            rate_hz=(len(captures) - 1) * self._samples[name] / (span_ns / 1e9) if span_ns else None,
+            rate_hz=rate_hz((len(captures) - 1) * self._samples.get(name, 0), span_ns),
             gaps=int(((np.diff(epochs) == 0) & (np.diff(seqs) > 1)).sum()),
             max_gap_ms=float((captures[1:] - heard["end_ns"][:-1]).max()) / 1e6 if len(intervals) else None,
             jitter_ms=spread(np.abs(intervals - np.median(intervals))) if len(intervals) else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.reports import GAPS, accounts, latency_table
+from pipeline.reports import GAPS, accounts, latency_table, rate_text
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
 from pipeline.terminal import VERDICT_STYLE
@@ -67,7 +67,7 @@ def _flow(found: Explanation) -> Sheet:
     table = numbers("stream, ms", ("rate", "gaps", "longest pause", "jitter p95", "delay p50", "delay p95", "delay max",
                                    "uncertainty", *aged))  # fmt: skip
     for name, s in found.streams.items():
-        rate = "–" if s.rate_hz is None else f"{s.rate_hz:.2f} Hz"
+        rate = rate_text(s.rate_hz, s.jitter_ms is not None)
         spreads = (_q(s.jitter_ms, "p95"), *(_q(s.delay_ms, q) for q in ("p50", "p95", "max")))
         ages = (_q(s.age_ms, "p50"), _q(s.age_ms, "max")) if found.windows else ()
         sure = _q(s.uncertainty_ms, "p50")

@@ -8,6 +8,7 @@ and one column an attribute. The truth of a window is the label at its end (``pi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str
     """What is known of a session beside its streams. Raises RecordingError; ConfigError for a wrong table."""
     with reading(recording) as reader:
         table = reader.path.parent / SESSIONS
-        rows = read_sessions(table) if table.is_file() else {}
+        rows = read_sessions(table) if os.path.lexists(table) else {}
         name, stem = reader.path.name, reader.path.stem
         if name not in rows and stem in rows:
             raise ConfigError(f"{table} has a line for `{stem}`, and no file is called so; write `{name}`")
@@ -163,15 +164,34 @@ def session_attributes(recording: str | Path | RecordingReader) -> dict[str, str
 
 def read_sessions(table: Path) -> Mapping[str, dict[str, str]]:
     """File -> attribute -> value of a ``sessions.csv``. Raises ConfigError."""
-    found: dict[str, dict[str, str]] = {}
-    for line, row in table_rows(table, table_text(table), ("file",)):
+    if os.path.lexists(table) and not table.is_file():
+        raise ConfigError(f"{table} is {_no_table(table)}; {_TABLE} Rename or remove it.")
+    text, found, lines = table_text(table), dict[str, dict[str, str]](), dict[str, int]()
+    if not text.strip():
+        raise ConfigError(f"{table} is empty; {_TABLE} Write that, or remove it.")
+    for line, row in table_rows(table, text, ("file",)):
         file = row.pop("file")
         if not file:
             raise ConfigError(f"{table}, line {line}: it names no `file`; write the name of its session, or remove it")
         if file in found:
-            raise ConfigError(f"{table}, line {line}: `{file}` has a line already; keep one of them")
-        found[file] = row
+            raise ConfigError(
+                f"{table}, line {line}: `{file}` has a line already, which is line {lines[file]}; keep one of them"
+            )
+        found[file], lines[file] = row, line
     return found
+
+
+_TABLE = (
+    f"a {SESSIONS} beside sessions is the table of what is known of them: a line file,… with one more column for each "
+    "attribute (file,person), then a line for each session (walk.mcap,ada)."
+)
+
+
+def _no_table(path: Path) -> str:
+    """What is there in the place of a table."""
+    if path.is_dir():
+        return "a folder"
+    return "a pipe or a device" if path.exists() else f"a link to what is not there, {os.readlink(path)}"
 
 
 def _s(t_ns: int) -> str:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, absent, closest, taken, typed
 from pipeline.outside import naming
-from pipeline.strict import Document, listed, nearest
+from pipeline.strict import listed, nearest
 
 if TYPE_CHECKING:
-    from pipeline.bundle import Bundle
     from pipeline.recording import SessionInfo
 
 HOUSE = Path(__file__).resolve().parent.parent
@@ -176,15 +175,3 @@ def own_bundle(recording: Path, info: SessionInfo) -> Path:
     raise ConfigError(
         f"{recording}: its session {ran}, so name one: --bundle PATH. Shipped are {listed(map(str, shipped))}."
     )
-
-
-def recorded_mapping(info: SessionInfo, recording: Path, model: Bundle) -> dict[str, str | None]:
-    """Which stream served which when the session ran, from the rig in the recording, as far as the model has them."""
-    from pipeline.config import check_rig
-
-    if info.rig is None:
-        return {}
-    with suppress(ConfigError):  # a rig of another version tells nothing, and nothing is instantiated from it
-        entry = check_rig(Document(info.rig, recording)).rig.bundle
-        return {name: rig for name, rig in (entry.streams if entry else {}).items() if name in model.streams}
-    return {}

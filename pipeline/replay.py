@@ -251,6 +251,8 @@ class ReplayPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Streams that the bundle knows and the recording lacks; they never start."""
     ignored: tuple[str, ...]
     """Streams of the recording that the bundle does not know."""
+    could: tuple[tuple[str, str], ...] = ()
+    """Streams of the bundle that are missing, each with one that is ignored and could stand for it."""
 
     @property
     def notes(self) -> list[str]:
@@ -260,6 +262,7 @@ class ReplayPlan(msgspec.Struct, frozen=True, kw_only=True):
             notes.append(f"the recording has no {', '.join(self.missing)}: missing in every window")
         if self.ignored:
             notes.append(f"the bundle does not use {', '.join(self.ignored)} of the recording")
+        notes += [f"{own} of the recording could stand for {name}: --stream {name}={own}" for name, own in self.could]
         return notes
 
 
@@ -285,23 +288,37 @@ def plan_replay(
         if rig in held and held[rig] != needed[rig]:
             raise BundleError(
                 f"the bundle {bundle.name} needs {needed[rig]} on its stream {name}, but {rig} of the recording "
-                f"{where} carries {held[rig]}. Map another stream to it"
+                f"{where} carries {held[rig]}. Map another stream to it (--stream {name}=…), or leave it out "
+                f"(--stream {name}=null)"
             )
     return ReplayPlan(
         spec=event_time(bundle.align_spec(streams)),
         streams=names,
         missing=tuple(sorted(set(needed) - set(held))),
         ignored=tuple(sorted(set(held) - set(needed))),
+        could=tuple(_stand_ins(names, needed, held)),
     )
+
+
+def _stand_ins(
+    names: Mapping[str, str], needed: Mapping[str, str], held: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Streams of the bundle that the recording lacks, each with one of the recording that could serve it, and serves
+    none."""
+    free = sorted(set(held) - set(needed))
+    for name, rig in names.items():
+        own = next((one for one in free if held[one] == needed[rig]), None)
+        if rig not in held and own is not None:
+            free.remove(own)
+            yield name, own
 
 
 def _way_out(names: Mapping[str, str], needed: Mapping[str, str], held: Mapping[str, str]) -> str:
     """What to do about streams that have other names, if that is all."""
-    pairs = ((name, own) for name, rig in names.items() for own in sorted(held) if held[own] == needed[rig])
-    for name, own in pairs:
+    for name, own in _stand_ins(names, needed, held):
         return (
-            f"Map one to the other: in Python replay_predictions(…, streams={{{name!r}: {own!r}}}), in the rig of a "
-            f"session to come `streams: {{{name}: {own}}}` under `bundle`."
+            f"Map one to the other: --stream {name}={own}, in Python replay_predictions(…, streams={{{name!r}: "
+            f"{own!r}}}), in the rig of a session to come `streams: {{{name}: {own}}}` under `bundle`."
         )
     return "None of these can stand for another; name a bundle that takes what was recorded."
 

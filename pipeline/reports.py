@@ -155,6 +155,17 @@ _PLACES = (
 )
 
 
+def rate_text(rate_hz: float | None, several: bool) -> str:
+    """A rate as people say it; where there is none, whether there is nothing to tell it from, or ``several`` at one
+    moment."""
+    if rate_hz is None:
+        return "at once" if several else "–"
+    return f"{rate_hz:.2f} Hz" if rate_hz >= _SELDOM_HZ else f"1 in {1 / rate_hz:.0f} s"
+
+
+_SELDOM_HZ = 0.1
+
+
 def recording_table(info: dict[str, Any]) -> RenderableType:
     """What ``sensorium info`` says to a person."""
     state = "" if info["complete"] else f"   incomplete: {info['incomplete']}"
@@ -164,7 +175,7 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     table = numbers("stream", ("payload", *columns))
     for name, stream in info["streams"].items():
         gap, rate, delay = stream["max_gap_ms"], stream["rate_hz"], stream["delay_ms"]
-        row = [str(stream["messages"]), str(stream["samples"]), "–" if rate is None else f"{rate:.2f} Hz"]
+        row = [str(stream["messages"]), str(stream["samples"]), rate_text(rate, stream["samples"] > 1)]
         row += [str(stream["lost"]), str(stream["gaps"])]
         row += ["–" if ms is None else f"{ms:.1f} ms" for ms in (gap, *delay.values())]
         table.add_row(name, stream["payload"], *row)

@@ -144,8 +144,18 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
 """What ``sensorium schema NAME`` can print. The modules are imported only when asked for."""
 
 
+_CALLED = {
+    "rig": "config", "model": "bundle", "model.yaml": "bundle", "train": "training", "train.yaml": "training",
+    "recording": "info", "evaluate": "evaluation",
+}  # fmt: skip
+"""What else people call them: by what the text is of, its file or its command."""
+
+
 def schema(name: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) called ``name``. Raises ConfigError."""
-    if name not in SCHEMAS:
-        raise ConfigError(f"there is no schema `{name}`.{nearest(name, SCHEMAS)} There are {listed(SCHEMAS)}.")
-    return {"$schema": DIALECT, "title": f"Sensorium {name}", **SCHEMAS[name]()}
+    """The JSON Schema (draft 2020-12) called ``name``, or of what is called so. Raises ConfigError."""
+    known = _CALLED.get(name.lower(), name.lower())
+    if known not in SCHEMAS:
+        raise ConfigError(
+            f"there is no schema `{name}`.{nearest(name, [*SCHEMAS, *_CALLED])} There are {listed(SCHEMAS)}."
+        )
+    return {"$schema": DIALECT, "title": f"Sensorium {known}", **SCHEMAS[known]()}

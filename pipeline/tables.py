@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.errors import ConfigError, absent
+from pipeline.errors import ConfigError, absent, typed
 
 
 def table_text(path: Path) -> str:
@@ -23,6 +23,10 @@ def table_text(path: Path) -> str:
         raise absent(path) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; name a table, which is one file.") from None
+    except PermissionError:
+        raise ConfigError(
+            f"{path} cannot be read: you may not read it. Whoever it belongs to can let you: chmod a+r {typed(path)}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 

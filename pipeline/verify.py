@@ -28,7 +28,7 @@ import msgspec
 
 from pipeline.align import Aligner, AlignSpec, Manifest, Step
 from pipeline.bundle import Bundle
-from pipeline.errors import BundleError, ConfigError, RecordingError, WireError
+from pipeline.errors import BundleError, ConfigError, RecordingError, WireError, listed
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.messages import Message
 from pipeline.prediction import BundleRef, Prediction
@@ -180,6 +180,19 @@ def check_windows(reader: RecordingReader) -> None:
     raise RecordingError(
         f"{reader.path} holds no windows of a live session, so there is nothing to verify{why}. {whole}. {advice}"
     )
+
+
+def check_streams(reader: RecordingReader, asked: Mapping[str, str | None]) -> None:
+    """Raises ConfigError where a stream that is ``asked`` for is none that the session's windows were made of."""
+    with suppress(RecordingError, msgspec.MsgspecError):  # which is told of where the windows are made again
+        data, _, _ = next(reader.json(MANIFEST_TOPIC))
+        made = msgspec.json.decode(data, type=Manifest).streams
+        for name, held in asked.items():
+            if held is not None and held not in made:
+                raise ConfigError(
+                    f"--stream {name}={held}: the windows of this session were made of {listed(sorted(made))}, and "
+                    "--verify makes those again. To see what the model says with another stream, leave --verify away."
+                )
 
 
 def _check_model(reader: RecordingReader, bundle: Bundle) -> None:

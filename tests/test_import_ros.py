@@ -6,8 +6,11 @@ import contextlib
 import gzip
 import json
 import math
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +438,76 @@ def test_a_bag_that_is_cut_off_or_empty_is_one_error(tmp_path: Path, kind: str, 
     with pytest.raises(RecordingError, match="cannot be read"):
         import_(file)
     assert not list(tmp_path.glob("imported*"))
+
+
+def cut_bags(tmp_path: Path, kind: str, sizes: Callable[[int], Iterable[int]]) -> Iterator[tuple[int, str]]:
+    """How a bag is refused that is cut to each of the sizes, which it gets from its own; nothing is left behind."""
+    ros = ros_of(kind)
+    path = write_bag(tmp_path, kind, ros, [("/imu", T0 + k, imu(ros, T0 + k)) for k in range(200)])
+    file = path / "drive.db3" if kind.startswith("db3") else path
+    whole = file.read_bytes()
+    before = sorted(tmp_path.rglob("*"))
+    for size in sizes(len(whole)):
+        file.write_bytes(whole[:size])
+        with pytest.raises(RecordingError) as told:
+            import_(file)
+        assert sorted(tmp_path.rglob("*")) == before
+        yield size, str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["bag", "db3"])
+def test_a_bag_that_is_cut_off_says_where_and_what_is_left(tmp_path: Path, kind: str) -> None:
+    for size, said in cut_bags(tmp_path, kind, lambda whole: [1, 12, 50, *range(101, whole, whole // 23), whole - 1]):
+        assert str(size) in said
+        assert "opy it again" in said
+        assert not re.search(r"magic|malformed|uint32|Header|not a database|args", said), said
+
+
+def test_of_a_bag_of_ros_1_what_is_whole_is_told(tmp_path: Path) -> None:
+    said = dict(cut_bags(tmp_path, "bag", lambda whole: [4000, 20_000, whole - 60, whole - 2]))
+    nothing, within, behind, last = said.values()
+    assert "ends after 4000 bytes, before any message" in nothing
+    assert re.search(r"is cut off at byte 20000: its index should begin at byte \d+\. Not one chunk", within)
+    for text in (behind, last):
+        assert re.search(r"index, which begins at byte \d+, is not whole.*one chunk of messages up to byte \d+, comes "
+                         r"back with: rosbag reindex drive\.bag$", text)  # fmt: skip
+
+
+def test_a_bag_that_was_never_closed_has_no_index(tmp_path: Path) -> None:
+    ros = Ros(1)
+    path = write_bag(tmp_path, "bag", ros, [("/imu", T0, imu(ros, T0))])
+    data = path.read_bytes()
+    at = data.index(b"index_pos=") + len("index_pos=")
+    path.write_bytes(data[:at] + bytes(8) + data[at + 8 :])
+    with pytest.raises(
+        RecordingError, match=r"ends at byte \d+ without an index: its recorder was killed.*one chunk of"
+    ):
+        import_(path)
+
+
+def test_of_a_database_no_byte_that_is_lacking_is_taken_for_zero(tmp_path: Path) -> None:
+    [(size, said)] = cut_bags(tmp_path, "db3", lambda whole: [whole - 10])
+    assert f"it has {size} bytes, and its beginning says {size + 10}" in said
+    assert "comes back with: sqlite3 drive.db3 .dump | sed" in said
+    with pytest.raises(RecordingError, match=rf"drive\.db3 is cut off .*has {size} bytes"):
+        import_(tmp_path / "drive")  # the folder
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="the command sqlite3 is not installed")
+def test_what_is_whole_in_a_database_comes_back_as_it_is_said(tmp_path: Path) -> None:
+    [(_, said)] = cut_bags(tmp_path, "db3", lambda whole: [whole * 2 // 3])
+    mend = said.partition("comes back with: ")[2].partition(" (`ros2")[0]
+    subprocess.run(mend, shell=True, cwd=tmp_path / "drive", check=True, capture_output=True)
+    _, found = import_(tmp_path / "drive" / "whole.db3")
+    assert 50 < len(found["imu"]) < 200
+
+
+@pytest.mark.parametrize(("kind", "what"), [("bag", "bag of ROS 1"), ("db3", "database, as ROS 2")])
+def test_a_file_that_is_no_bag_is_told_so(tmp_path: Path, kind: str, what: str) -> None:
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(b"something else entirely" * 1000)
+    with pytest.raises(RecordingError, match=f"it is no {what}"):
+        import_(file)
 
 
 @pytest.mark.parametrize(

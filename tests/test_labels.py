@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,9 @@ def test_attributes_from_the_recording_and_the_table(recording: Path) -> None:
         ("file,person\nwalk.mcap,bob,2\n", "csv, line 2: `walk.mcap,bob,2` has 3 values, and the heading 2 columns"),
         ("file,person\n,bob\n", "csv, line 2: it names no `file`"),
         ("file,person\nwalk.mcap,bob\nwalk.mcap,eve\n", "line 3: `walk.mcap` has a line already"),
+        ("file,person\nwalk.mcap,bob\n\nwalk.mcap,eve\n", "line 4: `walk.mcap` has a line already, which is line 2;"),
+        ("", r"sessions.csv is empty; .* a line file,… with one more column .* Write that, or remove it"),
+        ("\ufeff\n \n", "sessions.csv is empty"),
     ],
 )
 def test_a_wrong_table(tmp_path: Path, text: str, said: str) -> None:
@@ -200,3 +205,29 @@ def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
     assert read_sessions(table) == {"walk.mcap": {"person": "J\u00f6rg"}}
     table.write_text('\n\nfile,person\n\nwalk.mcap,"Jo ""5"" x" \nrun.mcap,5" y\n')
     assert read_sessions(table) == {"walk.mcap": {"person": 'Jo "5" x'}, "run.mcap": {"person": '5" y'}}
+
+
+def test_what_is_no_table_in_its_place_is_said(recording: Path) -> None:
+    table = recording.with_name("sessions.csv")
+    for make, unmake, what in (
+        (table.mkdir, table.rmdir, "a folder"),
+        (lambda: table.symlink_to("gone.csv"), table.unlink, "a link to what is not there, gone.csv"),
+        (lambda: os.mkfifo(table), table.unlink, "a pipe or a device"),
+    ):
+        make()
+        with pytest.raises(ConfigError, match=rf"sessions.csv is {what}; .* Rename or remove it\.$"):
+            session_attributes(recording)
+        unmake()
+    assert session_attributes(recording) == {"person": "ada", "day": "1"}
+
+
+def test_a_table_that_nobody_may_read(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = recording.with_name("sessions.csv")
+    table.write_text("file,person\n")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match=r"sessions.csv cannot be read: you may not .*: chmod a\+r .*sessions.csv$"):
+        session_attributes(recording)

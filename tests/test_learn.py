@@ -38,18 +38,19 @@ from pipeline.replay import replay_predictions
 from pipeline.strict import Document
 from tests import scenes
 from tests.conftest import ROOT
-from tests.tiny_bundle import GRID, write_bundle
+from tests.tiny_bundle import FRAME, GRID, write_bundle
 
 torch = pytest.importorskip("torch", reason="the package torch is not installed (extra `learn`)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
 
 from pipeline import learn  # noqa: E402
+from pipeline.learn.begin import begin_from, not_taken  # noqa: E402
 from pipeline.learn.card import card  # noqa: E402
 from pipeline.learn.config import streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
 from pipeline.learn.export import _default_cache, _overrides, prove  # noqa: E402
 from pipeline.learn.loop import Checkpoints, Silent  # noqa: E402
-from pipeline.learn.model import build_encoders, cut_windows, say, windows  # noqa: E402
+from pipeline.learn.model import build_encoders, build_model, cut_windows, say, windows  # noqa: E402
 from pipeline.learn.preparing import PreparedSession, Recipe, prepare  # noqa: E402
 from pipeline.learn.robust import disagreement, distort  # noqa: E402
 from pipeline.learn.train import prepare_all, some_of  # noqa: E402
@@ -342,6 +343,93 @@ def test_nothing_to_begin_from_is_said_before_anything_is_prepared(
     with pytest.raises(BundleError, match=r"bare has no weights.npz"):
         prepare_all(config, recorded(config), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+TWO = {"imu": {"token": 1, "encoder": {"widths": [8, 12]}}, "camera": SMALL["camera"] | {"token": 1}}
+
+
+def with_fusion(folder: Path, sessions: Path, order: tuple[str, ...]) -> Path:
+    """As ``earlier``, of two streams in this order, and with the weights of its fusion."""
+    config = configured(sessions, TWO, labels=["calm", "shake"], ignore_labels=["tone"])
+    encoders = recipe_of(config).encoders
+    model = build_model({name: encoders[name] for name in order}, "late", 5, 2, config.file.fusion)
+    file = io.BytesIO()
+    np.savez(file, **{key: value.numpy() for key, value in model.state_dict().items()})
+    files = {"weights.npz": file.getvalue(), "train.yaml": config.document.text.encode()}
+    streams = {name: {"imu": GRID, "camera": FRAME}[name] for name in order}
+    return write_bundle(folder, streams, files=files, steps=5, labels=["calm", "shake"], strategy="late")
+
+
+@pytest.fixture
+def whole_earlier(sessions: Path, tmp_path: Path) -> Path:
+    return with_fusion(tmp_path / "whole", sessions, PAIR)
+
+
+def said_not_taken(sessions: Path, bundle: Path, labels: tuple[str, ...] = ("calm", "shake"), **more: Any) -> str:
+    config = configured(sessions, more.pop("streams", TWO), **more)
+    said = not_taken(config, load_bundle(bundle), recipe_of(config).encoders, labels)
+    return said.removeprefix(f"what {bundle} does not give begins at random: ")
+
+
+def test_what_begins_at_random_is_said_with_the_reason(sessions: Path, whole_earlier: Path) -> None:
+    assert said_not_taken(sessions, whole_earlier) == ""
+    # What changes no shape is passed over.
+    assert said_not_taken(sessions, whole_earlier, fusion={"width": 16, "queries": 2, "dropout": 0.3}) == ""
+    found = said_not_taken(sessions, whole_earlier, strategy="hybrid", fusion={"width": 8, "dropout": 0.3})
+    assert found == (
+        "the fusion, for `strategy` is late there and hybrid here; `fusion.width` is 16 there and 8 here; "
+        "`fusion.queries` is 2 there and 4 here"
+    )
+    found = said_not_taken(sessions, whole_earlier, ("shake", "calm"))
+    assert found == 'the fusion, for `labels` is ["calm", "shake"] there and ["shake", "calm"] here'
+    found = said_not_taken(sessions, whole_earlier, streams={**TWO, "microphone": SMALL["microphone"]})
+    assert found.startswith("the encoder of `microphone`; the fusion, for `streams` is [")
+
+
+def test_weights_of_the_fusion_never_go_to_another_stream(sessions: Path, tmp_path: Path) -> None:
+    """They are kept one stream behind the other, and have the same shape in any order."""
+    taken = []
+    for order in (PAIR, PAIR[::-1]):
+        bundle = with_fusion(tmp_path / order[0], sessions, order)
+        config = configured(sessions, TWO, init={"bundle": str(bundle)})
+        model = build_model(recipe_of(config).encoders, "late", 5, 2, config.file.fusion)
+        assert config.file.init is not None
+        taken.append("fusion" in begin_from(model, config.file.init, ("calm", "shake")))
+    assert taken == [True, False]
+    found = said_not_taken(sessions, bundle)
+    assert found == 'the fusion, for `streams` is ["imu", "camera"] there and ["camera", "imu"] here'
+
+
+def test_that_the_fusion_begins_at_random_is_said_before_anything_is_prepared(
+    sessions: Path, tmp_path: Path, whole_earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watching(Silent):
+        notes: list[str] = []  # noqa: RUF012
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    class Reached(Exception):
+        pass
+
+    def preparing(*arguments: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr(sys.modules["pipeline.learn.train"], "prepare", preparing)
+    others = ["approach", "flash", "tone"]
+    for strategy, said in (("late", 0), ("early", 1)):
+        config = configured(sessions, TWO, init={"bundle": str(whole_earlier)}, strategy=strategy, ignore_labels=others)
+        with pytest.raises(Reached):
+            prepare_all(config, recorded(config), tmp_path / "cache", Watching())
+        assert len(Watching.notes) == said
+    assert "the fusion, for `strategy` is late there and early here" in Watching.notes[0]
+
+
+def test_settings_that_change_no_shape_are_no_reason(sessions: Path, tmp_path: Path, earlier: Path) -> None:
+    stream = {"token": 7, "context_ms": 200, "encoder": {"widths": [8, 12], "jitter": 0.1, "dropout": 0.2}}
+    config = configured(sessions, {"imu": stream}, init={"bundle": str(earlier)})
+    with pytest.raises(BundleError, match=r"describes: `token` is 1 there and 7 here\. Training begins"):
+        prepare_all(config, recorded(config), tmp_path / "cache")
 
 
 def test_what_is_frozen_is_named(sessions: Path) -> None:

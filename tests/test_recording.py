@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,8 @@ from hypothesis import strategies as st
 from mcap.reader import make_reader
 
 from pipeline.errors import ConfigError, RecordingError, SensoriumError, WireError
+from pipeline.explain import Session, explain
+from pipeline.findings import explanation_text
 from pipeline.messages import (
     IMU_DTYPE,
     POINT_DTYPE,
@@ -52,7 +56,9 @@ from pipeline.recording import (
 )
 from pipeline.recording import schemas as recording_schemas
 from pipeline.recording.writer import whole_file, written_now
+from pipeline.reports import recording_table
 from pipeline.steps import Gap
+from pipeline.terminal import console
 
 UNIX = 1_700_000_000_000_000_000
 SESSION = SessionInfo(session="s1", unix_ns=UNIX)
@@ -733,6 +739,29 @@ def test_summary_counts_what_a_small_session_holds(tmp_path: Path) -> None:
     mic = summary["streams"]["mic"]
     assert (mic["payload"], mic["samples"], mic["rate_hz"], mic["max_gap_ms"]) == ("audio", 1440, 48000, 0)
     json.dumps(summary, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("times_ns", "rate_hz", "said"),
+    [
+        ([7], None, "–"),
+        (range(1000, 1005), None, "at once"),  # one after the other by a nanosecond, as captures must be
+        ([0, 1, 2_000_000, 2_000_001], 1500.0, "1500.00 Hz"),
+        ([0, 500_000_000], 2.0, "2.00 Hz"),
+        ([0, 3_600_000_000_000], 1 / 3600, "1 in 3600 s"),
+    ],
+)
+def test_a_rate_is_said_where_there_is_one(
+    tmp_path: Path, times_ns: Sequence[int], rate_hz: float | None, said: str
+) -> None:
+    texts = [(message(TextLayout(2), b"hi", stream="notes", seq=seq, t=t), t) for seq, t in enumerate(times_ns)]
+    path = write(tmp_path / "a.mcap", texts)
+    found = summarise(path)
+    assert found["streams"]["notes"]["rate_hz"] == (None if rate_hz is None else pytest.approx(rate_hz, rel=1e-4))
+    for shown in (recording_table(found), explanation_text(explain(Session(path)))):
+        screen = io.StringIO()
+        console(screen).print(shown)
+        assert f" {said}  " in screen.getvalue()
 
 
 @given(rows=st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=1, max_size=12),

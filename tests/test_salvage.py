@@ -339,6 +339,23 @@ def test_what_another_tool_wrote_without_chunks_is_refused_and_not_called_damage
         info([anew], json=True)
 
 
+def test_a_recording_is_read_once_to_be_recovered(
+    original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for what another tool wrote needs no second reader, which decodes all chunks where the end is missing."""
+    path, opened = tmp_path / "cut.mcap", []
+    path.write_bytes(original.content[:-1000])
+    begin = RecordingReader.__init__
+
+    def beginning(self: RecordingReader, path: Path) -> None:
+        opened.append(type(self))
+        begin(self, path)
+
+    monkeypatch.setattr(RecordingReader, "__init__", beginning)
+    recover(path, tmp_path / "out.mcap")
+    assert opened == [SalvagedReader]
+
+
 def written_anew(original: Original, folder: Path, **options: Any) -> tuple[Path, Path]:
     """A recording, and what another tool makes of it."""
     path, anew = folder / "original.mcap", folder / "anew.mcap"

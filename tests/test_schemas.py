@@ -33,6 +33,20 @@ def test_an_unknown_schema_says_which_there_are() -> None:
         schema("predictions")
 
 
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [("rig", "config"), ("Model", "bundle"), ("model.yaml", "bundle"), ("TRAIN.yaml", "training"), ("Info", "info"),
+     ("recording", "info"), ("evaluate", "evaluation")],
+)  # fmt: skip
+def test_a_schema_has_the_names_that_people_give_it(called: str, name: str) -> None:
+    assert schema(called) == schema(name)
+
+
+def test_names_that_are_near_to_those_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"no schema `rigs`\. Did you mean `rig`\? There are `prediction`, `config`"):
+        schema("rigs")
+
+
 def test_a_training_file_satisfies_its_schema_and_a_typo_in_an_encoder_does_not() -> None:
     pytest.importorskip("torch", reason="needs the package torch")
     validator = jsonschema.Draft202012Validator(schema("training"))

@@ -93,6 +93,7 @@ def _train_command(file: Path, out: Path, **options: Any) -> str:
 def evaluate(
     bundle: Path,
     recordings: list[Path],
+    streams: list[str],
     *,
     html: Path | None,
     json: bool,
@@ -106,8 +107,10 @@ def evaluate(
 
     from pipeline import evaluate as evaluating
     from pipeline.bars import Bar
+    from pipeline.mapping import asked_streams
     from pipeline.terminal import console
 
+    asked = asked_streams(streams)
     if html is not None:
         writable(html, "--html")
     columns = (BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -115,7 +118,7 @@ def evaluate(
         with ended_politely(), Bar(*columns, console=console(sys.stderr), transient=True) as bar:
             task = bar.add_task("checking what was named", total=None)
             found = evaluating.evaluate(
-                bundle, recordings, robustness=robustness, by=by, jobs=jobs, allow_code=allow_code,
+                bundle, recordings, robustness=robustness, by=by, streams=asked, jobs=jobs, allow_code=allow_code,
                 progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             )  # fmt: skip
     except KeyboardInterrupt as stop:

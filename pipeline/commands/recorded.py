@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +13,7 @@ import msgspec
 from pipeline.commands.tools import ended_politely, interrupted, making, print_json, say, writable
 from pipeline.errors import ConfigError, RecordingError, SensoriumError, Together, typed
 from pipeline.outside import naming
-from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle, recorded_mapping
+from pipeline.paths import NewFile, existing, find_rig, new_file, own_bundle
 from pipeline.strict import nearest
 
 if TYPE_CHECKING:
@@ -63,16 +63,21 @@ def _info(recording: Path, json: bool) -> bool:
     return damage is None
 
 
-def explain(recording: Path, bundle: Path | None, *, window: int | None, json: bool, allow_code: bool) -> bool:
+def explain(
+    recording: Path, bundle: Path | None, streams: Sequence[str], *, window: int | None, json: bool, allow_code: bool
+) -> bool:
     """``sensorium explain``. Whether the recording is undamaged."""
     from pipeline import explain as explaining
     from pipeline.explain_window import explain_window
     from pipeline.findings import explanation_text, window_text
+    from pipeline.mapping import asked_streams
     from pipeline.reports import damage_text
     from pipeline.terminal import console
 
+    asked = asked_streams(streams)
+
     def look(reader: RecordingReader) -> explaining.Session:
-        return explaining.Session(reader, _aligned_by(reader, recording, bundle, allow_code))
+        return explaining.Session(reader, _aligned_by(reader, recording, bundle, asked, allow_code))
 
     with console(sys.stderr).status("reading"):
         session, damage = _seen(recording, look)
@@ -126,41 +131,55 @@ def _seen(recording: Path, look: Callable[[RecordingReader], T]) -> tuple[T, Dam
         return look(salvaged), salvaged.damage
 
 
-def _aligned_by(reader: RecordingReader, recording: Path, bundle: Path | None, allow_code: bool) -> AlignSpec | None:
+def _aligned_by(
+    reader: RecordingReader, recording: Path, bundle: Path | None, asked: Mapping[str, str | None], allow_code: bool
+) -> AlignSpec | None:
     """The rules and limits of the session's windows, or of the bundle's that is named; None if nobody knows them."""
     from pipeline.bundle import load_bundle
     from pipeline.faultbench import limits_of
+    from pipeline.mapping import session_mapping
     from pipeline.plan import live_spec
     from pipeline.replay import plan_replay
 
-    named = bundle is not None
+    chosen = bundle is not None or asked
     if bundle is None:
         try:
             bundle = own_bundle(recording, reader.info)
         except ConfigError:
+            if asked:
+                raise
             return None
     model = load_bundle(bundle, allow_code)
-    mapping = recorded_mapping(reader.info, recording, model)
-    if named:
+    mapping = session_mapping(reader, model, asked)
+    if chosen:
         plan_replay(reader, model, mapping)  # which refuses a model that has no stream of this recording
     return live_spec(model, limits_of(reader), mapping, reader.streams)
 
 
 def replay(
-    recording: Path, bundle: Path | None, *, speed: float | None, json: bool, out: Path | None, allow_code: bool
+    recording: Path,
+    bundle: Path | None,
+    streams: Sequence[str],
+    *,
+    speed: float | None,
+    json: bool,
+    out: Path | None,
+    allow_code: bool,
 ) -> None:
     """``sensorium replay``."""
     from pipeline.bundle import load_bundle
     from pipeline.clock import SystemClock
+    from pipeline.mapping import asked_streams, session_mapping
     from pipeline.recording import RecordingReader, lacks
     from pipeline.replay import paced, replay_predictions
     from pipeline.show import POLL_MS, output_for, print_summary
     from pipeline.summary import Summary
     from pipeline.terminal import Lines
 
-    summary = Summary()
+    summary, asked = Summary(), asked_streams(streams)
     with RecordingReader(existing(recording)) as reader, ExitStack() as stack:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
+        mapping = session_mapping(reader, model, asked)
         if not reader.info.complete:
             say(f"{recording.name} is incomplete: {lacks(reader)}; what can be read is replayed")
         kept = to_file = None
@@ -170,9 +189,7 @@ def replay(
             kept = stack.enter_context(NewFile(out))
             to_file = Lines(kept.file)
         output = stack.enter_context(closing(output_for(json, f"{recording.name}   model {model.name}", summary)))
-        predictions = replay_predictions(
-            reader, model, streams=recorded_mapping(reader.info, recording, model), note=say
-        )
+        predictions = replay_predictions(reader, model, streams=mapping, note=say)
         shown = paced(((p, p.window.end_ns) for p in predictions), SystemClock(), speed)
         refreshed = SystemClock()
         stop: KeyboardInterrupt | None = None
@@ -197,25 +214,28 @@ def replay(
         raise interrupted(f"interrupted{left or f' before the end of {recording.name}'}", stop) from None
 
 
-def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> bool:
+def verify(recording: Path, bundle: Path | None, streams: Sequence[str], *, json: bool, allow_code: bool) -> bool:
     """``sensorium replay --verify``: whether everything was made again and nothing differs."""
     from pipeline import verify as verifying
     from pipeline.bundle import load_bundle
+    from pipeline.mapping import asked_streams, session_mapping
     from pipeline.recording import RecordingReader
     from pipeline.recording.damage import damage
     from pipeline.reports import verification_text
     from pipeline.terminal import console
 
-    screen = console(sys.stderr)
+    screen, asked = console(sys.stderr), asked_streams(streams)
     existing(recording)
     try:
         with RecordingReader(recording) as reader, screen.status("making it again") as status:
             verifying.check_windows(reader)
             model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
+            mapping = session_mapping(reader, model, asked)
+            verifying.check_streams(reader, asked)
             found = verifying.verify(
                 reader,
                 model,
-                streams=recorded_mapping(reader.info, recording, model),
+                streams=mapping,
                 progress=lambda window: status.update(f"making it again: window {window}"),
             )
     except SensoriumError as error:
@@ -230,19 +250,22 @@ def verify(recording: Path, bundle: Path | None, *, json: bool, allow_code: bool
     return found.holds
 
 
-def faults(recording: Path, file: Path, bundle: Path | None, *, json: bool, allow_code: bool) -> None:
+def faults(
+    recording: Path, file: Path, bundle: Path | None, streams: Sequence[str], *, json: bool, allow_code: bool
+) -> None:
     """``sensorium replay --faults``."""
     from pipeline.bundle import load_bundle
     from pipeline.faultbench import fault_bench
     from pipeline.faults import load_faults
     from pipeline.findings import fault_text
+    from pipeline.mapping import asked_streams, session_mapping
     from pipeline.recording import RecordingReader
     from pipeline.terminal import console
 
-    screen = console(sys.stderr)
+    screen, asked = console(sys.stderr), asked_streams(streams)
     with RecordingReader(existing(recording)) as reader, screen.status("running without faults") as status:
         model = load_bundle(bundle or own_bundle(recording, reader.info), allow_code)
-        mapping = recorded_mapping(reader.info, recording, model)
+        mapping = session_mapping(reader, model, asked)
         used = set(model.rig_streams(mapping).values())
         found = fault_bench(
             reader,

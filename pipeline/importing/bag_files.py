@@ -23,6 +23,7 @@ from mcap.records import Statistics
 from mcap.summary import Summary
 
 from pipeline.errors import ConfigError, RecordingError, typed
+from pipeline.importing.broken_bags import broken, mended_database
 from pipeline.importing.foxglove_messages import foxglove_decoder
 from pipeline.importing.images import Unusable
 from pipeline.importing.ros_types import Decode, Definition, decoder, full_name, rosbags
@@ -83,6 +84,7 @@ class RosbagsBag(Bag):
         self._ros1 = path.suffix == ".bag"
         module = rosbags("rosbag1" if self._ros1 else "rosbag2")
         self._damage = (module.ReaderError, *_DAMAGE, *_database_errors())
+        _refuse_broken(path, ".db3")  # what such a one lacks may be read as zeros
         try:
             self._reader = module.Reader(path)
             self._reader.open()
@@ -224,9 +226,26 @@ def _database_errors() -> tuple[type[BaseException], ...]:
     return (apsw.Error,)
 
 
+def _refuse_broken(path: Path, *suffixes: str) -> None:
+    """Raises RecordingError for a bag, or for one of the files of a folder, that ends too early or is none."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix in suffixes and (said := broken(file)):
+            raise RecordingError(said)
+
+
 def _unreadable(path: Path, error: BaseException) -> RecordingError:
+    if isinstance(error, OSError) and error.strerror:
+        return RecordingError(f"{path} cannot be read: {error.strerror}")
+    try:
+        _refuse_broken(path, ".bag", ".db3", ".mcap")
+    except RecordingError as cut:
+        return cut
+    except OSError:
+        pass  # then its reader's words are all that there is
     name = typed(path.name)
-    cures = {".bag": f"rosbag reindex {name}", ".mcap": f"mcap recover {name} -o whole.mcap"}
+    cures = {
+        ".bag": f"rosbag reindex {name}", ".mcap": f"mcap recover {name} -o whole.mcap", ".db3": mended_database(path)
+    }  # fmt: skip
     cure = cures.get(path.suffix, f"ros2 bag reindex {name}")
     said = " ".join(str(part) for part in error.args) or type(error).__name__
     return RecordingError(

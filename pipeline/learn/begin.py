@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,8 +13,9 @@ import torch
 
 from pipeline.bundle import Bundle, load_bundle
 from pipeline.errors import BundleError, ConfigError, Together
-from pipeline.learn.config import Config, InitEntry, check_config
-from pipeline.learn.encoders import StreamEncoder, settings_of
+from pipeline.learn.config import Config, InitEntry, TrainFile, check_config
+from pipeline.learn.encoders import StreamEncoder, build_encoder, settings_of
+from pipeline.learn.fusion import FusionSettings, build_fusion
 from pipeline.learn.model import Model
 from pipeline.modelfile import BundleStream
 from pipeline.strict import Document, listed
@@ -22,10 +23,13 @@ from pipeline.strict import Document, listed
 WEIGHTS, CONFIG = "weights.npz", "train.yaml"
 
 
+Shapes = dict[str, tuple[int, ...]]
+
+
 def check_beginning(
     config: Config, entry: InitEntry, streams: Mapping[str, BundleStream], encoders: Mapping[str, StreamEncoder]
-) -> None:
-    """BundleError if nothing can be taken from the bundle of ``entry``, or if it has another encoder for one of the
+) -> Bundle:
+    """The bundle of ``entry``. BundleError if nothing can be taken from it, or if it has another encoder for one of the
     model's ``streams`` than that of ``encoders``. ConfigError if there is no bundle."""
     bundle, wrong = load_bundle(entry.bundle), Together()
     weights = _weights(bundle)
@@ -38,18 +42,92 @@ def check_beginning(
     for name in shared:
         if _shapes(_part(weights, f"encoders.{name}.")) != _shapes(encoders[name].state_dict()):
             here = _facts(streams[name], config.file.window.hop_ms, config.file.streams[name].encoder)
-            wrong.add(BundleError(_other_encoder(bundle, name, here)))
-    wrong.settled(bundle)
+            found = _shapes(_part(weights, f"encoders.{name}."))
+            wrong.add(BundleError(_other_encoder(bundle, name, here, found)))
+    return wrong.settled(bundle)
 
 
-def _other_encoder(bundle: Bundle, name: str, here: Mapping[str, Any]) -> str:
-    """How the bundle's encoder of a stream differs from one that is as it is said ``here``, and what to do."""
-    there = _facts(bundle.streams[name], bundle.window.hop_ns / 1e6, _stated_encoder(bundle, name))
-    differ = [f"`{key}` is {_shown(value)} there and {_shown(here.get(key))} here" for key, value in there.items()
-              if value != here.get(key)]  # fmt: skip
+def not_taken(config: Config, bundle: Bundle, encoders: Mapping[str, StreamEncoder], labels: tuple[str, ...]) -> str:
+    """What of a model with these ``encoders`` and ``labels`` begins at random although it begins from ``bundle``, and
+    why, in a sentence; "" if nothing does."""
+    weights = _weights(bundle)
+    new = [name for name in encoders if not _part(weights, f"encoders.{name}.")]
+    said = [f"the encoder of `{name}`" for name in new]
+    if why := _other_fusion(config, bundle, _part(weights, "fusion."), encoders, labels):
+        said.append(f"the fusion, for {why}")
+    return f"what {bundle.path} does not give begins at random: {'; '.join(said)}" if said else ""
+
+
+def _other_fusion(
+    config: Config,
+    bundle: Bundle,
+    weights: Mapping[str, Any],
+    encoders: Mapping[str, StreamEncoder],
+    labels: tuple[str, ...],
+) -> str:
+    """How the fusion of ``bundle`` differs from the model's; "" if it can be taken."""
+    file, given = config.file, _stated(bundle)
+    tokens = {name: encoder.token for name, encoder in encoders.items()}
+    here = _fusion_facts(tokens, labels, file.strategy, file.window.steps, file.fusion)
+    tokens = {name: stream.token for name, stream in bundle.streams.items()}
+    settings = FusionSettings() if given is None else given.fusion
+    there = _fusion_facts(tokens, bundle.labels, bundle.strategy, bundle.window.steps, settings)
+    shapes = _shapes(weights)
+    if (bundle.labels, *bundle.streams) == (labels, *encoders) and shapes == _fusion_shapes(here):
+        return ""
+    matter = [key for key in ("streams", "labels") if there[key] != here[key]]  # the order of both is that of weights
+    matter += _telling(here, there, _fusion_shapes)
+    differ = _differing(here, there, dict.fromkeys(matter))
+    return differ if differ and _fusion_shapes(there) == shapes else "it was made by another version"
+
+
+def _fusion_facts(
+    tokens: Mapping[str, int], labels: Sequence[str], strategy: str, steps: int, settings: FusionSettings
+) -> dict[str, Any]:
+    """Key -> value of all that the shape of a fusion may depend on."""
+    stated = {"streams": list(tokens), "labels": list(labels), "strategy": strategy, "window.steps": steps}
+    stated |= {f"streams.{name}.token": token for name, token in tokens.items()}
+    return stated | {f"fusion.{key}": value for key, value in msgspec.structs.asdict(settings).items()}
+
+
+def _fusion_shapes(facts: Mapping[str, Any]) -> Shapes | None:
+    """The shapes of the fusion that ``facts`` describe; None where there cannot be one."""
+    tokens = {name: facts.get(f"streams.{name}.token", 1) for name in facts["streams"]}
+    settings = {key.removeprefix("fusion."): value for key, value in facts.items() if key.startswith("fusion.")}
+    try:
+        fusion = build_fusion(facts["strategy"], tokens, facts["window.steps"], len(facts["labels"]), settings)
+    except ConfigError:
+        return None
+    return _shapes(fusion.state_dict())
+
+
+def _telling(
+    here: Mapping[str, Any], there: Mapping[str, Any], shapes: Callable[[Mapping[str, Any]], Shapes | None]
+) -> list[str]:
+    """The keys that both have with other values, and of which a shape depends: it becomes another one where the value
+    of the other side is put in the place of that key's alone."""
+    return [
+        key for key, value in there.items() if key in here and value != here[key]
+        and (shapes({**here, key: value}) != shapes(here) or shapes({**there, key: here[key]}) != shapes(there))
+    ]  # fmt: skip
+
+
+def _differing(here: Mapping[str, Any], there: Mapping[str, Any], keys: Iterable[str]) -> str:
+    return "; ".join(f"`{key}` is {_shown(there[key])} there and {_shown(here[key])} here" for key in keys)
+
+
+def _other_encoder(bundle: Bundle, name: str, here: Mapping[str, Any], found: Shapes) -> str:
+    """How the bundle's encoder of a stream, whose weights have the shapes ``found``, differs from one that is as it is
+    said ``here``, and what to do."""
+    file = _stated(bundle)
+    stated = {} if file is None or name not in file.streams else file.streams[name].encoder
+    there = _facts(bundle.streams[name], bundle.window.hop_ns / 1e6, stated)
+    same_payload = there["payload"] == here["payload"]  # else nothing else can be compared
+    matter = _telling(here, there, _encoder_shapes) if same_payload else ["payload"]
+    differ = _differing(here, there, matter) if _encoder_shapes(there) == found else ""
     return (
         f"{bundle.path}: its encoder of `{name}` is another one than the training file describes: "
-        f"{'; '.join(differ) or 'it was made by another version'}. Training begins from an encoder of the same shape "
+        f"{differ or 'it was made by another version'}. Training begins from an encoder of the same shape "
         + ("alone: give it these settings, " if differ else "alone: train the bundle anew, ")
         + f"or call the stream otherwise (`recorded_as: {name}`), and its encoder begins at random"
     )
@@ -67,13 +145,27 @@ def _facts(stream: BundleStream, hop_ms: float, encoder: Mapping[str, Any]) -> d
     return stated | {f"encoder.{key}": value for key, value in settings.items()}
 
 
-def _stated_encoder(bundle: Bundle, name: str) -> Mapping[str, Any]:
-    """The settings of a stream's encoder as the training file in the bundle states them."""
+def _encoder_shapes(facts: Mapping[str, Any]) -> Shapes | None:
+    """The shapes of the encoder that ``facts`` describe; None where there cannot be one."""
+    rate_hz, hop_ms = facts["rule.rate_hz"] or 0.0, facts["window.hop_ms"]
+    settings = {key.removeprefix("encoder."): value for key, value in facts.items() if key.startswith("encoder.")}
     try:
-        text = bundle.files.get(CONFIG, b"").decode()
-        return check_config(Document(text, bundle.path / CONFIG)).file.streams[name].encoder
-    except (ConfigError, KeyError, UnicodeDecodeError):  # of a version that had other keys
-        return {}
+        encoder = build_encoder(
+            facts["payload"], settings, samples=round(rate_hz * hop_ms / 1000),
+            context=round(rate_hz * facts["context_ms"] / 1000), channels=facts["channels"], rate_hz=rate_hz,
+            token=facts["token"],
+        )  # fmt: skip
+    except ConfigError:
+        return None
+    return _shapes(encoder.state_dict())
+
+
+def _stated(bundle: Bundle) -> TrainFile | None:
+    """The training file in the bundle; None if it has none, or one of a version that had other keys."""
+    try:
+        return check_config(Document(bundle.files.get(CONFIG, b"").decode(), bundle.path / CONFIG)).file
+    except (ConfigError, UnicodeDecodeError):
+        return None
 
 
 def _shown(value: Any) -> str:
@@ -81,7 +173,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
-def _shapes(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(weights: Mapping[str, Any]) -> Shapes:
     return {key: tuple(value.shape) for key, value in weights.items()}
 
 
@@ -97,7 +189,8 @@ def begin_from(model: Model, entry: InitEntry, labels: tuple[str, ...]) -> dict[
             _load(model.encoder(name), own)
             taken[f"encoder of {name}"] = source + (", frozen" if entry.freeze else "")
     fusion = _part(weights, "fusion.")
-    if bundle.labels == labels and _shapes(fusion) == _shapes(model.fusion.state_dict()):
+    same = bundle.labels == labels and list(bundle.streams) == list(model.encoders)  # whose order is that of weights
+    if same and _shapes(fusion) == _shapes(model.fusion.state_dict()):
         _load(model.fusion, fusion)
         taken["fusion"] = source
     if entry.freeze:

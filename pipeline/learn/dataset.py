@@ -10,7 +10,7 @@ Data sets larger than memory stream from disk; smaller ones are read once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -79,6 +79,14 @@ class Batch(NamedTuple):
         return Batch(prepared, present, torch.cat([self.truth, self.truth]), self.places * 2)
 
 
+def labels_of(
+    stated: Iterable[Sequence[Label]], labels: tuple[str, ...] | None, ignored: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The labels in order: ``labels``, or by default all that occur and are not ``ignored``, sorted."""
+    found = {label.label for one in stated for label in one}
+    return labels if labels is not None else tuple(sorted(found - set(ignored)))
+
+
 def label_sessions(
     sessions: Sequence[tuple[PreparedSession, Sequence[Label]]],
     labels: tuple[str, ...] | None,
@@ -88,8 +96,7 @@ def label_sessions(
     naming session and time, for a label that lies outside of its session, and where there is only one label."""
     for session, stated in sessions:
         checked(stated, session.name, end_ns=int(session.end_ns[-1]) + _hop_ns(session))
-    found = {label.label for _, stated in sessions for label in stated}
-    names = labels if labels is not None else tuple(sorted(found - set(ignored)))
+    names = labels_of([stated for _, stated in sessions], labels, ignored)
     if len(names) < 2:
         raise RecordingError(
             f"the sessions have the label {listed(names) or 'none'} alone, and a model tells labels apart: it needs "

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.align import AlignSpec
+from pipeline.bundle import Bundle
 from pipeline.errors import RecordingError
 from pipeline.labels import look_alike
-from pipeline.learn.begin import begin_from, check_beginning
+from pipeline.learn.begin import begin_from, check_beginning, not_taken
 from pipeline.learn.config import Config, PretrainEntry, TeachersEntry, streams_of
 from pipeline.learn.dataset import (
     Batch,
@@ -34,6 +35,7 @@ from pipeline.learn.dataset import (
     check_split,
     hold_if_small,
     label_sessions,
+    labels_of,
     split,
 )
 from pipeline.learn.fusion import FusionOut
@@ -111,13 +113,14 @@ def prepare_all(
         streams, build_encoders(streams, settings), config.names(), settings, to_ns(file.window.hop_ms),
         file.window.steps, file.windows, file.missing_streams == "allow",
     )  # fmt: skip
-    if file.init is not None:  # before much is prepared in vain
-        check_beginning(config, file.init, streams, recipe.encoders)
+    begin = None if file.init is None else check_beginning(config, file.init, streams, recipe.encoders)
     known = None if file.labels is None else (*file.labels, *file.ignore_labels)
     watch.begin("preparing sessions", len(sessions) + len(unlabelled))
     stated = [session.labels(known) for session in sessions]
     if file.labels is None:
         _note_slips(sessions, stated, watch)
+    if begin is not None:
+        _note_not_taken(config, begin, recipe, stated, watch)
     made = []
     for one in prepare([*sessions, *unlabelled], recipe, cache, jobs):
         made.append(one)
@@ -126,6 +129,15 @@ def prepare_all(
     labelled, labels = label_sessions([*zip(found, stated, strict=True)], file.labels, file.ignore_labels)
     _note_unreached(labelled, stated, labels, watch)
     return Prepared(recipe, layouts, labelled, labels, [Labelled(one, np.full(len(one), -1, np.int64)) for one in more])
+
+
+def _note_not_taken(
+    config: Config, begin: Bundle, recipe: Recipe, stated: Sequence[Sequence[Label]], watch: Watch
+) -> None:
+    labels = labels_of(stated, config.file.labels, config.file.ignore_labels)
+    said = not_taken(config, begin, recipe.encoders, labels) if len(labels) > 1 else ""  # else it is refused soon
+    if said:
+        watch.note(said)
 
 
 def _note_slips(sessions: Sequence[Session], stated: Sequence[Sequence[Label]], watch: Watch) -> None:

@@ -12,7 +12,7 @@ Topics: a stream's messages under its own name, all beats under ``/beat``, JSON 
 from pipeline.recording.reader import RecordingReader, reading
 from pipeline.recording.ring import Ring, RingWriter, deleted_text, message_limit, ring_notes
 from pipeline.recording.schemas import BEAT_TOPIC, GAP_TOPIC, LABEL_TOPIC, LOG_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
-from pipeline.recording.summary import about, lacks, seconds_of, summarise
+from pipeline.recording.summary import about, lacks, rate_hz, seconds_of, summarise
 from pipeline.recording.writer import (
     Compression,
     Deleted,
@@ -46,6 +46,7 @@ __all__ = [
     "free_path",
     "lacks",
     "message_limit",
+    "rate_hz",
     "reading",
     "ring_notes",
     "seconds_of",

@@ -306,6 +306,7 @@ class SalvagedReader(RecordingReader):
         words = self._words(size)
         if words is None:
             return super()._scan()  # which says what else it is
+        self._refuse_foreign()
         self._metadata[SESSION] = _metadata(words).metadata
         self._stated = super()._session(True)
         if self._read(0, words.start) != MAGIC + _HEADER:
@@ -326,6 +327,19 @@ class SalvagedReader(RecordingReader):
             self._hole(at, size, what)
         self._settle(words)
         return True
+
+    def _refuse_foreign(self) -> None:
+        """Raises ForeignLayoutError for what is not damaged, but laid out as is not read here."""
+        try:
+            super()._scan()
+        except ForeignLayoutError:
+            raise
+        except (RecordingError, struct.error):  # of what is damaged, which is here for that
+            pass
+        for noted in (self._schemas, self._channels, self._chunks, self._chunk_channels, self._metadata,
+                      self.attachments):  # fmt: skip
+            noted.clear()
+        self._sure = len(MAGIC)
 
     def _words(self, size: int) -> Piece | None:
         """The metadata that says whose session it is; None if there never was any. RecordingError if it is damaged."""
@@ -596,16 +610,6 @@ def lost_text(found: Damage) -> str:
     return f"at least {said}" if said else "nobody knows how many messages"
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raises ForeignLayoutError for what is not damaged, but laid out as is not read here."""
-    try:
-        RecordingReader(path).close()
-    except ForeignLayoutError:
-        raise
-    except RecordingError:
-        pass
-
-
 def _refuse_unfinished(path: Path) -> None:
     """Raises ConfigError for what is only not there yet."""
     with suppress(OSError), path.open("rb") as file:  # why it cannot be opened says its reader
@@ -622,7 +626,6 @@ def recover(
     """Writes what is intact of a recording to ``out``, which appears only when it is whole. With ``partial`` also
     where attachments, or what a stream's messages are, are lost, and without them. ConfigError for a recording that is
     whole or not yet, and an ``out`` that exists; RecordingError if nothing can be had, or not all but messages."""
-    refuse_foreign(path)
     _refuse_unfinished(path)
     with SalvagedReader(path) as reader:
         found = reader.damage

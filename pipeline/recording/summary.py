@@ -25,6 +25,10 @@ _UNKNOWN = -(1 << 62)
 """An epoch before all others: that of a stream of which nobody knows where it stood."""
 
 
+_ONE_MOMENT_NS = 1_000
+"""Nearer to each other, in the mean, are no two samples of any sensor."""
+
+
 class _Gap(msgspec.Struct):
     """Of a gap record, of messages or of windows, whose it is and how long."""
 
@@ -61,13 +65,19 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     """Per stream: messages, samples, measured rate, gaps and losses, delays, and statistics of what it measured.
 
     Plain values, ready for JSON; a number that cannot be known is None. ``rate_hz`` is of samples (messages, for
-    payloads without samples) over the time between captures; ``lost`` counts missing sequence numbers and ``gaps``
-    the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for audio: without
-    sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say at its end,
-    ``incomplete`` what a recording that is not complete lacks. RecordingError if the file cannot be read.
+    payloads without samples) over the time between captures, None where that is none; ``lost`` counts missing sequence
+    numbers and ``gaps`` the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for
+    audio: without sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say
+    at its end, ``incomplete`` what a recording that is not complete lacks. RecordingError if the file cannot be read.
     """
     with reading(path) as reader:
         return _summarise(reader)
+
+
+def rate_hz(count: float, span_ns: int) -> float | None:
+    """So many a second; None of nothing, and of what was all at one moment: captures of a stream never are equal, and
+    are stamped 1 ns apart where they were."""
+    return count * 1e9 / span_ns if count > 0 and span_ns > count * _ONE_MOMENT_NS else None
 
 
 class _Named(msgspec.Struct):
@@ -203,7 +213,7 @@ class _Stream:
             "payload": self.payload,
             "messages": self.messages,
             "samples": self.samples,
-            "rate_hz": count * 1e9 / span_ns if span_ns > 0 and count > 0 else None,
+            "rate_hz": rate_hz(count, span_ns),
             "gaps": self.gaps,
             "lost": self.lost,
             "max_gap_ms": None if self._max_gap_ns is None else self._max_gap_ns / 1e6,
