@@ -93,6 +93,40 @@ def test_a_sender_that_lives_in_another_time_is_not_believed() -> None:
     assert all(abs(m.t_capture_ns - (i * 40 + 50) * MS) < MS for i, m in enumerate(moments))
 
 
+def test_a_senders_clock_that_would_make_every_frame_too_old_is_not_believed() -> None:
+    """Its frames would all be dropped, though they come in time: nobody would ever see one."""
+    clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = [clock.update(i * 40 * MS, 998 * NS + i * 40 * MS, i * 40 * MS + 50 * MS) for i in range(200)]
+    assert {m.by for m in moments[100:]} == {"stream"}
+    assert all(abs(m.t_capture_ns - (100 + i) * 40 * MS - 50 * MS) < MS for i, m in enumerate(moments[100:]))
+    assert max(m.late_ns for m in moments[100:]) < MS
+
+
+def test_a_senders_clock_that_is_set_back_opens_an_epoch_and_is_left_if_that_was_too_far() -> None:
+    for back, by in ((400 * MS, "sender"), (3 * NS, "stream")):
+        clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+        moments = []
+        for i in range(400):
+            unix = 1000 * NS + i * 40 * MS - (back if i >= 200 else 0)
+            moments.append(clock.update(i * 40 * MS, unix, i * 40 * MS + 50 * MS))
+        assert {m.by for m in moments[2:200]} == {"sender"}
+        assert moments[200].new_epoch
+        assert {m.by for m in moments[300:]} == {by}
+        assert sum(m.new_epoch for m in moments[2:]) == (1 if by == "sender" else 2)
+
+
+def test_a_stall_and_the_rush_after_it_leave_the_senders_clock_believed() -> None:
+    """Also where a stream begins with pictures that its server had kept."""
+    clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = []
+    for i in range(1500):
+        taken = i * 40 * MS
+        receipt = max(taken, 2 * NS if i < 50 else 0, 24 * NS if 500 <= i < 600 else 0) + 50 * MS
+        moments.append(clock.update(taken, 1000 * NS + taken, receipt))
+    assert {m.by for m in moments[2:]} == {"sender"}
+    assert [m.late_ns > NS for m in moments].count(True) > 80
+
+
 def test_without_any_clock_the_receipt_counts() -> None:
     moment = FrameClock(0, 1, 100 * MS).update(None, None, 7 * MS)
     assert (moment.t_capture_ns, moment.by, moment.uncertainty_ns) == (7 * MS, "arrival", 100 * MS)

@@ -130,7 +130,7 @@ class Network:
         self._native = settings.encoding == "native"
         zero = host_zero(context.clock)
         self._times = FrameClock(zero.unix_ns, round(settings.sender_error_ms * MS),
-                                 round(settings.arrival_error_ms * MS))  # fmt: skip
+                                 round(settings.arrival_error_ms * MS), settings.max_age_ms * MS)  # fmt: skip
         self._shots: deque[Shot] = deque()
         self._changed = threading.Condition()
         self._error: SensorError | None = None
