@@ -126,6 +126,19 @@ def test_the_hour_turns_without_a_jump() -> None:
     assert np.abs(steps - steps[0]).max() < 200_000
 
 
+def test_a_packet_that_the_hours_first_overtook_makes_no_hour() -> None:
+    lidar, sweeps = Velodyne(), []
+    order = [*range(499), 500, 499, *range(501, 1000)]
+    for place, i in enumerate(order):
+        taken = 3_600 * NS - 500 * PACKET_NS + i * PACKET_NS
+        receipt = 3_600 * NS - 499 * PACKET_NS + place * PACKET_NS
+        sweep = lidar.feed(vlp16(i, taken // 1000 % 3_600_000_000), receipt)
+        sweeps += [] if sweep is None else [sweep]
+    assert not any(sweep.new_epoch for sweep in sweeps)
+    steps = np.diff([sweep.t_device_ns for sweep in sweeps])  # the beam that went back has cut one short
+    assert 0 < steps.min() <= steps.max() < 110 * MS
+
+
 def test_a_sensor_that_restarts_opens_an_epoch_and_no_sweep_holds_both_lives() -> None:
     lidar, sweeps = Velodyne(), []
     for i in range(1500):
