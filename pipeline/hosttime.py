@@ -95,6 +95,7 @@ class FrameClock:
         self._last_ns = 0  # the sender's last time
         self._doubts = 0
         self._old_since_ns: int | None = None
+        self._stepped = False
         self._apart_ns: int | None = None  # the sender's wall clock less the stream's own, at the last frame
 
     def update(self, stamp_ns: int | None, sender_unix_ns: int | None, receipt_ns: int) -> Moment:
@@ -106,8 +107,8 @@ class FrameClock:
             if mapped is not None and self._is_behind(way - max(mapped.residual_ns, 0), receipt_ns):
                 self._doubts = _DOUBTS
             elif -AHEAD_NS <= way <= _PLAUSIBLE_NS:
-                fresh = self._changed("sender") or captured < self._last_ns
-                self._doubts, self._last_ns = 0, captured
+                fresh = self._changed("sender") or captured < self._last_ns or self._stepped
+                self._doubts, self._last_ns, self._stepped = 0, captured, False
                 return Moment(min(captured, receipt_ns), self._sender_ns, fresh, way, "sender")
             else:
                 self._doubts += 1
@@ -116,6 +117,12 @@ class FrameClock:
         doubt = max(mapped.uncertainty_ns, self._arrival_ns)
         fresh = self._changed("stream") or mapped.new_epoch
         return Moment(min(mapped.t_capture_ns, receipt_ns), doubt, fresh, mapped.residual_ns, "stream")
+
+    def wall_was_set(self, unix_zero_ns: int) -> None:
+        """This host's wall clock was stepped: session time 0 lies elsewhere on it from now on. The sender, which may
+        have been right all the time, is compared with it anew."""
+        self._zero, self._doubts, self._old_since_ns = unix_zero_ns, 0, None
+        self._stepped = True
 
     def _agrees(self, stamp_ns: int | None, sender_unix_ns: int) -> bool:
         if stamp_ns is None:

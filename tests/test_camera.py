@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 import pytest
 
-from nodes.camera import Camera
+from nodes.camera import Camera, ffmpeg
 from pipeline.checks import CheckContext, check_source
-from pipeline.clock import Origin, SystemClock
+from pipeline.clock import Origin, SystemClock, wall_ahead_ns
 from pipeline.errors import ConfigError, SensorError
 from pipeline.hosttime import FrameClock, host_zero
 from pipeline.life import Life, NodeSpec
@@ -113,6 +113,19 @@ def test_a_senders_clock_that_is_set_back_opens_an_epoch_and_is_left_if_that_was
         assert moments[200].new_epoch
         assert {m.by for m in moments[300:]} == {by}
         assert sum(m.new_epoch for m in moments[2:]) == (1 if by == "sender" else 2)
+
+
+@pytest.mark.parametrize("ahead", [400 * MS, -400 * MS, 3600 * NS])
+def test_a_step_of_the_hosts_own_wall_clock_is_followed(ahead: int) -> None:
+    """A host that starts with a wrong clock and is synchronised later: the sender was right from the beginning."""
+    clock = FrameClock(unix_zero_ns=1000 * NS + ahead, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = []
+    for i in range(200):
+        if i == 100:
+            clock.wall_was_set(1000 * NS)
+        moments.append(clock.update(i * 40 * MS, 1000 * NS + i * 40 * MS, i * 40 * MS + 50 * MS))
+    assert all(m.by == "sender" and m.t_capture_ns == i * 40 * MS for i, m in enumerate(moments) if i >= 100)
+    assert [i for i, m in enumerate(moments) if m.new_epoch and i > 10] == [100]
 
 
 def test_a_stall_and_the_rush_after_it_leave_the_senders_clock_believed() -> None:
@@ -463,6 +476,24 @@ def test_rtsp_frames_have_their_senders_time_also_after_it_was_restarted(rtsp: l
     captures = [h.t_capture_ns for h, _ in sender.messages]
     assert captures == sorted(captures)
     assert len({h.epoch for h, _ in sender.messages[count:]} - {h.epoch for h, _ in sender.messages[:count]}) >= 1
+
+
+@pytest.mark.slow
+def test_rtsp_frames_follow_a_step_of_this_hosts_wall_clock(rtsp: list[Rtsp], monkeypatch: pytest.MonkeyPatch) -> None:
+    step, ahead = 300 * MS, wall_ahead_ns
+    made, sender = shell(device=f"rtsp://127.0.0.1:{rtsp[0].port}/camera")
+    zero = host_zero(made.life.clock)
+    try:
+        turn_until(made, lambda: sum(by_sender(h) for h, _ in sender.messages) > 20)
+        epoch = sender.messages[-1][0].epoch
+        monkeypatch.setattr(ffmpeg, "host_zero", lambda _: Origin(zero.monotonic_ns, zero.unix_ns + step))
+        monkeypatch.setattr(ffmpeg, "wall_ahead_ns", lambda: ahead() + step)
+        turn_until(made, lambda: sender.messages[-1][0].epoch > epoch)
+    finally:
+        made.source.close()
+    header, pixels = sender.messages[-1]
+    assert by_sender(header)
+    assert abs(header.t_capture_ns + zero.unix_ns + step - coded_ms(pixels) * MS) < 5 * MS
 
 
 @pytest.mark.slow
