@@ -51,6 +51,24 @@ def domain_of(stamp_ns: int, now_ns: int, zero: Origin) -> Domain | None:
     return "realtime" if abs(stamp_ns - zero.unix_ns - now_ns) < _PLAUSIBLE_NS else None
 
 
+class DriverStamps:
+    """A driver's stamps on the host's monotonic clock, as session time. Whether they are meant on it shows in stamps of
+    what just came; once they were, one that follows them may be of any age, since this process may have been stopped
+    while data waited."""
+
+    def __init__(self, zero: Origin) -> None:
+        self._zero = zero
+        self._last_ns: int | None = None
+
+    def session_ns(self, stamp_ns: int, now_ns: int) -> int | None:
+        """The session time of a stamp, no later than now; None if it is on another clock."""
+        follows = self._last_ns is not None and self._last_ns < stamp_ns <= self._zero.monotonic_ns + now_ns
+        if not follows and domain_of(stamp_ns, now_ns, self._zero) != "monotonic":
+            return None
+        self._last_ns = stamp_ns
+        return min(stamp_ns - self._zero.monotonic_ns, now_ns)
+
+
 def prft_unix_ns(data: bytes) -> int:
     """The sender's wall clock in FFmpeg's side data ``prft`` (AVProducerReferenceTime): its first eight bytes are
     microseconds since 1970. Source: libavcodec/defs.h."""

@@ -22,7 +22,7 @@ from nodes.camera import Camera, ffmpeg
 from pipeline.checks import CheckContext, check_source
 from pipeline.clock import Origin, SystemClock, wall_ahead_ns
 from pipeline.errors import ConfigError, SensorError
-from pipeline.hosttime import FrameClock, host_zero
+from pipeline.hosttime import DriverStamps, FrameClock, host_zero
 from pipeline.life import Life, NodeSpec
 from pipeline.messages import FrameLayout, Header, Message, view
 from pipeline.node import SourceShell
@@ -138,6 +138,16 @@ def test_a_stall_and_the_rush_after_it_leave_the_senders_clock_believed() -> Non
         moments.append(clock.update(taken, 1000 * NS + taken, receipt))
     assert {m.by for m in moments[2:]} == {"sender"}
     assert [m.late_ns > NS for m in moments].count(True) > 80
+
+
+def test_a_drivers_stamp_stays_one_however_long_its_frame_has_waited() -> None:
+    """A process that was stopped for ten seconds finds frames from before, which did not happen when it woke."""
+    stamps = DriverStamps(Origin(monotonic_ns=1000 * NS, unix_ns=0))
+    assert stamps.session_ns(1001 * NS, 20 * NS) is None  # nothing shows yet whose clock that is
+    assert stamps.session_ns(1019 * NS, 20 * NS) == 19 * NS
+    assert [stamps.session_ns(1000 * NS + s * NS, 40 * NS) for s in (20, 21, 39)] == [20 * NS, 21 * NS, 39 * NS]
+    assert stamps.session_ns(1041 * NS, 40 * NS) == 40 * NS  # nothing was taken after it came
+    assert [stamps.session_ns(wrong, 41 * NS) for wrong in (0, 1030 * NS, 1_790_000_000 * NS)] == [None] * 3
 
 
 def test_without_any_clock_the_receipt_counts() -> None:
