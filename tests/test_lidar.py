@@ -30,6 +30,7 @@ from pipeline.datagrams import AT_ONCE, Datagrams, _OneByOne
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE
 from pipeline.protocols import rplidar
+from pipeline.protocols.ouster import Ouster
 from pipeline.protocols.sweeps import Sweep
 from pipeline.protocols.velodyne import Velodyne
 from pipeline.source import Reading
@@ -622,6 +623,33 @@ def test_every_field_of_an_ouster_has_the_vendors_digest(shared_data: Path, name
     assert np.allclose(xyz, project[seen > 0], atol=1e-4)
     assert points["offset_ns"].max() <= 0
     assert points["offset_ns"].min() > -101 * MS
+
+
+def test_columns_outside_of_an_azimuth_window_tell_no_time(shared_data: Path) -> None:
+    """The last column of every packet is made one: what stands in it is zeros."""
+    core = pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'")
+    capture = shared_data / "ouster" / "OS-0-32-U1_v2.2.0_1024x10.pcap"
+    if not capture.is_file():
+        pytest.skip(f"the capture {capture.name} is not among the real recordings")
+    lidar = Ouster(capture.with_suffix(".json"))
+    form = lidar._format
+
+    def headers(header: Any, packet: bytes) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = form.packet_header(header, np.frombuffer(packet, np.uint8))
+        return found
+
+    packets = [p for p in udp_payloads(capture, lidar._info.config.udp_port_lidar) if len(p) == lidar.packet_bytes]
+    first = packets[0]
+    at = first.rindex(int(headers(core.ColHeader.TIMESTAMP, first)[-1]).to_bytes(8, "little"))
+    status = next(i for i in range(at + 8, len(first))
+                  if not headers(core.ColHeader.STATUS, first[:i] + b"\0" + first[i + 1 :])[-1] & 1)  # fmt: skip
+    cut = [p[:at] + bytes(8) + p[at + 8 : status] + b"\0" + p[status + 1 :] for p in packets]
+    stamps = [int(headers(core.ColHeader.TIMESTAMP, p)[-2]) for p in cut]
+    assert {int(headers(core.ColHeader.TIMESTAMP, p)[-1]) for p in cut} == {0}
+    found = [s for p, t in zip(cut, stamps, strict=True) if (s := lidar.feed(p, t - stamps[0] + NS)) is not None]
+    assert [s.new_epoch for s in found] == [False]
+    assert found[0].t_device_ns in stamps
+    assert found[0].t_capture_ns == pytest.approx(found[0].t_device_ns - stamps[0] + NS, abs=MS)
 
 
 def md5(values: np.ndarray[Any, Any]) -> str:
