@@ -34,6 +34,8 @@ _JUMP_NS = 4 * _MS
 _FOREIGN_NS = 3600 * _NS
 _BUFFER_S = 10
 _AT_ONCE = 4096
+_LATEST_S = 9e9
+"""No stamp is later: in ns it would not fit 64 bits."""
 
 
 def _layer() -> tuple[Any, Any]:
@@ -217,7 +219,15 @@ class Lsl(Source):
                 )
             return None
         self._heard_ns = now
-        return self._reading(np.asarray(values), np.asarray(stamps, np.float64), now)
+        return self._stamped(np.asarray(values), np.asarray(stamps, np.float64), now)
+
+    def _stamped(self, values: np.ndarray[Any, Any], stamps: np.ndarray[Any, Any], now: int) -> Reading | None:
+        """The samples whose stamp is a time; an outlet may send any number."""
+        timed = np.abs(stamps) < _LATEST_S  # not true of NaN
+        if not timed.all():
+            self.context.count("malformed", int((~timed).sum()))
+            values, stamps = values[timed], stamps[timed]
+        return self._reading(values, stamps, now) if len(stamps) else None
 
     def _reading(self, values: np.ndarray[Any, Any], stamps: np.ndarray[Any, Any], now: int) -> Reading:
         first = round(float(stamps[0]) * 1e9)

@@ -6,10 +6,10 @@
       words:    {kind: text, stdin: true}          # transcribe | sensorium run rig.yaml
 
 A line counts as captured when it was complete: of a file and a pipe that is when it was found, at most
-``uncertainty_ns`` after it was written. Empty lines are passed over. What is no UTF-8 is refused and counted as
-``utf8``, a line longer than ``max_bytes`` as ``overlong``. The last line of a file whose place another takes needs no
-end; that of one that is written anew is counted as ``cut``. While nothing is said the source promises so, and nobody
-waits for it.
+``uncertainty_ns`` after it was written. Empty lines are passed over. What is no UTF-8 (UTF-16 neither, whose letters
+have zeros beside them) is refused and counted as ``utf8``, a line longer than ``max_bytes`` as ``overlong``. The last
+line of a file whose place another takes needs no end; that of one that is written anew is counted as ``cut``. While
+nothing is said the source promises so, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ _POLL_NS = 5 * _MS
 _CHUNK = 1 << 16
 _SEEN = 64
 """So many of the bytes that were read last are looked at again: are they others, the file was written anew."""
+_MARK = "\ufeff".encode()
+"""What some programs begin a file of UTF-8 with; it is no part of the text."""
 _LARGEST_POST = 1 << 20
 _POST_TIMEOUT_S = 5.0
 
@@ -95,15 +97,13 @@ class Text(Source):
 
     def _reading(self, line: Line) -> Reading | None:
         data, found_ns, uncertainty_ns = line
-        data = data.removesuffix(b"\r")
+        data = _bare(data)
         if not data:
             return None
         if len(data) > self.settings.max_bytes:
             self.context.count("overlong")
             return None
-        try:
-            data.decode("utf-8")
-        except UnicodeDecodeError:
+        if _no_utf8(data):
             self.context.count("utf8")
             return None
         self._last_ns = max(found_ns, self._last_ns + 1)
@@ -133,7 +133,7 @@ class _Splitter:
     """Bytes in, whole lines out. What is longer than any line may be is cut to one byte too many, and so refused."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._keep = max_bytes + 2
+        self._keep = max_bytes + len(_MARK) + 2
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -342,6 +342,21 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def _bare(line: bytes) -> bytes:
+    """A line without what is no part of its text."""
+    return line.removeprefix(_MARK).removesuffix(b"\r")
+
+
+def _no_utf8(line: bytes) -> str:
+    """Which byte of a line is none of a text in UTF-8; "" if there is none."""
+    try:
+        line.decode("utf-8")
+        at = line.find(b"\0")
+    except UnicodeDecodeError as error:
+        at = error.start
+    return f"byte {line[at]:#04x} at {at}" if at >= 0 else ""
+
+
 def _usage(port: int) -> str:
     return f"each line of a POST's body is a line: curl --data 'some text' http://127.0.0.1:{port}"
 
@@ -350,11 +365,8 @@ def _refused(line: bytes, max_bytes: int) -> tuple[int, str] | None:
     """The status and the reason for which a line is refused; None if it is not."""
     if len(line) > max_bytes:
         return 413, f"has {len(line)} bytes where `max_bytes` of the rig allows {max_bytes}"
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return 400, f"is no UTF-8 (byte {line[error.start]:#04x} at {error.start})"
-    return None
+    wrong = _no_utf8(line)
+    return (400, f"is no UTF-8 ({wrong})") if wrong else None
 
 
 def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
@@ -378,7 +390,7 @@ def _handler(owner: _Http, max_bytes: int) -> type[BaseHTTPRequestHandler]:
                 return self._answer(400, f"nothing was taken: the body has no text; {_usage(owner.port)}")
             lines = body.split(b"\n")
             owner.take(lines)
-            numbered = [(number, line.removesuffix(b"\r")) for number, line in enumerate(lines, 1) if line]
+            numbered = [(number, _bare(line)) for number, line in enumerate(lines, 1) if line]
             found = [(number, _refused(line, max_bytes)) for number, line in numbered]
             wrong = [(number, *refused) for number, refused in found if refused is not None]
             if not wrong:

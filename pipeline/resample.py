@@ -38,7 +38,8 @@ def nearest_hop_ns(rate_hz: int, hop_ns: int) -> int:
 
 def grid(rate_hz: int, first: int, count: int) -> Array:
     """Grid times i8 [count], ns, of the points ``first`` ... ``first + count - 1``."""
-    points: Array = np.arange(first, first + count, dtype=np.int64) * SECOND // rate_hz
+    seconds, rest = divmod(first, rate_hz)  # apart: in int64 the product below holds 2.2 days of 48 kHz, and no more
+    points: Array = seconds * SECOND + np.arange(rest, rest + count, dtype=np.int64) * SECOND // rate_hz
     return points
 
 

@@ -27,6 +27,7 @@ import msgspec
 import numpy as np
 
 from pipeline.messages import IMU_DTYPE, POINT_DTYPE, signal_dtype
+from pipeline.resample import grid
 
 Label = Literal["calm", "shake", "tone", "approach", "flash"]
 LABELS: tuple[Label, ...] = ("calm", "shake", "tone", "approach", "flash")
@@ -99,7 +100,7 @@ class Scene:
 
     def audio(self, start: int, samples: int, rate_hz: int, channels: int = 1) -> np.ndarray[Any, Any]:
         """Samples ``start`` to ``start + samples`` of the microphone, i2 [samples, channels]; sample 0 is at time 0."""
-        t = (start + np.arange(samples, dtype=np.int64)) * _NS // rate_hz
+        t = grid(rate_hz, start, samples)
         rng = self._rng(start, 2)
         sound = rng.normal(0.0, 60.0, samples)
         label = np.array([self.truth(int(t[0])).label, self.truth(int(t[-1])).label])

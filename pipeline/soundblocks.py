@@ -3,7 +3,8 @@
 A sound card only counts. ``BlockClock`` fits the count against the driver's ADC times (``pipeline.timebase``):
 
 * The first blocks after a start are distrusted and dropped; they only show how far ADC times lie in the future (a
-  sound server states some that end after they arrived, which cannot be: all are moved back by the most of that).
+  sound server states some that end after they arrived, which cannot be: all are moved back by the most of that, but
+  for a single one, which may be a bad stamp).
 * An ADC time that is too early is a bad stamp, since nothing is taken before its time: PortAudio gives a few a minute,
   and many in a row on a busy machine. Such a block follows the one before it, and the fit does not see its stamp.
 * A block whose ADC time is suddenly late means lost samples, or one bad stamp. It is held back for a few blocks until
@@ -61,7 +62,7 @@ class BlockClock:
         self._settling = rate_hz * SETTLING_MS // 1000  # samples
         self._rate, self._adc = rate_hz, adc
         self._clock = SampleClock(rate_hz, noise="jitter" if adc else "delay")
-        self._first: list[tuple[int, int]] = []
+        self._first: list[tuple[int, int, int]] = []  # when a block ended and was received, and the count at its end
         self._ahead = self._end = 0
         self._count = self._fed = self._fed_samples = self._withheld = 0
         self._found = 0  # samples that the driver lost without counting them
@@ -117,10 +118,10 @@ class BlockClock:
 
     def _settle(self, end_ns: int, receipt_ns: int, count: int) -> None:
         """Takes one of the first blocks: the middle of the later ones says where the first good block begins."""
-        self._ahead = max(self._ahead, end_ns - receipt_ns)
-        self._first.append((end_ns, count))
+        self._first.append((end_ns, receipt_ns, count))
+        self._ahead = max(0, sorted(end - receipt for end, receipt, _ in self._first)[-2:][0])
         self._count = self._fed = count
-        later = [end + self._ns(count - number) for end, number in self._first[len(self._first) // 2 :]]
+        later = [end + self._ns(count - number) for end, _, number in self._first[len(self._first) // 2 :]]
         self._end = sorted(later)[len(later) // 2] - self._ahead
 
     def _map(self, end_ns: int, expected_ns: int, count: int, samples: int) -> MappedBlock | None:

@@ -194,7 +194,7 @@ class Timebase:
         """A sample whose device stamp no delay explains: mapped by its receipt until the next ones tell why."""
         if step == 0:  # a coarse device clock gives one stamp to several samples
             self._last_ns += 1
-            return self._map_apart(self._bound + max(late - self._late_limit, 0.0), late)
+            return self._map_apart(self._bound + (late if late > self._late_limit else 0.0), late)
         if self._held and t_device_ns <= self._held[-1][0]:
             self._held.clear()
         self._held.append((t_device_ns, t_receipt_ns))

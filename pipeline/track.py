@@ -277,7 +277,9 @@ class Track:
         self.epoch = epoch
         self.epoch_floor_ns = self.promised_ns
         self.next_seq = 0
-        self.last_capture_ns = epoch - 1
+        # What it loses before anything came lies at or above the old bound. When it was opened tells less: a jump of a
+        # source's clock is seen in a message that was captured before. Of a stream's first epoch nothing else is known.
+        self.last_capture_ns = epoch - 1 if self.epoch_floor_ns == -FOREVER else -FOREVER
         self._turn()  # what the old epoch's samples could still become is decided: ask again
 
     def _is_duplicate(self, header: Header) -> bool:

@@ -295,12 +295,14 @@ class Stream:
 
     def losses(self) -> Iterator[tuple[float, float, int]]:
         """Gaps in the numbers of an ordered stream, each as ``[low, high)`` and how many messages. What is lost lies
-        above what came before it and above what had been promised, and below what came after it."""
+        above what came before it and above what had been promised, and below what came after it. Where nothing had been
+        promised when its epoch opened it lies above that moment."""
         for i, f in enumerate(self.accounted):
             if f.missed:
                 before = [p.header.t_capture_ns + 1 for p in self.accounted[:i] if p.came and same_epoch(p, f)]
                 after = [n.header.t_capture_ns for n in self.accounted[i:] if n.came]
-                low = max(before, default=f.header.epoch)
+                first = self.bound_at_open[f.header.epoch] == -inf
+                low = max(before, default=f.header.epoch if first else -inf)
                 yield max(low, f.bound_before), after[0] if after else inf, f.missed
 
     def overflows(self) -> Iterator[tuple[float, float, int]]:

@@ -331,6 +331,27 @@ def test_a_new_epoch_closes_the_old_one_and_its_lost_tail_is_not_guessed() -> No
     assert (c.lost, c.rejected, c.beats) == (4, {"epoch": 1}, 1)
 
 
+@pytest.mark.parametrize(
+    ("rule", "said_of_both"),
+    [
+        (Nearest(50), ["1 proven@290 s=partial1.00 1", "2 proven@290 s=partial1.00 260:1"]),
+        (Latest(50), ["1 proven@290 s=partial1.00 1", "2 proven@290 s=missing/gap"]),
+        (All(), ["1 proven@290 s=partial0.67 0 1", "2 proven@290 s=missing/gap"]),
+    ],
+)
+def test_what_an_epoch_lost_first_may_have_been_captured_before_it_opened(
+    make: Make, rule: Rule, said_of_both: list[str]
+) -> None:
+    """That a source's clock has jumped is seen in a message when that has come, a while after it was captured."""
+    rows: Rows = [
+        (("feed", message(stream(rule), 0, 40), 100), []),
+        (("feed", message(stream(rule), 1, 95), 155), []),
+        # The epoch's first message, of 199 say, came at 260, when it was opened, and was lost on its way to here.
+        (("feed", message(stream(rule), 1, 230, epoch=260), 290), said_of_both),
+    ]
+    play(make, rows, stream(rule))
+
+
 def test_the_digest_is_of_content_and_nothing_that_depends_on_arrival() -> None:
     s = stream(Resample(30_000_000, 60), payload="signal", channels=1)
     one, two = ramps(s, [[0, 50], [100]])

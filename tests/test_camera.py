@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 import pytest
 
-from nodes.camera import Camera
+from nodes.camera import Camera, ffmpeg
 from pipeline.checks import CheckContext, check_source
-from pipeline.clock import Origin, SystemClock
+from pipeline.clock import Origin, SystemClock, wall_ahead_ns
 from pipeline.errors import ConfigError, SensorError
-from pipeline.hosttime import FrameClock, host_zero
+from pipeline.hosttime import DriverStamps, FrameClock, host_zero
 from pipeline.life import Life, NodeSpec
 from pipeline.messages import FrameLayout, Header, Message, view
 from pipeline.node import SourceShell
@@ -91,6 +91,63 @@ def test_a_sender_that_lives_in_another_time_is_not_believed() -> None:
     moments = [clock.update(i * 40 * MS, 90_000 * NS + i * 40 * MS, i * 40 * MS + 50 * MS) for i in range(20)]
     assert {m.by for m in moments} == {"stream"}
     assert all(abs(m.t_capture_ns - (i * 40 + 50) * MS) < MS for i, m in enumerate(moments))
+
+
+def test_a_senders_clock_that_would_make_every_frame_too_old_is_not_believed() -> None:
+    """Its frames would all be dropped, though they come in time: nobody would ever see one."""
+    clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = [clock.update(i * 40 * MS, 998 * NS + i * 40 * MS, i * 40 * MS + 50 * MS) for i in range(200)]
+    assert {m.by for m in moments[100:]} == {"stream"}
+    assert all(abs(m.t_capture_ns - (100 + i) * 40 * MS - 50 * MS) < MS for i, m in enumerate(moments[100:]))
+    assert max(m.late_ns for m in moments[100:]) < MS
+
+
+def test_a_senders_clock_that_is_set_back_opens_an_epoch_and_is_left_if_that_was_too_far() -> None:
+    for back, by in ((400 * MS, "sender"), (3 * NS, "stream")):
+        clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+        moments = []
+        for i in range(400):
+            unix = 1000 * NS + i * 40 * MS - (back if i >= 200 else 0)
+            moments.append(clock.update(i * 40 * MS, unix, i * 40 * MS + 50 * MS))
+        assert {m.by for m in moments[2:200]} == {"sender"}
+        assert moments[200].new_epoch
+        assert {m.by for m in moments[300:]} == {by}
+        assert sum(m.new_epoch for m in moments[2:]) == (1 if by == "sender" else 2)
+
+
+@pytest.mark.parametrize("ahead", [400 * MS, -400 * MS, 3600 * NS])
+def test_a_step_of_the_hosts_own_wall_clock_is_followed(ahead: int) -> None:
+    """A host that starts with a wrong clock and is synchronised later: the sender was right from the beginning."""
+    clock = FrameClock(unix_zero_ns=1000 * NS + ahead, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = []
+    for i in range(200):
+        if i == 100:
+            clock.wall_was_set(1000 * NS)
+        moments.append(clock.update(i * 40 * MS, 1000 * NS + i * 40 * MS, i * 40 * MS + 50 * MS))
+    assert all(m.by == "sender" and m.t_capture_ns == i * 40 * MS for i, m in enumerate(moments) if i >= 100)
+    assert [i for i, m in enumerate(moments) if m.new_epoch and i > 10] == [100]
+
+
+def test_a_stall_and_the_rush_after_it_leave_the_senders_clock_believed() -> None:
+    """Also where a stream begins with pictures that its server had kept."""
+    clock = FrameClock(unix_zero_ns=1000 * NS, sender_ns=10 * MS, arrival_ns=100 * MS, oldest_ns=NS)
+    moments = []
+    for i in range(1500):
+        taken = i * 40 * MS
+        receipt = max(taken, 2 * NS if i < 50 else 0, 24 * NS if 500 <= i < 600 else 0) + 50 * MS
+        moments.append(clock.update(taken, 1000 * NS + taken, receipt))
+    assert {m.by for m in moments[2:]} == {"sender"}
+    assert [m.late_ns > NS for m in moments].count(True) > 80
+
+
+def test_a_drivers_stamp_stays_one_however_long_its_frame_has_waited() -> None:
+    """A process that was stopped for ten seconds finds frames from before, which did not happen when it woke."""
+    stamps = DriverStamps(Origin(monotonic_ns=1000 * NS, unix_ns=0))
+    assert stamps.session_ns(1001 * NS, 20 * NS) is None  # nothing shows yet whose clock that is
+    assert stamps.session_ns(1019 * NS, 20 * NS) == 19 * NS
+    assert [stamps.session_ns(1000 * NS + s * NS, 40 * NS) for s in (20, 21, 39)] == [20 * NS, 21 * NS, 39 * NS]
+    assert stamps.session_ns(1041 * NS, 40 * NS) == 40 * NS  # nothing was taken after it came
+    assert [stamps.session_ns(wrong, 41 * NS) for wrong in (0, 1030 * NS, 1_790_000_000 * NS)] == [None] * 3
 
 
 def test_without_any_clock_the_receipt_counts() -> None:
@@ -429,6 +486,24 @@ def test_rtsp_frames_have_their_senders_time_also_after_it_was_restarted(rtsp: l
     captures = [h.t_capture_ns for h, _ in sender.messages]
     assert captures == sorted(captures)
     assert len({h.epoch for h, _ in sender.messages[count:]} - {h.epoch for h, _ in sender.messages[:count]}) >= 1
+
+
+@pytest.mark.slow
+def test_rtsp_frames_follow_a_step_of_this_hosts_wall_clock(rtsp: list[Rtsp], monkeypatch: pytest.MonkeyPatch) -> None:
+    step, ahead = 300 * MS, wall_ahead_ns
+    made, sender = shell(device=f"rtsp://127.0.0.1:{rtsp[0].port}/camera")
+    zero = host_zero(made.life.clock)
+    try:
+        turn_until(made, lambda: sum(by_sender(h) for h, _ in sender.messages) > 20)
+        epoch = sender.messages[-1][0].epoch
+        monkeypatch.setattr(ffmpeg, "host_zero", lambda _: Origin(zero.monotonic_ns, zero.unix_ns + step))
+        monkeypatch.setattr(ffmpeg, "wall_ahead_ns", lambda: ahead() + step)
+        turn_until(made, lambda: sender.messages[-1][0].epoch > epoch)
+    finally:
+        made.source.close()
+    header, pixels = sender.messages[-1]
+    assert by_sender(header)
+    assert abs(header.t_capture_ns + zero.unix_ns + step - coded_ms(pixels) * MS) < 5 * MS
 
 
 @pytest.mark.slow

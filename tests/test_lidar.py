@@ -30,6 +30,7 @@ from pipeline.datagrams import AT_ONCE, Datagrams, _OneByOne
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE
 from pipeline.protocols import rplidar
+from pipeline.protocols.ouster import Ouster
 from pipeline.protocols.sweeps import Sweep
 from pipeline.protocols.velodyne import Velodyne
 from pipeline.source import Reading
@@ -124,6 +125,19 @@ def test_the_hour_turns_without_a_jump() -> None:
     assert not any(sweep.new_epoch for sweep in sweeps)
     steps = np.diff([sweep.t_capture_ns for sweep in sweeps])
     assert np.abs(steps - steps[0]).max() < 200_000
+
+
+def test_a_packet_that_the_hours_first_overtook_makes_no_hour() -> None:
+    lidar, sweeps = Velodyne(), []
+    order = [*range(499), 500, 499, *range(501, 1000)]
+    for place, i in enumerate(order):
+        taken = 3_600 * NS - 500 * PACKET_NS + i * PACKET_NS
+        receipt = 3_600 * NS - 499 * PACKET_NS + place * PACKET_NS
+        sweep = lidar.feed(vlp16(i, taken // 1000 % 3_600_000_000), receipt)
+        sweeps += [] if sweep is None else [sweep]
+    assert not any(sweep.new_epoch for sweep in sweeps)
+    steps = np.diff([sweep.t_device_ns for sweep in sweeps])  # the beam that went back has cut one short
+    assert 0 < steps.min() <= steps.max() < 110 * MS
 
 
 def test_a_sensor_that_restarts_opens_an_epoch_and_no_sweep_holds_both_lives() -> None:
@@ -609,6 +623,33 @@ def test_every_field_of_an_ouster_has_the_vendors_digest(shared_data: Path, name
     assert np.allclose(xyz, project[seen > 0], atol=1e-4)
     assert points["offset_ns"].max() <= 0
     assert points["offset_ns"].min() > -101 * MS
+
+
+def test_columns_outside_of_an_azimuth_window_tell_no_time(shared_data: Path) -> None:
+    """The last column of every packet is made one: what stands in it is zeros."""
+    core = pytest.importorskip("ouster.sdk.core", reason="the Ouster SDK is not installed: pip install -e '.[ouster]'")
+    capture = shared_data / "ouster" / "OS-0-32-U1_v2.2.0_1024x10.pcap"
+    if not capture.is_file():
+        pytest.skip(f"the capture {capture.name} is not among the real recordings")
+    lidar = Ouster(capture.with_suffix(".json"))
+    form = lidar._format
+
+    def headers(header: Any, packet: bytes) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = form.packet_header(header, np.frombuffer(packet, np.uint8))
+        return found
+
+    packets = [p for p in udp_payloads(capture, lidar._info.config.udp_port_lidar) if len(p) == lidar.packet_bytes]
+    first = packets[0]
+    at = first.rindex(int(headers(core.ColHeader.TIMESTAMP, first)[-1]).to_bytes(8, "little"))
+    status = next(i for i in range(at + 8, len(first))
+                  if not headers(core.ColHeader.STATUS, first[:i] + b"\0" + first[i + 1 :])[-1] & 1)  # fmt: skip
+    cut = [p[:at] + bytes(8) + p[at + 8 : status] + b"\0" + p[status + 1 :] for p in packets]
+    stamps = [int(headers(core.ColHeader.TIMESTAMP, p)[-2]) for p in cut]
+    assert {int(headers(core.ColHeader.TIMESTAMP, p)[-1]) for p in cut} == {0}
+    found = [s for p, t in zip(cut, stamps, strict=True) if (s := lidar.feed(p, t - stamps[0] + NS)) is not None]
+    assert [s.new_epoch for s in found] == [False]
+    assert found[0].t_device_ns in stamps
+    assert found[0].t_capture_ns == pytest.approx(found[0].t_device_ns - stamps[0] + NS, abs=MS)
 
 
 def md5(values: np.ndarray[Any, Any]) -> str:

@@ -197,6 +197,24 @@ def test_stamps_of_another_clock_are_refused(outlet: Start, identity: str) -> No
     source.close()
 
 
+def test_a_stamp_that_is_no_time_costs_its_sample_and_no_more(identity: str) -> None:
+    import pylsl
+
+    outlet = pylsl.StreamOutlet(pylsl.StreamInfo("Test", "EEG", 1, 0, "float32", identity))
+    context = CheckContext()
+    source = Lsl(settings(source_id=identity), context)
+    patiently(source)
+    assert source.read() is None  # the inlet asks for samples from here on
+    assert outlet.wait_for_consumers(10)
+    now = pylsl.local_clock()
+    for value, stamp in enumerate([now, np.nan, now + 0.01, np.inf, 1e300, now + 0.02]):
+        outlet.push_sample([float(value)], stamp)
+    found = read(source, 3)
+    source.close()
+    assert np.concatenate([r.data["value"] for r in found])[:, 0].tolist() == [0, 2, 5]
+    assert context.counted == {"malformed": 3}
+
+
 @pytest.mark.parametrize(
     ("given_settings", "match"),
     [({}, "which stream"), ({"name": "'\""}, "not both"), ({"type": "EEG", "channels": ["a", "a"]}, "each once")],

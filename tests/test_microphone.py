@@ -109,6 +109,16 @@ def test_one_bad_stamp_moves_nothing(wrong_ms: int) -> None:
     assert max(abs(b.t_capture_ns - (i + settling(160)) * 10 * MS) for i, b in enumerate(got)) < MS
 
 
+@pytest.mark.parametrize("wrong_ms", [40, -10])
+def test_nor_does_one_among_the_first(wrong_ms: int) -> None:
+    clock = BlockClock(16_000, adc=True)
+    got: list[Block] = []
+    for i in range(300):
+        adc = i * 10 * MS + (wrong_ms * MS if i == 15 else 0)
+        got += clock.update(np.zeros((160, 1), "<i2"), adc, adc, i * 10 * MS + 13 * MS, i * 160)
+    assert max(abs(b.t_capture_ns - (i + settling(160)) * 10 * MS) for i, b in enumerate(got)) < MS
+
+
 def test_a_run_of_early_stamps_moves_nothing() -> None:
     clock = BlockClock(16_000, adc=True)
     got: list[Block] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -34,6 +34,12 @@ Wave = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 @given(st.sampled_from((1, 3, 7, 100, 16_000, 22_050, 44_100, 48_000)), st.integers(0, 10**9), st.integers(1, 50))
 def test_grid_times_are_integers_that_never_drift(rate: int, first: int, count: int) -> None:
+    assert resample.grid(rate, first, count).tolist() == [j * SECOND // rate for j in range(first, first + count)]
+
+
+@given(st.sampled_from((1, 7, 100, 16_000, 44_100, 192_000)), st.integers(0, 2**62), st.integers(1, 50))
+def test_grid_times_are_exact_as_late_as_any_time_can_be(rate: int, t_ns: int, count: int) -> None:
+    first = t_ns * rate // SECOND
     assert resample.grid(rate, first, count).tolist() == [j * SECOND // rate for j in range(first, first + count)]
 
 
@@ -302,6 +308,27 @@ def test_band_limited_steps_do_not_depend_on_what_other_streams_say(blocks: list
         return [random.choice([q for q in left if q]).pop(0) for _ in range(len(sounds) + len(beats))]
 
     assert steps(sounds + beats) == steps(beats + sounds) == steps(mixed()) == steps(mixed())
+
+
+@pytest.mark.parametrize("days", [2.5, 7, 30, 3650])
+@pytest.mark.parametrize("method", ["linear", "band_limited"])
+def test_sound_is_the_same_however_long_the_session_is(days: float, method: Literal["linear", "band_limited"]) -> None:
+    rule = Resample(48_000, 10 * MS, method)
+    spec = AlignSpec(
+        hop_ns=HOP, streams=(StreamSpec(name="mic", payload="audio", channels=1, rule=rule, idle_ns=None),)
+    )
+    noise = np.random.default_rng(2).uniform(-0.9, 0.9, 48_000)
+
+    def steps(start_ns: int) -> list[bytes]:
+        aligner, found = Aligner(spec, first_step=start_ns // HOP + 1), []
+        for n in range(5):
+            t = start_ns + n * HOP
+            found += aligner.feed(block(n, 48_000, t, t + HOP, noise[n * 4800 : (n + 1) * 4800]), t + HOP)
+        assert len(found) >= 4
+        assert {step.manifest.streams["mic"].verdict for step in found} == {"ok"}
+        return [step.grids["mic"].tobytes() for step in found]
+
+    assert steps(round(days * 86_400) * SECOND) == steps(0)
 
 
 def test_stereo_is_mixed_where_one_channel_is_asked() -> None:

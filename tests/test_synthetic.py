@@ -199,6 +199,14 @@ def test_each_event_is_seen_by_the_sensors_that_can_see_it(label: str) -> None:
     assert scene.line(t, 4).decode().startswith("4: ")
 
 
+def test_the_world_sounds_as_it_should_after_a_month() -> None:
+    period = 30 * 86_400 * NS // PERIOD
+    heard = [event for event in happenings(period, 0, PERIOD) if event.label == "tone"]
+    sound = Scene().audio((heard[0].start_ns + NS // 4) // 62_500, 8000, 16000)[:, 0].astype(float)
+    spectrum = np.abs(np.fft.rfft(sound)) ** 2
+    assert spectrum[490:511].sum() / spectrum.sum() > 0.9
+
+
 def test_compressed_frames_show_the_same_scene() -> None:
     raw, coded = (readings(NS // 10, payload="frame", format=f)[0] for f in ("bgr8", "jpeg"))
     header: Any = type("H", (), {"stream": "camera", "seq": 0, "layout": coded.layout})()

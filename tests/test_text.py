@@ -124,6 +124,25 @@ def test_promises_grow_while_nothing_is_said(tmp_path: Path) -> None:
     assert promises[-1] <= context.clock.now_ns()
 
 
+def test_utf16_is_refused_and_the_mark_of_utf8_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"\xef\xbb\xbfstop\r\n" + "go\r\non\r\n".encode("utf-16"))
+    append(path, b"\0\nend\n")
+    source, context = opened(file=str(path), from_start=True)
+    assert lines(read(source, 2)) == ["stop", "end"]
+    source.close()
+    assert context.counted == {"utf8": 3}
+
+
+def test_the_mark_of_utf8_does_not_count_as_length(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"x" * 10 + b"\r\n\xef\xbb\xbf" + b"y" * 11 + b"\n")
+    source, context = opened(file=str(path), from_start=True, max_bytes=10)
+    assert lines(read(source, 1)) == ["x" * 10]
+    source.close()
+    assert context.counted == {"overlong": 1}
+
+
 def test_what_is_no_utf8_or_too_long_is_refused_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(b"good\n\xff\xfe\n" + b"x" * 200_000 + b"\nshort\n" + b"y" * 11 + b"\n" + b"z" * 10 + b"\n")
@@ -261,6 +280,7 @@ def test_posts_are_lines_and_the_answer_says_what_became_of_them() -> None:
     ("POST", b"fine\nmuch too long\n", "line 2 was left out: it has 13 bytes where `max_bytes` of the rig allows 10"),
     ("POST", b"fine\nmuch too long\nmuch too long\n", "line 2 (and 1 more) was left out: it has 13 bytes"),
     ("POST", b"a\xffb", "line 1 was left out: it is no UTF-8 (byte 0xff at 1)"),
+    ("POST", "go".encode("utf-16-le"), "line 1 was left out: it is no UTF-8 (byte 0x00 at 1)"),
     ("POST", b"", "the body has no text; each line"), ("POST", b"\r\n\n", "the body has no text; each line"),
     ("PUT", b"x", "takes a POST and no PUT; each line of a POST's body is a line: curl"), ("HEAD", b"", ""),
 ])  # fmt: skip

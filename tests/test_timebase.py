@@ -258,6 +258,16 @@ def test_equal_stamps_get_increasing_times() -> None:
     assert mapped[-1].uncertainty_ns >= 5 * MS
 
 
+def test_the_uncertainty_covers_a_clock_that_stands_still() -> None:
+    base = Timebase(resolution_ns=10 * MS)
+    for i in range(2000):
+        base.update(i // 2 * 10 * MS, i * 5 * MS)
+    still = [(i * 5 * MS, base.update(1000 * 10 * MS, i * 5 * MS)) for i in range(2000, 2600)]
+    beyond_doubt = [(truth, mapped) for truth, mapped in still if mapped.residual_ns > 20 * MS]
+    assert len(beyond_doubt) > 550
+    assert all(abs(truth - mapped.t_capture_ns) <= mapped.uncertainty_ns for truth, mapped in beyond_doubt)
+
+
 def test_stamps_without_any_jitter() -> None:
     mapped = run(list(range(0, 20 * S, 10 * MS)), list(range(MS, 20 * S + MS, 10 * MS)))
     assert abs(mapped[-1].t_capture_ns - (20 * S - 10 * MS + MS)) < 1000

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nodes.camera.shots import MS, NS, OPEN_S, PERIOD_NS, WAIT_NS, Array, Shot, shown
+from pipeline.clock import wall_ahead_ns
 from pipeline.errors import SensorError
 from pipeline.hosttime import FrameClock, host_zero, prft_unix_ns
 from pipeline.messages import FrameLayout
@@ -19,6 +20,7 @@ from pipeline.source import SourceContext
 _KEPT = 2
 """Decoded frames that wait for ``read``: one, and one more for a hiccup."""
 _CORRUPT = 200
+_STEP_NS = 2 * MS
 _AV_FORMAT = {"bgr8": "bgr24", "rgb8": "rgb24", "gray8": "gray"}
 
 
@@ -128,9 +130,9 @@ class Network:
         self.size = (0, 0)
         self._url, self._settings, self._context = url, settings, context
         self._native = settings.encoding == "native"
-        zero = host_zero(context.clock)
-        self._times = FrameClock(zero.unix_ns, round(settings.sender_error_ms * MS),
-                                 round(settings.arrival_error_ms * MS))  # fmt: skip
+        self._zero = host_zero(context.clock)
+        self._times = FrameClock(self._zero.unix_ns, round(settings.sender_error_ms * MS),
+                                 round(settings.arrival_error_ms * MS), settings.max_age_ms * MS)  # fmt: skip
         self._shots: deque[Shot] = deque()
         self._changed = threading.Condition()
         self._error: SensorError | None = None
@@ -219,6 +221,7 @@ class Network:
 
     def _put(self, stamped: Any, image: Any, sender_ns: int | None, receipt_ns: int) -> None:
         stamp = _stamp(stamped) if self._url.startswith("rtsp") else None
+        self._follow_wall()
         moment = self._times.update(stamp, sender_ns, receipt_ns)
         late = self._rush(receipt_ns) if moment.by == "arrival" else moment.late_ns
         shot = Shot(
@@ -235,6 +238,14 @@ class Network:
                 self._shots.popleft()
                 self.dropped += 1
             self._changed.notify()
+
+    def _follow_wall(self) -> None:
+        """Notices a step of this host's wall clock, which the sender's is compared with."""
+        if abs(wall_ahead_ns() - (self._zero.unix_ns - self._zero.monotonic_ns)) <= _STEP_NS:
+            return
+        before, self._zero = self._zero, host_zero(self._context.clock)
+        if abs(self._zero.unix_ns - before.unix_ns) > _STEP_NS:  # else this thread was stopped between two readings
+            self._times.wall_was_set(self._zero.unix_ns)
 
     def _rush(self, receipt_ns: int) -> int:
         """How old a frame without any clock may be: what comes in a rush after a stall is as old as the stall."""

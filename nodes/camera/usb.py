@@ -14,7 +14,7 @@ import numpy as np
 from nodes.camera.shots import MS, NS, OPEN_S, WAIT_NS, Array, Shot, shown
 from pipeline.devices import refusal
 from pipeline.errors import SensorError
-from pipeline.hosttime import domain_of, host_zero
+from pipeline.hosttime import DriverStamps, host_zero
 from pipeline.messages import FrameLayout
 from pipeline.protocols import v4l2
 from pipeline.source import Found, SourceContext
@@ -79,7 +79,7 @@ class Usb:
     def __init__(self, device: int | str, settings: Any, context: SourceContext) -> None:
         self.dropped = 0
         self._settings, self._clock = settings, context.clock
-        self._zero = host_zero(context.clock)
+        self._stamps = DriverStamps(host_zero(context.clock))
         self._linux = sys.platform == "linux"
         self._name = find_usb(device) if self._linux else device
         self._capture = cv2.VideoCapture(self._name, cv2.CAP_V4L2 if self._linux else cv2.CAP_ANY)
@@ -98,9 +98,9 @@ class Usb:
             return None
         now = self._clock.now_ns()
         stamp = round(self._capture.get(cv2.CAP_PROP_POS_MSEC) * 1e6)
-        if domain_of(stamp, now, self._zero) != "monotonic":
+        capture = self._stamps.session_ns(stamp, now)
+        if capture is None:
             return Shot(t_capture_ns=now, t_receipt_ns=now, uncertainty_ns=round(self._settings.arrival_error_ms * MS))
-        capture = min(stamp - self._zero.monotonic_ns, now)
         return Shot(t_capture_ns=capture, t_receipt_ns=now, t_device_ns=stamp, late_ns=now - capture)
 
     def fill(self, shot: Shot, layout: FrameLayout, out: Array) -> None:

@@ -1,8 +1,8 @@
 """Ouster's LiDAR packets (UDP) to sweeps, through the vendor's own SDK (extra ``ouster``).
 
-A packet holds some columns, each with the sensor's stamp in ns; the last of them is what the receipt tells about. A
-sweep ends with its last valid column. Points are in the sensor frame, one for each first return; intensity is the
-calibrated reflectivity.
+A packet holds some columns, each with the sensor's stamp in ns; the last valid one of them is what the receipt tells
+about (at the edges of an azimuth window some are not, and their stamp is any number). A sweep ends with its last valid
+column. Points are in the sensor frame, one for each first return; intensity is the calibrated reflectivity.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Ouster:
         self._building = core.LidarFrame(self._info)
         self._times = Timebase()
         self._stamps: list[tuple[int, Mapped]] = []
+        self._newest: Mapped | None = None
         self.frame: Any = None
         self.partial = self.malformed = self.packets = 0
         self._new_epoch = False
@@ -85,10 +86,13 @@ class Ouster:
         held = core.LidarPacket(self._format)
         held.buf[:] = raw
         held.host_timestamp = max(receipt_ns, 1)
-        stamps = self._format.packet_header(core.ColHeader.TIMESTAMP, raw)
-        mapped = self._times.update(int(stamps[-1]), receipt_ns)
-        self._new_epoch |= mapped.new_epoch and self.packets > self.malformed + 1
-        self._stamps.append((int(stamps[-1]), mapped))
+        valid = (self._format.packet_header(core.ColHeader.STATUS, raw) & 1).astype(bool)
+        stamps = self._format.packet_header(core.ColHeader.TIMESTAMP, raw)[valid]
+        if len(stamps):
+            mapped = self._times.update(int(stamps[-1]), receipt_ns)
+            self._new_epoch |= mapped.new_epoch and self._newest is not None
+            self._newest = mapped
+            self._stamps.append((int(stamps[-1]), mapped))
         if not self._batcher.batch(held, self._building):
             return None
         self.frame, self._building = self._building, core.LidarFrame(self._info)
@@ -97,10 +101,10 @@ class Ouster:
     def _sweep(self, receipt_ns: int) -> Sweep | None:
         frame, core = self.frame, self._core
         valid = (frame.status & 1).astype(bool)
-        if not valid.any():
+        if not valid.any() or self._newest is None:
             return None
         end = int(frame.timestamp[valid].max())
-        mapped = next((m for stamp, m in reversed(self._stamps) if stamp <= end), self._stamps[-1][1])
+        mapped = next((m for stamp, m in reversed(self._stamps) if stamp <= end), self._newest)
         self._stamps = [s for s in self._stamps if s[0] > end]
         distance = frame.field(core.ChanField.RANGE)
         seen = (distance > 0) & valid

@@ -65,7 +65,8 @@ class Velodyne:
         )
         self.partial = self.malformed = self.packets = 0
         self._times = Timebase(resolution_ns=1000)
-        self._hours, self._last_us = 0, 0
+        self._hours = 0
+        self._last_us: int | None = None
         self._mapped = self._new_epoch = False
         self._refused: WireError | None = None
         self._allocate = allocate
@@ -167,9 +168,10 @@ class Velodyne:
 
     def _device_ns(self, packet: bytes) -> int:
         """The packet's stamp, the hours counted."""
-        (us,) = _STAMP.unpack_from(packet, 1200)
-        if us < self._last_us - _HOUR_US // 2:
-            self._hours += 1
+        us: int = _STAMP.unpack_from(packet, 1200)[0]
+        gone = 0 if self._last_us is None else us - self._last_us
+        if abs(gone) > _HOUR_US // 2:
+            self._hours += 1 if gone < 0 else -1  # back: a packet was overtaken by the hour's first
         self._last_us = us
         return int((self._hours * _HOUR_US + us) * 1000)
 
