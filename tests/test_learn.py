@@ -45,6 +45,7 @@ torch = pytest.importorskip("torch", reason="the package torch is not installed 
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
 
 from pipeline import learn  # noqa: E402
+from pipeline.learn.begin import check_beginning  # noqa: E402
 from pipeline.learn.card import card  # noqa: E402
 from pipeline.learn.config import stream_entry, streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
@@ -954,6 +955,21 @@ def test_channels_of_a_signal_are_the_same_in_all_sessions(tmp_path: Path) -> No
     config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
     with pytest.raises(RecordingError, match="where 3 are taken, as the training file says"):
         prepare_all(config, [wind("one", ("u", "v"), 1)], tmp_path / "cache")
+
+
+def test_a_training_begins_from_an_encoder_of_the_same_channels(tmp_path: Path) -> None:
+    rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
+    said = {"name": "n", "streams": {"wind": {"rule": rule, "token": 1}}, "init": {"bundle": str(tmp_path / "earlier")}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    streams = streams_of(config, {"wind": SignalLayout(1, ("u", "v"))})
+    encoders = build_encoders(streams, {"wind": {}})
+    file = io.BytesIO()
+    np.savez(file, **{f"encoders.wind.{k}": value.numpy() for k, value in encoders["wind"].state_dict().items()})
+    learnt = {"payload": "signal", "channels": 2, "channel_names": ["v", "u"], "rule": {**rule, "rate_hz": 100}}
+    write_bundle(tmp_path / "earlier", {"wind": learnt}, files={"weights.npz": file.getvalue()})
+    assert config.file.init is not None
+    with pytest.raises(BundleError, match=r"its encoder of `wind` learnt from other channels: .* channel 1 `u`, where"):
+        check_beginning(config, config.file.init, streams, encoders)
 
 
 def test_a_model_states_the_channels_that_it_learnt_from(tmp_path: Path) -> None:

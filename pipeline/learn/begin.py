@@ -16,7 +16,9 @@ from pipeline.errors import BundleError, ConfigError, Together
 from pipeline.learn.config import Config, InitEntry, check_config
 from pipeline.learn.encoders import StreamEncoder, settings_of
 from pipeline.learn.model import Model
+from pipeline.messages import SignalLayout
 from pipeline.modelfile import BundleStream
+from pipeline.rules import All, StreamSpec, misfit
 from pipeline.strict import Document, listed
 
 WEIGHTS, CONFIG = "weights.npz", "train.yaml"
@@ -39,7 +41,20 @@ def check_beginning(
         if _shapes(_part(weights, f"encoders.{name}.")) != _shapes(encoders[name].state_dict()):
             here = _facts(streams[name], config.file.window.hop_ms, config.file.streams[name].encoder)
             wrong.add(BundleError(_other_encoder(bundle, name, here)))
+        elif words := _other_channels(bundle.streams[name], streams[name]):
+            wrong.add(BundleError(
+                f"{bundle.path}: its encoder of `{name}` learnt from other channels: the stream here {words}. Record "
+                f"it with the same ones, or call it otherwise (`recorded_as: {name}`), and its encoder begins at random"
+            ))  # fmt: skip
     wrong.settled(bundle)
+
+
+def _other_channels(there: BundleStream, here: BundleStream) -> str:
+    """How the channels of a signal differ from those that an encoder learnt from, as far as both are named."""
+    if not there.channel_names or not here.channel_names:
+        return ""
+    learnt = StreamSpec(name="", payload="signal", rule=All(), channel_names=there.channel_names)
+    return misfit(learnt, SignalLayout(1, here.channel_names))
 
 
 def _other_encoder(bundle: Bundle, name: str, here: Mapping[str, Any]) -> str:
