@@ -149,6 +149,11 @@ class Align:
         return Report(
             state="ended" if self.finished else "ready",
             aligned={s.name: self._stream_report(s.name) for s in self.settings.spec.streams},
+            warnings=[
+                f"{s.name} {words}: these messages are in no window; what the model takes says its model.yaml"
+                for s in self.settings.spec.streams
+                if (words := self.aligner.misfit(s.name))
+            ],
             counters={
                 "steps": float(max(self.mark.value, 0)),
                 **inlet_drops(self.subscriber, [stream for names in self.settings.wiring.values() for stream in names]),

@@ -5,8 +5,8 @@
 
 Live rules hold: deadlines, idleness, verdicts of the moment. (Replay by event time, at any speed and to the same
 predictions, is ``sensorium replay``.) Every time of the recording is moved by one constant, so that it lies on this
-session's clock; headers are otherwise as they were recorded, and so is what was lost. Recorded labels are published
-as the truth.
+session's clock; headers are otherwise as they were recorded, and so is what was lost. Its labels, be they recorded or
+in ``X.labels.csv`` beside ``X.mcap``, are published as the truth.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated
 
 import msgspec
 
+from pipeline.labels import known_labels
 from pipeline.life import Life, Report
 from pipeline.messages import FrameLayout, Header, Message, Payload, nbytes_of
 from pipeline.node import PlayedStreams, decode_settings, ring_spec, wait_for_readers
@@ -55,10 +56,13 @@ class Replay:
         """The streams that a node with these settings publishes. Raises RecordingError, ValueError."""
         with RecordingReader(settings.path) as reader:
             there = dict(reader.streams)
+            known_labels(reader)  # what is wrong with them is said before anything starts
         chosen = there if settings.streams is None else {name: there.get(name) for name in settings.streams}
         unknown = [name for name, payload in chosen.items() if payload is None]
         if unknown:
-            raise ValueError(f"{settings.path} has no stream `{unknown[0]}`; it has {', '.join(sorted(there))}.")
+            raise ValueError(
+                f"{settings.path} has no stream `{unknown[0]}`; it has {', '.join(sorted(there)) or 'none'}."
+            )
         return {name: payload for name, payload in chosen.items() if payload is not None}
 
     @classmethod
@@ -138,5 +142,5 @@ def moved_header(header: Header, shift_ns: int) -> Header:
 def _in_order(reader: RecordingReader, streams: set[str]) -> Iterator[tuple[int, Message | Label]]:
     """Messages and beats by arrival, and labels by the moment at which they begin to be true."""
     messages = ((arrival, message) for message, arrival in reader.messages(streams, beats=True))
-    labels = ((label.start_ns, label) for label in reader.labels())
+    labels = ((label.start_ns, label) for label in known_labels(reader))
     return heapq.merge(labels, messages, key=lambda item: item[0])

@@ -69,7 +69,7 @@ from pipeline.errors import ConfigError
 from pipeline.messages import Message
 from pipeline.picking import AllTrack, LatestTrack, NearestTrack
 from pipeline.resampling import ResampleTrack
-from pipeline.rules import FOREVER, All, Latest, Nearest, Resample, Rule, StreamSpec
+from pipeline.rules import FOREVER, All, Latest, Nearest, Resample, Rule, StreamSpec, misfit
 from pipeline.track import Content, Counters, Range, Track, ranges
 
 __all__ = [
@@ -96,7 +96,7 @@ Cause = Literal["proven", "idle", "deadline", "overflow", "end"]
 
 
 class AlignSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the aligner must know of all streams. ``None`` switches a limit off (event-time replay)."""
+    """What the aligner must know of all streams; all times in ns. ``None`` switches a limit off (event-time replay)."""
 
     hop_ns: int
     streams: tuple[StreamSpec, ...]
@@ -224,6 +224,12 @@ class Aligner:
         while self._next <= self._last_whole_step():
             steps.append(self._emit("end"))
         return steps
+
+    def misfit(self, stream: str) -> str:
+        """Why messages of the stream that have come can be in no step, in words that follow its name; "" if none of
+        what it sends is of another kind than what is taken."""
+        track = self._tracks[stream]
+        return "" if track.malformed is None else misfit(track.spec, track.malformed)
 
     def counters(self, stream: str) -> Counters:
         """What became of the stream's messages so far."""
@@ -465,7 +471,11 @@ def make_track(spec: StreamSpec, hop_ns: int, max_future_ns: int | None, step: i
             f"stream {spec.name!r} carries {spec.payload}, which cannot be resampled; resample takes audio, imu and "
             f"signal streams. Use nearest, latest or all"
         )
-    return _TRACKS[type(spec.rule)](spec, hop_ns, max_future_ns, step)
+    if (track := _TRACKS.get(type(spec.rule))) is None:
+        raise ConfigError(
+            f"the rule of stream {spec.name!r} is {spec.rule!r}; rules are Nearest(…), Latest(…), Resample(…) and All()"
+        )
+    return track(spec, hop_ns, max_future_ns, step)
 
 
 def _check(spec: AlignSpec) -> None:

@@ -85,6 +85,7 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
             if max_buffer is not None and rig in max_buffer:
                 kw["max_buffer"] = max_buffer[rig]
             kw |= {"channels": stream.channels if stream.samples else 0, "ordered": rig not in unordered}
+            kw["channel_names"] = stream.channel_names
             specs.append(StreamSpec(name=rig, payload=stream.payload, rule=stream.rule, **kw))
         return AlignSpec(hop_ns=self.window.hop_ns, streams=tuple(specs), max_delay_ns=max_delay_ns, **limits)
 

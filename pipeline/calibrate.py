@@ -112,7 +112,7 @@ def tracks_of(
         for name in streams or ():
             if name not in reader.streams:
                 raise ConfigError(
-                    f"{reader.path} has no stream `{name}`; it has {listed(sorted(reader.streams))}."
+                    f"{reader.path} has no stream `{name}`; it has {listed(sorted(reader.streams)) or 'none'}."
                     f"{nearest(name, reader.streams)}"
                 )
         found = {n: extractor(p) for n, p in sorted(reader.streams.items()) if streams is None or n in streams}

@@ -699,3 +699,6 @@ def _filled(line: str, width: int) -> str:
 
 if _on_interrupt is signal.default_int_handler:
     signal.signal(signal.SIGINT, _on_interrupt)
+
+if __name__ == "__main__":  # `python -m pipeline.cli`
+    main()

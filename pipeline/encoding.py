@@ -67,15 +67,14 @@ class MessageEncoder:
                 raise BundleError(f"{where}: the model fails on an input of the shape {size}: {error}.") from None
 
     def encode(self, content: tuple[Message, ...], start_ns: int, end_ns: int) -> Array:
-        try:
-            parts = [_rows(message) for message in content]
-        except (WireError, ValueError) as error:
-            raise Unusable("decode_failed", str(error)) from None
-        if len(parts) == 1:
-            return self._run(parts[0])
         kind = np.uint8 if self._stream.payload == "text" else np.float32
         columns = {"text": (), "sweep": (5,)}.get(self._stream.payload, (self._stream.channels,))
-        return self._run(np.concatenate([np.zeros((0, *columns), kind), *parts]))
+        try:
+            parts = [_rows(message) for message in content]
+            whole = parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, *columns), kind), *parts])
+        except (WireError, ValueError) as error:
+            raise Unusable("decode_failed", str(error)) from None
+        return self._run(whole)
 
     def _run(self, x: Array) -> Array:
         return _token(_run(self._session, ["token"], {"x": x})[0], self._stream.token)

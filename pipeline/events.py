@@ -187,11 +187,12 @@ class _Samples:
         self._t: list[Array] = []
         self._values: list[Array] = []
 
-    def _take(self, message: Message, values: Array, offsets: Array) -> None:
+    def take(self, message: Message, values: Array, offsets: Array) -> None:
+        """Adds a batch."""
         self._t.append(message.header.t_capture_ns + offsets)
         self._values.append(values.astype(np.float64))
 
-    def _joined(self) -> tuple[Array, Array, float]:
+    def joined(self) -> tuple[Array, Array, float]:
         """Times, values, period: only samples after the ones before, as a jumping clock's may not be."""
         if not self._t:
             return np.empty(0, np.int64), np.empty((0, 1)), 0.0
@@ -205,10 +206,10 @@ class _Motion(_Samples):
     def add(self, message: Message) -> None:
         assert isinstance(message.header.layout, ImuLayout)
         batch = array(message)
-        self._take(message, np.concatenate([batch["accel"], batch["gyro"]], axis=1), batch["offset_ns"])
+        self.take(message, np.concatenate([batch["accel"], batch["gyro"]], axis=1), batch["offset_ns"])
 
     def tracks(self) -> list[Track]:
-        t, values, period = self._joined()
+        t, values, period = self.joined()
         found = []
         accel, gyro = np.isfinite(values[:, :3]).all(axis=1), np.isfinite(values[:, 3:]).all(axis=1)
         if accel.sum() > 2:
@@ -218,14 +219,22 @@ class _Motion(_Samples):
         return found
 
 
-class _Signal(_Samples):
+class _Signal:
+    """Of a signal whose channels become others those that it has longest: there is no change from one to the other."""
+
+    def __init__(self) -> None:
+        self._samples: dict[tuple[str, ...], _Samples] = {}
+
     def add(self, message: Message) -> None:
-        assert isinstance(message.header.layout, SignalLayout)
+        layout = message.header.layout
+        assert isinstance(layout, SignalLayout)
         batch = array(message)
-        self._take(message, batch["value"], batch["offset_ns"])
+        self._samples.setdefault(layout.channels, _Samples()).take(message, batch["value"], batch["offset_ns"])
 
     def tracks(self) -> list[Track]:
-        t, values, period = self._joined()
+        if not self._samples:
+            return []
+        t, values, period = max((samples.joined() for samples in self._samples.values()), key=lambda one: len(one[0]))
         whole = np.isfinite(values).all(axis=1)
         if whole.sum() <= 2:
             return []

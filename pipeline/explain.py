@@ -22,17 +22,19 @@ import msgspec
 import numpy as np
 
 from pipeline.align import AlignSpec, Manifest, Resample, StreamManifest, make_track
-from pipeline.messages import Header
+from pipeline.messages import Header, Layout
 from pipeline.prediction import Prediction
 from pipeline.recording import GAP_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC, RecordingReader, reading, summarise
 from pipeline.replay import replay_steps
+from pipeline.rules import misfit
 from pipeline.summary import Summary, ordered, quantiles
 from pipeline.track import Track
 
 PLACES = ("used", "late", "no_window", "superseded", "duplicate", "rejected", "buffered")
 """Where a message that was received can have gone."""
 _NEVER = 1 << 62
-_JITTERY_NS = 10_000_000
+JITTERY_NS = 10_000_000
+"""So much later or sooner than the aligner the recorder may have heard the same."""
 Source = Literal["live", "running", "event time", "messages"]
 Key = tuple[int, int]
 """(epoch, number)"""
@@ -132,9 +134,13 @@ class Session:
             self.info = reader.info
             self.facts = summarise(reader)
             self.heard = {name: Heard() for name in sorted(reader.streams)}
+            self.layouts: dict[str, Layout] = {}
+            """Of the first message of each stream."""
             for header, arrival_ns in reader.headers(beats=True):
                 if header.stream in self.heard:
                     self.heard[header.stream].add(header, arrival_ns)
+                    if header.layout is not None:
+                        self.layouts.setdefault(header.stream, header.layout)
             self.manifests, self.source = _windows(reader, spec)
             self.predictions = {prediction.window.index: prediction for prediction in recorded_predictions(reader)}
             self.gaps: list[dict[str, Any]] = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
@@ -143,6 +149,11 @@ class Session:
     def live(self) -> bool:
         """Whether the windows are those of the live session, which had to wait."""
         return self.source in ("live", "running")
+
+    def misfit(self, stream: str) -> str:
+        """Why the stream's messages can be in no window, in words that follow its name, as far as this is known."""
+        specs = () if self.spec is None or stream not in self.layouts else self.spec.streams
+        return next((misfit(spec, self.layouts[stream]) for spec in specs if spec.name == stream), "")
 
 
 def _windows(reader: RecordingReader, spec: AlignSpec | None) -> tuple[list[Manifest], Source]:
@@ -284,6 +295,7 @@ class _Ledger:
         self._used = self._taken & set(_keys(r for m in manifests for r in m.streams[stream].used))
         self._overflows = [span for m in manifests for span in m.streams[stream].overflows]
         self._absences = _absences(manifests) if session.live else []
+        self._refused_until_ns = _refused_until(session, stream, manifests)
         self._track = _track(session, stream, manifests)
         self._obsolete_ns = _obsolete_ns(self._track, manifests)
         self._end_ns = manifests[-1].emitted_ns if manifests and session.live else -_NEVER
@@ -343,13 +355,15 @@ class _Ledger:
             return ""
         if not broken and any(first <= capture_ns <= last for first, last, _ in self._overflows):
             broken = "overflow"
+        if not broken and any(first <= arrival_ns < end for first, end in self._absences):
+            self.unaccounted += 1
+            return ""
+        if not broken and arrival_ns < self._refused_until_ns:
+            broken = "malformed"
         if broken:
             self.rejected[broken] += 1
             return "rejected"
-        if any(first <= arrival_ns < end for first, end in self._absences):
-            self.unaccounted += 1
-            return ""
-        if capture_ns >= self._obsolete_ns and arrival_ns >= self._end_ns - _JITTERY_NS:
+        if capture_ns >= self._obsolete_ns and arrival_ns >= self._end_ns - JITTERY_NS:
             return "buffered"  # it came after the last window was made
         return "late" if self._track is None or self._track.missed(capture_ns, end_ns) else "no_window"
 
@@ -388,6 +402,13 @@ def _keys(ranges: Iterable[tuple[int, int, int]]) -> Iterator[Key]:
 def _absences(manifests: list[Manifest]) -> list[tuple[int, int]]:
     """Stretches of arrival times in which nobody aligned: between windows that do not follow each other."""
     return [(a.emitted_ns, b.emitted_ns) for a, b in pairwise(manifests) if b.step != a.step + 1]
+
+
+def _refused_until(session: Session, stream: str, manifests: list[Manifest]) -> int:
+    """Until when all that came of a stream was refused: where the last window of a live session still says that it has
+    never begun."""
+    never = session.live and bool(manifests) and manifests[-1].streams[stream].first_ns is None
+    return manifests[-1].emitted_ns - JITTERY_NS if never else -_NEVER
 
 
 def _track(session: Session, stream: str, manifests: list[Manifest]) -> Track | None:

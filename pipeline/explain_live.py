@@ -51,7 +51,7 @@ class Attached(Session):
         self.info = SessionInfo(session=ref.id, complete=True)
         self.source = "running"
         self.facts = {}
-        self.heard = {}
+        self.heard, self.layouts = {}, {}
         self.manifests: list[Manifest] = []
         self.predictions: dict[int, Prediction] = {}
         self.gaps = []

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.align import Cause, Manifest, Reason, StreamManifest, Verdict
 from pipeline.errors import ConfigError
-from pipeline.explain import Heard, Session, waited_for
+from pipeline.explain import JITTERY_NS, Heard, Session, waited_for
 from pipeline.prediction import Prediction
 from pipeline.rules import FOREVER
 
@@ -153,7 +153,7 @@ class _Words:
             return f"nothing had come when the step's time was over; {self._next(stream)}"
         match stated.reason:
             case "never_started":
-                return f"it had not begun; {self._first(stream)}"
+                return self._refused(stream, stated) or f"it had not begun; {self._first(stream)}"
             case "silent":
                 return f"silent since {self._last(stream)}"
             case "dead":
@@ -222,6 +222,19 @@ class _Words:
         if heard is None:
             return "the recording has no message of it"
         return f"its first message is from {_s(int(heard['capture_ns'].min()))}"
+
+    def _refused(self, stream: str, stated: StreamManifest) -> str:
+        """That a stream which is said to have never started had sent something, as far as this is certain."""
+        heard = self._session.heard.get(stream)
+        if heard is None or not self._session.live:
+            return ""
+        come = heard["arrival_ns"] < self._manifest.emitted_ns - JITTERY_NS
+        come &= heard["capture_ns"] < (FOREVER if stated.first_ns is None else stated.first_ns)
+        if not (count := int(come.sum())):
+            return ""
+        why = self._session.misfit(stream)
+        why = f"it {why}" if why else "they were of another kind than what is taken, or contradicted themselves"
+        return f"what had come of it, {_messages(count)}, was refused: {why}"
 
     def _last(self, stream: str) -> str:
         before, _ = self._around(stream)

@@ -266,7 +266,7 @@ def load_faults(path: Path | str, streams: Iterable[str]) -> FaultFile:
     for name, fault in found.faults.items():
         for stream in fault.streams:
             if stream not in known:
-                said = f"the recording has no stream `{stream}` that the model uses; it has {listed(known)}."
+                said = f"the recording has no stream `{stream}` that the model uses; it has {listed(known) or 'none'}."
                 wrong.add(document.error(("faults", name, "streams"), f"{said}{nearest(stream, known)}"))
     if found.together and TOGETHER in found.faults:
         said = "this name is taken by the run of all faults; choose another."

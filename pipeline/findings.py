@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pipeline.reports import GAPS, accounts, latency_table, rate_text
+from pipeline.reports import GAPS, accounts, latency_table, rate_text, rejections
 from pipeline.sheet import Sheet, number, numbers
 from pipeline.summary import VERDICTS
 from pipeline.terminal import VERDICT_STYLE
@@ -36,7 +36,7 @@ def explanation_text(found: Explanation) -> RenderableType:
     head = Text(f"session {found.session}   windows: {windows}")
     head.append(state, style="yellow")
     where = accounts({name: stream.messages for name, stream in found.streams.items()})
-    parts: list[RenderableType] = [head, Text(), where, _balance(found), Text(), _flow(found)]
+    parts: list[RenderableType] = [head, Text(), where, *_seen_from_here(found), _balance(found), Text(), _flow(found)]
     parts.append(Text(GAPS, style="dim"))
     if found.windows:
         parts += [Text(), _verdicts({name: stream.verdicts for name, stream in found.streams.items()})]
@@ -47,13 +47,18 @@ def explanation_text(found: Explanation) -> RenderableType:
     return Group(*parts, *(Text(f"gap: {_gap(gap)}", style="yellow") for gap in found.gaps[:_LISTED]))
 
 
+def _seen_from_here(found: Explanation) -> list[Text]:
+    """Which streams of a running session nobody but us counts."""
+    names = [name for name, s in found.streams.items() if "used" not in s.messages] if found.source == "running" else []
+    return [Text(f"{', '.join(names)}: counted since this began to look", style="dim")] if names else []
+
+
 def _balance(found: Explanation) -> Text:
     """Whether the account holds, and what was rejected for which reason."""
     lines = Text()
+    for line in rejections({name: stream.rejected for name, stream in found.streams.items()}):
+        lines.append(line).append("\n")
     for name, stream in found.streams.items():
-        if stream.rejected:
-            said = ", ".join(f"{count} for their {reason}" for reason, count in sorted(stream.rejected.items()))
-            lines.append(f"{name}: rejected {said}\n")
         if stream.unaccounted:
             lines.append(f"{name}: {stream.unaccounted} came while nobody aligned, or were not recorded\n", "yellow")
     if all(stream.balanced for stream in found.streams.values()):

@@ -61,14 +61,16 @@ class AllEntry(_Strict, frozen=True, tag_field="kind", tag="all"):
 
 class StreamEntry(_Strict, frozen=True):
     """One stream: what it carries, what a step of it holds, and what turns that into a token of ``token`` numbers.
-    ``context_ms`` of past samples are put before a step's own (resampled streams only). A bundle with a ``model`` of
-    whole windows has no encoders."""
+    ``channel_names`` are those of a signal, in the order in which the model takes them: a stream whose channels are
+    called otherwise is not taken for it; left out, any of their number are. ``context_ms`` of past samples are put
+    before a step's own (resampled streams only). A bundle with a ``model`` of whole windows has no encoders."""
 
     payload: Payload
     rule: NearestEntry | LatestEntry | ResampleEntry | AllEntry
     encoder: str | None = None
     token: Positive | None = None
     channels: Positive | None = None
+    channel_names: tuple[str, ...] = ()
     context_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     settings: dict[str, Any] = {}
 
@@ -197,6 +199,7 @@ class BundleStream(msgspec.Struct, frozen=True, kw_only=True):
     token: int
     samples: int = 0
     context: int = 0
+    channel_names: tuple[str, ...] = ()
 
     @property
     def is_python(self) -> bool:
@@ -281,10 +284,11 @@ def stream_of(document: Document, name: str, entry: StreamEntry, window: WindowE
     if entry.settings and not (entry.encoder or "").startswith(PYTHON):
         raise document.error((*at, "settings"), "only a `python:` encoder takes settings; remove them.")
     channels = _channels(document, name, entry)
+    _check_channel_names(document, at, entry)
     return BundleStream(
         payload=entry.payload, rule=_rule(entry.rule), channels=channels, encoder=entry.encoder or "",
         settings=entry.settings, context_ms=entry.context_ms, token=entry.token or samples * channels, samples=samples,
-        context=context,
+        context=context, channel_names=entry.channel_names,
     )  # fmt: skip
 
 
@@ -301,6 +305,14 @@ def _channels(document: Document, name: str, entry: StreamEntry) -> int:
     if entry.payload == "signal" and stated is None:
         raise document.error(at, "the key `channels` is missing; a signal needs its number of channels.")
     return stated or 1
+
+
+def _check_channel_names(document: Document, at: tuple[str, ...], entry: StreamEntry) -> None:
+    names = entry.channel_names
+    if names and entry.payload != "signal":
+        raise document.error((*at, "channel_names"), f"{entry.payload} has none; remove the key.")
+    if names and len(names) != entry.channels:
+        raise document.error((*at, "channel_names"), f"found {len(names)} for {entry.channels} channels; name each.")
 
 
 def _check_kind(document: Document, model: ModelFile, wrong: Together) -> None:

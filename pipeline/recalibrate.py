@@ -180,7 +180,7 @@ def _check(reader: RecordingReader, shifts: Collection[str]) -> None:
     for name in shifts:
         if name not in reader.streams:
             raise ConfigError(
-                f"{reader.path} has no stream `{name}`; it has {listed(sorted(reader.streams))}."
+                f"{reader.path} has no stream `{name}`; it has {listed(sorted(reader.streams)) or 'none'}."
                 f"{nearest(name, reader.streams)}"
             )
 

@@ -18,7 +18,7 @@ import heapq
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,12 +27,13 @@ import msgspec
 from pipeline.align import Aligner, AlignSpec, Step, StreamManifest, digest
 from pipeline.bundle import Bundle
 from pipeline.clock import Clock
-from pipeline.errors import BundleError, ConfigError
+from pipeline.errors import BundleError, ConfigError, listed, nearest
 from pipeline.inference import FuseOptions, Fuser, content_of
 from pipeline.labels import known_labels
-from pipeline.messages import Header, Message
+from pipeline.messages import Header, Layout, Message
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, reading
+from pipeline.rules import misfit
 from pipeline.stamper import measured
 
 T = TypeVar("T")
@@ -79,18 +80,33 @@ def replay_steps(recording: str | Path | Heard, align_spec: AlignSpec) -> Iterat
     """The steps of a session by event time, in order; limits of ``align_spec`` that depend on arrival are ignored.
 
     Streams of the recording that the spec does not name are left out; a stream that the recording lacks never started.
-    Steps carry messages with payloads. RecordingError if the file is damaged.
+    Steps carry messages with payloads. RecordingError if the file is damaged; ConfigError if it has none of the spec's
+    streams, or if all that it has of one is of another kind (payload, channels) than what the spec takes.
     """
     if not isinstance(recording, str | Path):
+        if isinstance(recording, RecordingReader):
+            _check_common(recording, align_spec)
         yield from _steps(recording, event_time(align_spec))
         return
     with reading(recording) as reader:
+        _check_common(reader, align_spec)
         yield from _steps(reader, event_time(align_spec))
+
+
+def _check_common(reader: RecordingReader, spec: AlignSpec) -> None:
+    """ConfigError where no step can have anything: whoever goes over them would not be told."""
+    wanted = [stream.name for stream in spec.streams]
+    if reader.streams and not reader.streams.keys() & set(wanted):
+        raise ConfigError(
+            f"{reader.path} has none of the streams {listed(wanted)}; it has {listed(sorted(reader.streams))}."
+            f"{nearest(wanted[0], reader.streams) if wanted else ''}"
+        )
 
 
 def _steps(reader: Heard, spec: AlignSpec) -> Iterator[Step]:
     names = {stream.name for stream in spec.streams}
     foresight = _Foresight(reader, names, {stream.name for stream in spec.streams if stream.ordered})
+    foresight.check(spec, getattr(reader, "path", None))
     present = tuple(stream for stream in spec.streams if stream.name in foresight.started)
     absent = sorted(names - foresight.started)
     if not present:
@@ -160,15 +176,29 @@ class _Foresight:
         self._first: dict[str, Header] = {}
         self._bounds: dict[str, array[int]] = {}
         self._at = dict.fromkeys(ordered, 0)
+        self._kinds: dict[str, dict[Hashable, Layout]] = {}
         series: dict[str, _Series] = {}
         for header, _ in reader.headers(names, beats=True):
             if header.stream not in series:
                 self._first[header.stream] = header
                 series[header.stream] = _Series(header.stream in ordered)
+            if header.layout is not None:
+                self._kinds.setdefault(header.stream, {}).setdefault(_kind(header.layout), header.layout)
             series[header.stream].add(header)
         self.started = frozenset(series)
         self.greatest_ns = max((one.greatest_ns for one in series.values()), default=0)
         self._bounds = {name: one.promises() for name, one in series.items() if name in ordered}
+
+    def check(self, spec: AlignSpec, path: Path | None) -> None:
+        """ConfigError if a stream has messages, and none of them can be in any step."""
+        for stream in spec.streams:
+            wrong = [misfit(stream, layout) for layout in self._kinds.get(stream.name, {}).values()]
+            if wrong and all(wrong):
+                raise ConfigError(
+                    f"{path or 'the session'}: its stream `{stream.name}` {wrong[0]}, so nothing of it can be in any "
+                    "window. Name a recording with what is taken, or a model (or an AlignSpec) that takes what it has; "
+                    "what a model takes says its model.yaml"
+                )
 
     def first(self) -> Iterator[Message]:
         """Promises before anything has come: nothing lies below a stream's least capture time."""
@@ -183,6 +213,11 @@ class _Foresight:
             return _NOTHING
         self._at[header.stream] += 1
         return bounds[self._at[header.stream]]
+
+
+def _kind(layout: Layout) -> Hashable:
+    """What messages have in common that fit into the same windows or do not."""
+    return type(layout), getattr(layout, "channels", None)
 
 
 class _Series:
@@ -328,24 +363,50 @@ def _described(streams: Mapping[str, str]) -> str:
 
 
 class _Watched:
-    """A recording that is read, of which it is noted which streams have given no value so far, in how many messages."""
+    """A recording that is read, of which it is noted which streams have given no value so far, in how many messages;
+    and how many messages of which stream are of a kind that ``spec`` does not take."""
 
-    def __init__(self, reader: RecordingReader) -> None:
-        self._reader = reader
+    def __init__(self, reader: RecordingReader, spec: AlignSpec) -> None:
+        self._reader, self.path = reader, reader.path
+        self._specs = {stream.name: stream for stream in spec.streams}
         self._valued: set[str] = set()
-        self.unmeasured: Counter[str] = Counter()
+        self._misfits: dict[Hashable, str] = {}
+        self._count: Counter[str] = Counter()
+        self._unfit: Counter[tuple[str, str]] = Counter()
+        self._unmeasured: Counter[str] = Counter()
         self.headers = reader.headers
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it, in words, once all is read."""
+        notes = []
+        for (name, words), count in sorted(self._unfit.items()):
+            notes.append(f"{count} of {self._count[name]} messages of {name} are in no window, for it {words}")
+        for name, count in sorted(self._unmeasured.items()):
+            where = "its message" if count == 1 else f"all of its {count} messages"
+            notes.append(f"{name} has nothing but NaN, which is no value, in {where}")
+        return notes
 
     def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
         for message, arrival_ns in self._reader.messages(streams, beats):
             name, layout = message.header.stream, message.header.layout
-            if layout is not None and name not in self._valued:
-                if measured(layout, message.data):  # which is not looked at again
-                    self._valued.add(name)
-                    self.unmeasured.pop(name, None)
-                else:
-                    self.unmeasured[name] += 1
+            if layout is not None:
+                self._look(name, layout, message)
             yield message, arrival_ns
+
+    def _look(self, name: str, layout: Layout, message: Message) -> None:
+        self._count[name] += 1
+        kind = (name, _kind(layout))
+        if kind not in self._misfits:
+            self._misfits[kind] = misfit(self._specs[name], layout)
+        if words := self._misfits[kind]:
+            self._unfit[name, words] += 1
+        if name not in self._valued:
+            if measured(layout, message.data):  # which is not looked at again
+                self._valued.add(name)
+                self._unmeasured.pop(name, None)
+            else:
+                self._unmeasured[name] += 1
 
 
 def replay_predictions(
@@ -360,8 +421,8 @@ def replay_predictions(
     """The predictions of ``bundle`` on a recording, one a step, by event time: the same at every run and every speed,
     but for ``timing``. ``truth`` is what the session's labels say at the end of the window.
 
-    ``note`` is told which streams are missing or left out, and at the end which had no value. RecordingError,
-    BundleError, ConfigError.
+    ``note`` is told which streams are missing or left out, and at the end which had no value, or messages of another
+    kind than the model takes. RecordingError, BundleError, ConfigError.
     """
     if not isinstance(bundle, Bundle):
         raise ConfigError(f"a bundle is what load_bundle gives, not {bundle!r}: write load_bundle({str(bundle)!r}).")
@@ -371,13 +432,12 @@ def replay_predictions(
             note(text)
         fuser = Fuser(bundle, options, reader.info.session, streams=plan.streams, clock=clock)
         truth = Truth(known_labels(reader))
-        heard = _Watched(reader)
+        heard = _Watched(reader, plan.spec)
         for step in replay_steps(heard, plan.spec):
             prediction = fuser.step(step.manifest, content_of(step))
             yield msgspec.structs.replace(prediction, truth=truth.at(step.manifest.end_ns))
-        for name, count in sorted(heard.unmeasured.items()):
-            where = "its message" if count == 1 else f"all of its {count} messages"
-            note(f"{name} has nothing but NaN, which is no value, in {where}")
+        for text in heard.notes:
+            note(text)
 
 
 class Truth:

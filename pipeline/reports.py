@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipeline.errors import typed
 from pipeline.recording import Deleted, deleted_text
+from pipeline.rules import channels_text
 from pipeline.sheet import Sheet, counted, number, numbers, size
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
@@ -88,6 +89,7 @@ def headline(summary: Summary) -> str:
     return line
 
 
+_CHANNELS = 13
 _LABELS = 6
 """So many labels are named before the rest is summed up."""
 
@@ -136,8 +138,12 @@ def windows(summary: Summary) -> Sheet:
 
 
 def messages(summary: Summary) -> RenderableType:
-    """Where every message went: sent = received + lost, and received = used + all that stands to the right of it."""
-    return accounts({stream: account(counters) for stream, counters in summary.counters.items()})
+    """Where every message went: sent = received + lost, and received = used + all that stands to the right of it; of
+    what no model takes only how much was sent."""
+    places = {stream: account(counters) for stream, counters in summary.counters.items()}
+    others = {stream: {"sent": amounts["sent"]} for stream, amounts in summary.streams.items() if stream not in places}
+    table = accounts(places | others)
+    return Group(table, *rejections({stream: counters.rejected for stream, counters in summary.counters.items()}))
 
 
 def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
@@ -149,6 +155,23 @@ def accounts(streams: Mapping[str, Mapping[str, int]]) -> RenderableType:
     return Group(table, Text(_PLACES, style="dim")) if "no_window" in places else table
 
 
+def rejections(streams: Mapping[str, Mapping[str, int]]) -> list[Text]:
+    """Of each stream of which messages were rejected how many, and why."""
+    said = []
+    for name, reasons in streams.items():
+        if reasons:
+            each = ", ".join(f"{count} {_REJECTED[reason]}" for reason, count in sorted(reasons.items()))
+            said.append(Text(f"{name}: rejected {each}", style="yellow"))
+    return said
+
+
+_REJECTED = {
+    "bound": "older than it had promised",
+    "epoch": "of an epoch that was over",
+    "future": "of the future",
+    "malformed": "of another kind than what is taken, or that contradict themselves",
+    "overflow": "for which there was no room",
+}
 _PLACES = (
     "late: its window was made before it came; no window: no window needed it, like a picture between two steps; "
     "superseded: a better one was used"
@@ -171,6 +194,8 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
     state = "" if info["complete"] else f"   incomplete: {info['incomplete']}"
     head = Text.assemble(f"session {info['session']}   {info['duration_s']:.2f} s", (state, "yellow"))
     head.append("".join(f"\n{line}" for line in (_recorded(info), _labels(info)) if line))
+    if not info["streams"]:
+        head.append("\nit holds no message", style="yellow")
     columns = ("messages", "samples", "rate", "lost", "gaps", "longest pause", "delay", "max delay")
     table = numbers("stream", ("payload", *columns))
     for name, stream in info["streams"].items():
@@ -186,6 +211,10 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
         head.append(f"deleted before it began: {deleted_text(gone)}" if gone.segments else "nothing was deleted before")
     said = Text(GAPS, style="dim")
     for name, stream in info["streams"].items():
+        if "channels" in stream:
+            head.append(f"\n{name}: {channels_text(stream['channels'], _CHANNELS)}")
+        for others in stream.get("other_channels", ()):
+            head.append(f"\n{name} has other channels later: {channels_text(others, _CHANNELS)}", style="yellow")
         means = [mean for kind in stream.get("stats", {}).values() for mean in kind["mean"]]
         if stream["samples"] and means and all(mean is None for mean in means):
             head.append(f"\n{name} holds nothing but NaN, which is no value", style="yellow")

@@ -32,7 +32,13 @@ class ResampleTrack(Track):
         self.rule = rule
         self.max_gap_ns = rule.max_gap_ns
         self.count_per_hop = _count(spec.name, rule.rate_hz, hop_ns)
+        if spec.channels < 1 or (spec.payload == "imu" and spec.channels != IMU_CHANNELS):
+            usual = "6 for an IMU, whose columns are accel xyz and gyro xyz" if spec.payload == "imu" else "1 or more"
+            raise ConfigError(
+                f"stream {spec.name!r} is resampled to {spec.channels} columns; its `channels` are {usual}"
+            )
         self.channels = spec.channels
+        self.names = spec.channel_names
         self.sample_bytes = 8 + 4 * spec.channels
         self.rate = (-FOREVER, 0)  # (epoch, Hz) of the newest audio block
         self.reach_ns = 0  # how far beyond the last point samples are needed (band-limited), for the slowest source yet
@@ -87,7 +93,9 @@ class ResampleTrack(Track):
         samples = layout.samples  # type: ignore[union-attr]
         if samples < 1 or nbytes != samples * self.sample_bytes:
             return False
-        if type(layout) is SignalLayout and len(layout.channels) != self.channels:
+        if type(layout) is SignalLayout and (
+            len(layout.channels) != self.channels or (self.names and layout.channels != self.names)
+        ):
             return False
         if samples > 1:
             offsets = np.frombuffer(data, signal_dtype(self.channels))["offset_ns"]

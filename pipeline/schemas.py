@@ -35,7 +35,8 @@ class Statistics(msgspec.Struct, frozen=True):
 
 
 class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream of a recording. Times are session time in ns; ``rate_hz`` is of samples where a payload has them."""
+    """One stream of a recording. Times are session time in ns; ``rate_hz`` is of samples where a payload has them. A
+    signal has the names of its ``channels``, of which ``stats`` are; ``other_channels`` are those that came later."""
 
     payload: Payload
     messages: int
@@ -47,6 +48,8 @@ class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):
     delay_ms: Delay
     start_ns: int
     end_ns: int
+    channels: list[str] | msgspec.UnsetType = msgspec.UNSET
+    other_channels: list[list[str]] | msgspec.UnsetType = msgspec.UNSET
     stats: dict[str, Statistics] | msgspec.UnsetType = msgspec.UNSET
 
 

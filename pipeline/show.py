@@ -193,7 +193,7 @@ def _missed(streams: dict[str, dict[str, int]], lives: list[RecordReport]) -> li
 
 
 def _warnings(status: Status) -> list[str]:
-    """What is wrong with sources, those that gave nothing and those that died, and what nodes have warned of."""
+    """What is wrong with sources, those that gave nothing, nodes that died, and what nodes have warned of."""
     said = []
     for name, stream in status.streams.items():
         node = status.nodes.get(stream.node)
@@ -209,7 +209,8 @@ def _warnings(status: Status) -> list[str]:
             said.append(
                 f"{name} gave {least}{count} of {counted(stream.published, 'message')} without a value: all are NaN"
             )
-    for name in dict.fromkeys(stream.node for stream in status.streams.values()):
+    sources = dict.fromkeys(stream.node for stream in status.streams.values())
+    for name in sources:
         node = status.nodes.get(name)
         if node is None:
             continue
@@ -219,7 +220,15 @@ def _warnings(status: Status) -> list[str]:
         elif node.restarts:
             away = " and had not come back" if node.state == "restarting" else ""
             said.append(f"the source {name} died {counted(node.restarts, 'time')}{away}" + why)
+    said += [_died(node) for name, node in status.nodes.items() if name not in sources and node.restarts]
     return said + [f"{name}: {warning}" for name, node in status.nodes.items() for warning in node.warnings]
+
+
+def _died(node: NodeStatus) -> str:
+    """That a node behind the sources has died, and what that means for what is counted."""
+    said = f"{node.node} died {counted(node.restarts, 'time')}" + (f": {node.trouble}" if node.trouble else "")
+    counts = "messages are counted from its last start on, and all that was sent before counts as lost there"
+    return f"{said}; {counts}" if node.node == "align" else said
 
 
 def _unmeasured(stream: StreamStatus) -> int:

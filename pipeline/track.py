@@ -123,6 +123,8 @@ class Track:
         self.hop_ns = hop_ns
         self.max_future_ns = FOREVER if max_future_ns is None else max_future_ns
         self.layout_type = LAYOUTS[spec.payload]
+        self.looks_at_each = self.looks_inside or bool(spec.channel_names)
+        self.malformed: Layout | None = None  # of the last message that was refused as such
         self.ordered = spec.ordered
         self.max_buffer = spec.max_buffer
         self.memory = max(spec.max_buffer, LEAST_MEMORY)
@@ -169,7 +171,7 @@ class Track:
             and header.t_capture_ns >= self.late_below_ns
             and header.bound_ns - arrival_ns <= self.max_future_ns
             and len(self.buffer) < self.max_buffer
-            and (not self.looks_inside or self.well_formed(message))
+            and (not self.looks_at_each or self.well_formed(message))
         ):
             self.received += 1
             self.next_seq += 1
@@ -218,6 +220,7 @@ class Track:
             or header.bound_ns < header.t_capture_ns
             or not self.well_formed(message)
         ):
+            self.malformed = header.layout
             return "malformed"
         if max(header.t_end_ns, header.bound_ns) - arrival_ns > self.max_future_ns:
             return "future"
@@ -559,8 +562,9 @@ class Track:
         return message.header.t_capture_ns < self.late_below_ns
 
     def well_formed(self, message: Message) -> bool:
-        """Whether the payload is what the rule can work with."""
-        return True
+        """Whether the payload is what the rule can work with, and its channels are those that are taken."""
+        layout, names = message.header.layout, self.spec.channel_names
+        return not names or not isinstance(layout, SignalLayout) or layout.channels == names
 
     def acquainted(self) -> bool:
         """Whether the rule has learnt from the messages that it kept what it must know of the current epoch."""

@@ -17,7 +17,7 @@ import pytest
 import pipeline.align
 from pipeline.align import Aligner, AlignSpec, All, Latest, Nearest, Resample, Rule, StreamSpec
 from pipeline.errors import ConfigError
-from pipeline.messages import Header, Message, TextLayout
+from pipeline.messages import AudioLayout, Header, Message, SignalLayout, TextLayout
 from tests.align_harness import as_model, call
 from tests.align_strategies import beat, change, message, ramps
 from tests.reference_aligner import ReferenceAligner, RefStep
@@ -264,6 +264,49 @@ def test_every_way_to_be_refused() -> None:
     rejected = {"bound": 1, "future": 1, "malformed": 1, "epoch": 2, "overflow": 1}
     assert {k: n for k, n in c.items() if n} == {"received": 10, "duplicate": 1, "used": 1, "buffered": 2,
                                                  "rejected": rejected}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [All(), Resample(10**8, 100)])
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        (("a",), "has 1 channel (`a`), where 2 are taken"),
+        (("b", "a"), "calls its channel 1 `b`, where `a` is taken (they are the same ones in another order)"),
+        (("a", "c"), "calls its channel 2 `c`, where `b` is taken"),
+        (("a", "b", "c", "d", "e", "f"), "has 6 channels (`a`, `b`, `c`, `d` and 2 more), where 2 are taken"),
+        (("a", "b"), ""),
+    ],
+)
+def test_a_signal_of_other_channels_is_refused_and_told(rule: Rule, sent: tuple[str, ...], words: str) -> None:
+    s = stream(rule, payload="signal", channels=2 if isinstance(rule, Resample) else 0, channel_names=("a", "b"))
+    aligner = Aligner(AlignSpec(hop_ns=100, streams=(s,)))
+    layout = SignalLayout(1, sent)
+    for seq, t in enumerate((50, 150, 250)):
+        aligner.feed(Message(change(message(s, seq, t), layout=layout).header, bytes(8 + 4 * len(sent))), t)
+    assert aligner.misfit("s") == words
+    assert aligner.counters("s").rejected == ({"malformed": 3} if words else {})
+
+
+def test_another_payload_or_number_of_audio_channels_is_told() -> None:
+    s = stream(Resample(10**8, 100), payload="audio", channels=2)
+    aligner = Aligner(AlignSpec(hop_ns=100, streams=(s,)))
+    assert aligner.misfit("s") == ""
+    aligner.feed(change(message(s, 0, 50), layout=AudioLayout(16_000, 1, 1)), 50)
+    assert aligner.misfit("s") == "has 1 channel, where 2 are taken"
+    aligner.feed(change(message(s, 1, 60), layout=TextLayout(bytes=2)), 60)
+    assert aligner.misfit("s") == "carries text, where audio is taken"
+
+
+@pytest.mark.parametrize(("payload", "channels"), [("imu", 0), ("imu", 3), ("signal", 0), ("audio", 0)])
+def test_a_grid_needs_its_columns(payload: Any, channels: int) -> None:
+    """Left out, they are 0, and every message would be refused."""
+    with pytest.raises(ConfigError, match=f"'s' is resampled to {channels} columns; its `channels` are [16]"):
+        Aligner(AlignSpec(hop_ns=100, streams=(stream(Resample(10**8, 100), payload=payload, channels=channels),)))
+
+
+def test_a_class_is_no_rule() -> None:
+    with pytest.raises(ConfigError, match=r"the rule of stream 's' is .*All.*; rules are .* and All\(\)"):
+        Aligner(AlignSpec(hop_ns=100, streams=(stream(All),)))  # type: ignore[arg-type]
 
 
 def test_a_late_message_may_still_serve_a_later_step() -> None:

@@ -122,6 +122,11 @@ def test_a_file_outside(folder: Path, tmp_path: Path) -> None:
         ({"streams__imu__rule__kind": "resampled"}, ["resampled", "`resample`"]),
         ({"streams__imu__payload": "imu6"}, ["streams.imu.payload", "'imu6'", "`imu`"]),
         ({"streams__imu__channels": 3}, ["streams.imu.channels", "found 3", "6"]),
+        ({"streams__imu__channel_names": ["x"]}, ["streams.imu.channel_names", "imu has none; remove"]),
+        (
+            {"streams__imu__payload": "signal", "streams__imu__channels": 6, "streams__imu__channel_names": ["x", "y"]},
+            ["streams.imu.channel_names", "found 2 for 6 channels; name each"],
+        ),
         ({"streams__imu__rule__rate_hz": 33}, ["window.hop_ms", "`imu` at 33 Hz", "90.9090909 ms"]),
         ({"streams__lidar__context_ms": 100}, ["streams.lidar.context_ms", "resampled"]),
         ({"streams__imu__settings": {"a": 1}}, ["streams.imu.settings", "python:"]),

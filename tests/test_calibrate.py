@@ -22,7 +22,18 @@ from pipeline.config import load_rig
 from pipeline.errors import ConfigError, RecordingError
 from pipeline.events import Track, extractor
 from pipeline.importing import import_file
-from pipeline.messages import IMU_DTYPE, AudioLayout, FrameLayout, ImuLayout, Layout, Message, TextLayout
+from pipeline.messages import (
+    IMU_DTYPE,
+    AudioLayout,
+    FrameLayout,
+    Header,
+    ImuLayout,
+    Layout,
+    Message,
+    SignalLayout,
+    TextLayout,
+    signal_dtype,
+)
 from pipeline.plan import make_plan
 from pipeline.recording import RecordingWriter, SessionInfo
 from pipeline.rig_edit import load_exactly, with_offset
@@ -438,3 +449,16 @@ def test_an_offset_moves_captures_ends_and_bounds_and_keeps_what_was_measured() 
         assert (b.t_capture_ns, b.t_end_ns, b.bound_ns) == (t - 5_000, t - 5_000, t + 1 - 5_000)
         assert (b.uncertainty_ns, b.t_receipt_ns, b.t_device_ns) == (750, a.t_receipt_ns, 77)
     assert shifted.beat(400_000, 350_000, "").bound_ns == 345_000
+
+
+def test_a_signal_whose_channels_become_others_is_looked_at_where_it_has_most() -> None:
+    found = extractor("signal")
+    assert found is not None
+    for seq, names in enumerate([("a", "b")] * 30 + [("a", "b", "c")] * 60):
+        samples = np.zeros(1, signal_dtype(len(names)))
+        samples["value"] = seq % 2
+        times = {"t_capture_ns": seq * 10**7, "t_end_ns": seq * 10**7, "bound_ns": seq * 10**7 + 1}
+        layout = SignalLayout(1, names)
+        found.add(Message(Header(stream="s", seq=seq, epoch=0, layout=layout, t_receipt_ns=0, **times), samples))
+    [track] = found.tracks()
+    assert len(track.value) == 59

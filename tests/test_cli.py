@@ -225,6 +225,7 @@ def test_help_needs_nothing_that_is_slow_to_import() -> None:
             f"a file, and a bundle is a folder with a file model.yaml. Name its folder {ROOT}/models/demo.\n",
         ),
         (["subscribe"], "No session runs on this machine"),
+        (["subscribe"], "now (looked in /"),
         (["subscribe", "--session", "abc"], "no session `abc` runs here"),
         (["subscribe", "nonsense"], "tcp://127.0.0.1"),
         (["node", "camera", "--spec", "rig.yaml"], "no node's spec"),
@@ -239,6 +240,22 @@ def test_what_was_asked_wrongly_is_said_in_one_paragraph(
     assert err.startswith(("error: ", "Usage: "))
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_the_module_is_the_command(place: Path) -> None:
+    """It said nothing, did nothing, and ended with 0."""
+    run = [sys.executable, "-m", "pipeline.cli", "info", f"{place}/none.mcap"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {place}/none.mcap: there is no such file")
+
+
+def test_a_recording_of_no_stream_is_said_to_have_none(place: Path, call: Call) -> None:
+    RecordingWriter(place / "empty.mcap", SessionInfo(session="s")).close()
+    for arguments in (["recalibrate", "--offset", "imu=1", "-o", "x.mcap"], ["calibrate", "--stream", "imu"]):
+        code, _, err = call(place, arguments[0], "empty.mcap", *arguments[1:])
+        assert code == 2
+        assert "has no stream `imu`; it has none." in err
 
 
 def test_info_shows_one_recording_after_the_other_and_says_at_the_end_what_it_could_not_read(

@@ -205,6 +205,27 @@ def test_a_window_that_is_not_there(tmp_path: Path) -> None:
         explain_window(bare, 1)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_stream_of_another_kind_was_refused_and_not_late(tmp_path: Path, known: bool) -> None:
+    """It has sent, so it has begun, whatever its verdict; of which kind is taken the windows do not tell."""
+    path = tmp_path / "a.mcap"
+    text = TextLayout(2)
+    items = [
+        (Message(msgspec.structs.replace(m.header, layout=text), b"ab") if m.header.stream == "camera" else m, at)
+        for m, at in ITEMS
+    ]
+    aligner = record_live(path, items, LIVE)
+    session = Session(path, LIVE if known else None)
+    camera = explain(session).streams["camera"]
+    assert camera.rejected["malformed"] >= aligner.counters("camera").rejected["malformed"] - 8  # the last second's
+    assert (camera.messages["late"], camera.messages["no_window"], camera.balanced) == (0, 0, True)
+    said = explain_window(session, 50).streams["camera"].why
+    why = "it carries text, where frame is taken" if known else "they were of another kind than what is taken, or"
+    assert said.startswith(f"what had come of it, 100 messages, was refused: {why}")
+    shown = " ".join(call("explain", path).split())
+    assert f"camera: rejected {camera.rejected['malformed']} of another kind than what is taken" in shown
+
+
 def test_what_nobody_aligned_or_recorded_is_not_passed_over(tmp_path: Path) -> None:
     """An aligner that was away for a second, and a message that only the aligner heard."""
     path = tmp_path / "a.mcap"

@@ -6,6 +6,7 @@ import io
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -14,12 +15,13 @@ from pipeline.cli import app
 from pipeline.clock import SystemClock
 from pipeline.commands import live
 from pipeline.errors import ConfigError
-from pipeline.explain import PLACES
+from pipeline.explain import PLACES, Explanation, StreamAccount
 from pipeline.explain_live import Attached, Recent
 from pipeline.findings import explanation_text
 from pipeline.launch import Session, live_sessions
 from pipeline.messages import Header
 from pipeline.status import SessionRef
+from pipeline.terminal import console
 from tests.rigs import SOURCES, STREAMS, make_rig, short_folder
 from tests.test_explain import explained
 
@@ -81,6 +83,25 @@ def test_of_a_stream_that_never_came_nothing_is_claimed(tmp_path: Path) -> None:
     with Attached(ref, SystemClock()) as attached:
         stream = attached.explanation().streams["imu"]
     assert (stream.payload, stream.rate_hz, stream.delay_ms, stream.uncertainty_ms) == (None, None, None, None)
+
+
+def test_what_the_aligner_does_not_count_is_said_to_be_counted_from_here() -> None:
+    def account(**places: int) -> StreamAccount:
+        return StreamAccount(
+            payload="imu", rate_hz=None, gaps=0, max_gap_ms=None, jitter_ms=None, delay_ms=None, uncertainty_ms=None,
+            age_ms=None, messages=places, rejected={}, unaccounted=0, balanced=True, verdicts={}, waited=0,
+            wait_ms=None,
+        )  # fmt: skip
+
+    found = Explanation(
+        session="s", complete=True, source="running", windows=1, causes={}, wait_ms=None, gaps=[], latency_ms={},
+        streams={"imu": account(sent=70, used=70), "air": account(sent=10)},
+    )  # fmt: skip
+    note = "air: counted since this began to look"
+    for source, said in (("running", True), ("live", False)):
+        shown = io.StringIO()
+        console(shown).print(explanation_text(msgspec.structs.replace(found, source=source)))
+        assert (note in shown.getvalue()) is said
 
 
 def test_what_stays_on_a_low_terminal_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,11 @@ from pipeline.bundle import SHIPPED, load_bundle
 from pipeline.clock import ManualClock
 from pipeline.errors import BundleError, ConfigError
 from pipeline.inference import FuseOptions, Fuser
-from pipeline.messages import FrameLayout, Message, TextLayout
+from pipeline.messages import FrameLayout, Message, SignalLayout, TextLayout, signal_dtype
 from pipeline.onnxfile import fingerprint, provider_in_use, resolve_providers
 from pipeline.prediction import Prediction
 from tests.tiny_bundle import (
+    ALL,
     FRAME,
     GRID,
     HOP_NS,
@@ -206,6 +207,17 @@ def test_a_payload_of_the_wrong_size_masks_its_stream(tmp_path: Path) -> None:
     assert fuser.step(manifest(1, {"lidar": ok(1)}), {"lidar": short}).streams["lidar"].masked == "decode_failed"
     bare = (Message(sweep(1)[0].header, None),)
     assert fuser.step(manifest(2, {"lidar": ok(2)}), {"lidar": bare}).streams["lidar"].masked == "decode_failed"
+
+
+def test_messages_that_do_not_fit_together_mask_their_stream(tmp_path: Path) -> None:
+    """Under the rule `all`, whose step may hold several."""
+    wind = {"payload": "signal", "channels": 2, "rule": ALL}
+    fuser = make(tmp_path, {"wind": wind, "imu": GRID})
+    other = np.zeros(10, signal_dtype(3))
+    both = tuple(Message(header("wind", seq, SignalLayout(10, ("a", "b", "c"))), other) for seq in (0, 1))
+    prediction = fuser.step(manifest(1, {"wind": ok(1), "imu": ok(1)}), {"wind": both, "imu": grid(1)})
+    assert prediction.streams["wind"].masked == "decode_failed"
+    assert prediction.label == "yes"
 
 
 def test_a_token_that_is_no_number_masks_its_stream(tmp_path: Path) -> None:

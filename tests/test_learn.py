@@ -31,7 +31,7 @@ from pipeline.errors import BundleError, ConfigError, RecordingError, SensoriumE
 from pipeline.faultbench import live_steps
 from pipeline.faults import Delay, Loss
 from pipeline.inference import FuseOptions
-from pipeline.messages import Message
+from pipeline.messages import Header, Message, SignalLayout, signal_dtype
 from pipeline.modelfile import Calibration
 from pipeline.recording import MANIFEST_TOPIC, Label, RecordingReader, RecordingWriter, SessionInfo
 from pipeline.replay import replay_predictions
@@ -44,9 +44,9 @@ torch = pytest.importorskip("torch", reason="the package torch is not installed 
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra `learn`)")
 
 from pipeline import learn  # noqa: E402
-from pipeline.learn.begin import begin_from, not_taken  # noqa: E402
+from pipeline.learn.begin import begin_from, check_beginning, not_taken  # noqa: E402
 from pipeline.learn.card import card  # noqa: E402
-from pipeline.learn.config import streams_of  # noqa: E402
+from pipeline.learn.config import stream_entry, streams_of  # noqa: E402
 from pipeline.learn.dataset import Dataset, Labelled, label_sessions, split  # noqa: E402
 from pipeline.learn.export import _default_cache, _overrides, prove  # noqa: E402
 from pipeline.learn.loop import Checkpoints, Silent  # noqa: E402
@@ -1005,6 +1005,58 @@ def test_streams_that_differ_between_sessions(tmp_path: Path) -> None:
     config = configured(tmp_path, {"imu": {"recorded_as": "camera", "payload": "imu"}})
     with pytest.raises(RecordingError, match=r"a.mcap has frame on its stream `camera`, where `imu` is imu"):
         prepare_all(config, recorded(config), tmp_path / "cache")
+
+
+def wind(name: str, channels: tuple[str, ...], seed: int) -> learn.Made:
+    """A session of a signal, 20 Hz for 3 s."""
+    values = np.random.default_rng(seed).normal(size=(60, 1, len(channels)))
+    messages = []
+    for seq in range(60):
+        samples = np.zeros(1, signal_dtype(len(channels)))
+        samples["value"], t = values[seq], seq * 50_000_000
+        times = {"t_capture_ns": t, "t_end_ns": t, "bound_ns": t + 1, "t_receipt_ns": t}
+        layout = SignalLayout(1, channels)
+        messages.append(Message(Header(stream="wind", seq=seq, epoch=0, layout=layout, **times), samples))
+    return learn.Made(name, messages, [Label(0, 1_500_000_000, "a"), Label(1_500_000_000, 3_000_000_000, "b")])
+
+
+def test_channels_of_a_signal_are_the_same_in_all_sessions(tmp_path: Path) -> None:
+    """By name and order; else the model would learn one for the other."""
+    rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
+    said = {"name": "n", "streams": {"wind": {"rule": rule}}, "split": {"held_out": 0, "test": 0}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    ready = prepare_all(config, [wind("one", ("u", "v"), 1), wind("two", ("u", "v"), 2)], tmp_path / "cache")
+    assert ready.recipe.streams["wind"].channel_names == ("u", "v")
+    for other, words in ((("v", "u"), "calls its channel 1 `v`, where `u` is taken"), (("u",), "has 1 channel .`u`.")):
+        with pytest.raises(RecordingError, match=rf"two: its stream `wind` {words}.*, as one has it. One model cannot"):
+            prepare_all(config, [wind("one", ("u", "v"), 1), wind("two", other, 2)], tmp_path / "cache")
+    said["streams"]["wind"]["channels"] = 3  # type: ignore[index]
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    with pytest.raises(RecordingError, match="where 3 are taken, as the training file says"):
+        prepare_all(config, [wind("one", ("u", "v"), 1)], tmp_path / "cache")
+
+
+def test_a_training_begins_from_an_encoder_of_the_same_channels(tmp_path: Path) -> None:
+    rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
+    said = {"name": "n", "streams": {"wind": {"rule": rule, "token": 1}}, "init": {"bundle": str(tmp_path / "earlier")}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    streams = streams_of(config, {"wind": SignalLayout(1, ("u", "v"))})
+    encoders = build_encoders(streams, {"wind": {}})
+    file = io.BytesIO()
+    np.savez(file, **{f"encoders.wind.{k}": value.numpy() for k, value in encoders["wind"].state_dict().items()})
+    learnt = {"payload": "signal", "channels": 2, "channel_names": ["v", "u"], "rule": {**rule, "rate_hz": 100}}
+    write_bundle(tmp_path / "earlier", {"wind": learnt}, files={"weights.npz": file.getvalue()})
+    assert config.file.init is not None
+    with pytest.raises(BundleError, match=r"its encoder of `wind` learnt from other channels: .* channel 1 `u`, where"):
+        check_beginning(config, config.file.init, streams, encoders)
+
+
+def test_a_model_states_the_channels_that_it_learnt_from(tmp_path: Path) -> None:
+    rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
+    said = {"name": "n", "streams": {"wind": {"rule": rule}}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    entry = stream_entry(config, "wind", SignalLayout(1, ("u", "v")))
+    assert (entry.channels, entry.channel_names) == (2, ("u", "v"))
 
 
 def test_numbers_that_are_none_and_sessions_of_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from nodes.align import Align
 from nodes.fusion import Fusion, PayloadCache
 from nodes.record import ITEM_BYTES, Record
-from nodes.replay import Replay, moved_header
+from nodes.replay import Replay, _in_order, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
@@ -131,6 +131,18 @@ def test_the_last_word_of_a_node_that_stops_counts_what_came_last(
     aligning.life.stop.set()
     aligning.node.finish()
     assert [one.aligned["imu"].received for one in said] == [1, 2]
+
+
+def test_a_stream_of_which_nothing_can_be_taken_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    aligning, said = Aligning(tmp_path), []
+    monkeypatch.setattr(aligning.life, "report", said.append)
+    aligning.life.stop.set()  # a node that stops reports at each turn
+    aligning.turn(10)
+    other = msgspec.structs.replace(aligning.cloud(0, 95).header, layout=TextLayout(2))
+    aligning.sources["lidar"].publish(Message(other, b"ab"))
+    aligning.turn(100)
+    expected = "lidar carries text, where sweep is taken: these messages are in no window; what the model takes says "
+    assert [one.warnings for one in said] == [[], [f"{expected}its model.yaml"]]
 
 
 def test_a_dead_stream_is_closed_again_when_its_last_words_come(tmp_path: Path) -> None:
@@ -642,6 +654,21 @@ def test_a_recording_is_published_again_moved_by_one_constant(tmp_path: Path) ->
     assert [h.seq for h in headers if h.is_beat][:2] == [4, 4]
     assert [(label.start_ns - shift, label.label) for label in labels] == [(5000 * MS, "calm"), (5100 * MS, "shake")]
     assert shift == -5000 * MS + 2000 * MS + 100 * MS
+
+
+def test_labels_beside_a_recording_are_the_truth_of_a_session_that_plays_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    with RecordingWriter(path, SessionInfo(session="s")) as writer:
+        writer.write(text(0, 5000 * MS), 5010 * MS)
+        writer.write_label(Label(0, 6000 * MS, "calm"), 0)
+    sidecar = tmp_path / "a.labels.csv"
+    sidecar.write_text("start_s,end_s,label\n1.0,5.0,shake\n")
+    with RecordingReader(path) as reader:
+        told = [what for _, what in _in_order(reader, {"text"}) if isinstance(what, Label)]
+    assert told == [Label(1000 * MS, 5000 * MS, "shake")]
+    sidecar.write_text("start_s,end_s,label\n1000,5000,shake\n")
+    with pytest.raises(RecordingError, match="begins after the session's end"):  # before anything starts
+        Replay.streams_of(Replay.Settings(path=path))
 
 
 def test_raw_frames_get_slots_and_unknown_streams_are_refused(tmp_path: Path, demo_frames: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_readme_has_all_of_its_parts() -> None:
     assert len(COMMANDS) >= 12
     assert BACKGROUND in COMMANDS
     assert all(any(command.startswith(start) for command in COMMANDS) for start in WATCHING)
-    assert len(re.findall(r"^# \S+\.(?:py|yaml)$", README, re.MULTILINE)) == 7
+    assert len(re.findall(r"^# \S+\.(?:py|yaml)$", README, re.MULTILINE)) == 8
 
 
 def test_the_pasted_table_has_the_columns_of_the_real_one() -> None:

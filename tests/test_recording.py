@@ -705,7 +705,41 @@ def test_a_payload_that_changed_in_the_file_is_found() -> None:
         recording_schemas.decode("foxglove.Log", memoryview(stored))
 
 
+def test_a_reader_that_was_closed_is_not_a_damaged_file(tmp_path: Path) -> None:
+    """As who takes the messages in a `with`, and goes over them behind it, would be told."""
+    path = write(tmp_path / "a.mcap", [(message(TextLayout(3), b"abc"), 1)])
+    with RecordingReader(path) as reader:
+        messages = reader.messages()
+    with pytest.raises(RecordingError, match=r"the reader of .*a.mcap was closed before all was read"):
+        list(messages)
+
+
 # Counting.
+
+
+def test_a_signal_whose_channels_become_others_is_summed_up(tmp_path: Path) -> None:
+    written = []
+    for seq, names in enumerate((("x", "y"), ("x", "y"), ("a", "b", "c"), ("y", "x"))):
+        samples = np.zeros(1, signal_dtype(len(names)))
+        samples["value"] = seq
+        written.append((message(SignalLayout(1, names), samples, stream="wind", seq=seq, t=seq * 1000), seq * 1000))
+    summary = summarise(write(tmp_path / "a.mcap", written))
+    wind = summary["streams"]["wind"]
+    assert (wind["messages"], wind["channels"], wind["other_channels"]) == (
+        4,
+        ["x", "y"],
+        [["a", "b", "c"], ["y", "x"]],
+    )
+    assert wind["stats"]["value"]["mean"] == [0.5, 0.5]  # of those of that name alone
+    shown = io.StringIO()
+    console(shown).print(recording_table(summary))
+    assert "wind: `x`, `y`\nwind has other channels later: `a`, `b`, `c`\n" in shown.getvalue()
+
+
+def test_a_recording_of_nothing_says_so(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console(shown).print(recording_table(summarise(write(tmp_path / "a.mcap", []))))
+    assert "it holds no message" in shown.getvalue()
 
 
 def test_summary_counts_what_a_small_session_holds(tmp_path: Path) -> None:

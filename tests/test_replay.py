@@ -173,6 +173,36 @@ def test_a_stream_that_never_started_and_one_that_nobody_asked_for(tmp_path: Pat
     assert array(steps[3].messages["camera"][0]).shape == (2, 2)
 
 
+@pytest.mark.parametrize("opened", [False, True])
+def test_who_asks_for_none_of_the_streams_is_told(tmp_path: Path, opened: bool) -> None:
+    """Else a loop over the steps would do nothing, and a test that consists of it would pass."""
+    path = record(tmp_path / "a.mcap", session(2))
+    spec = msgspec.structs.replace(SPEC, streams=(msgspec.structs.replace(CAMERA, name="camara"),))
+    said = r"a.mcap has none of the streams `camara`; it has `camera`, `imu`. Did you mean `camera`\?"
+    with RecordingReader(path) as reader, pytest.raises(ConfigError, match=said):
+        list(replay_steps(reader if opened else path, spec))
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (
+            StreamSpec(name="imu", payload="signal", rule=Resample(100, 50 * MS), channels=6),
+            "carries imu, where signal",
+        ),
+        (StreamSpec(name="imu", payload="frame", rule=Nearest(50 * MS)), "carries imu, where frame is taken"),
+        (StreamSpec(name="wind", payload="signal", rule=Resample(100, 50 * MS), channels=3), "has 2 channels"),
+        (StreamSpec(name="wind", payload="signal", rule=All(), channel_names=("b", "a")), "calls its channel 1 `a`"),
+    ],
+)
+def test_a_stream_of_another_kind_is_not_passed_over(tmp_path: Path, stream: StreamSpec, words: str) -> None:
+    wind = StreamSpec(name="wind", payload="signal", rule=All(), channels=2)
+    calls = session(2) + [(n * 100 * MS, message(wind, n, n * 100 * MS)) for n in range(20)]
+    path = record(tmp_path / "a.mcap", sorted(calls, key=lambda call: call[0]))
+    with pytest.raises(ConfigError, match=f"a.mcap: its stream `{stream.name}` {words}"):
+        list(replay_steps(path, msgspec.structs.replace(SPEC, streams=(CAMERA, stream))))
+
+
 def test_an_empty_recording_has_no_steps(tmp_path: Path) -> None:
     assert list(replay_steps(record(tmp_path / "a.mcap", []), SPEC)) == []
 
@@ -265,6 +295,23 @@ def test_a_stream_that_has_no_value_is_told_of(bundle: Any, tmp_path: Path) -> N
         shown = io.StringIO()
         console(shown).print(recording_table(summarise(path)))
         assert ("imu holds nothing but NaN, which is no value" in shown.getvalue()) is not bool(values)
+
+
+def test_messages_of_another_kind_are_told_of(tmp_path: Path) -> None:
+    """As of a device that came back with another number of channels."""
+    wind = {**GRID, "payload": "signal", "channels": 2, "channel_names": ["a", "b"]}
+    bundle = load_bundle(write_bundle(tmp_path / "bundle", {"wind": wind}))
+    spec = StreamSpec(name="wind", payload="signal", rule=All(), channels=2)
+    calls = []
+    for seq, t in enumerate(range(0, 3000 * MS, 10 * MS)):
+        one = message(msgspec.structs.replace(spec, channels=3) if seq >= 200 else spec, seq, t)
+        calls.append((t, one))
+    notes: list[str] = []
+    made = list(replay_predictions(record(tmp_path / "a.mcap", calls), bundle, note=notes.append))
+    assert notes == [
+        "100 of 300 messages of wind are in no window, for it has 3 channels (`a`, `b`, `c`), where 2 are taken"
+    ]
+    assert [p.streams["wind"].verdict for p in made][5::20] == ["ok", "missing"]
 
 
 def test_streams_can_be_mapped(bundle: Any, tmp_path: Path) -> None:

@@ -443,6 +443,26 @@ def test_every_file_of_a_recorder_that_died_is_named_and_the_hole_between_them()
     assert "nothing is recorded from 2.3 s of the session on" in text(summed_up(never_again))
 
 
+def test_the_summary_says_why_messages_were_rejected_and_counts_what_no_model_takes() -> None:
+    seen = status()
+    seen.streams["camera"].received, seen.streams["camera"].rejected = 7, {"malformed": 5, "epoch": 2}
+    seen.streams["imu"].total = 12
+    shown = text(summed_up(seen))
+    assert "camera: rejected 2 of an epoch that was over, 5 of another kind than what is taken, or that" in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line}
+    assert rows["imu"] == ["12", *"–––––––––"]
+
+
+def test_the_summary_names_nodes_behind_the_sources_that_died() -> None:
+    seen = status()
+    for name in ("align", "fusion"):
+        dead = {"node": name, "restarts": 1, "trouble": "was killed by SIGKILL"}
+        seen.nodes[name] = msgspec.structs.replace(seen.nodes["camera"], **dead)
+    shown = " ".join(text(summed_up(seen)).split())
+    assert "warning: fusion died 1 time: was killed by SIGKILL warning" in shown or shown.endswith("by SIGKILL")
+    assert "align died 1 time: was killed by SIGKILL; messages are counted from its last start on, and all" in shown
+
+
 def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     seen = status()
     seen.streams["camera"].total = 12

@@ -18,6 +18,7 @@ HOP_NS = 100_000_000
 LABELS = ("no", "yes")
 GRID = {"payload": "imu", "rule": {"kind": "resample", "rate_hz": 100, "max_gap_ms": 50}}
 SWEEP = {"payload": "sweep", "rule": {"kind": "latest", "max_age_ms": 250}}
+ALL = {"kind": "all"}
 FRAME = {"payload": "frame", "rule": {"kind": "nearest", "tolerance_ms": 50}}
 
 
@@ -48,7 +49,8 @@ def mean_encoder(stream: Mapping[str, Any]) -> bytes:
     """token [1]: the mean of all that ``x`` holds."""
     shapes: dict[str, tuple[str, list[Any]]] = {
         "frame": ("u1", ["h", "w", 3]), "sweep": ("f4", ["n", 5]), "text": ("u1", ["n"]),
-        "imu": ("f4", [10, 6]), "signal": ("f4", [10, stream.get("channels", 1)]),
+        "imu": ("f4", [10, 6]),
+        "signal": ("f4", ["n" if stream.get("rule") == ALL else 10, stream.get("channels", 1)]),
     }  # fmt: skip
     kind, shape = shapes[stream["payload"]]
     nodes = [

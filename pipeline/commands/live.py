@@ -224,7 +224,14 @@ def _live(session: str | None, command: str) -> SessionRef:
 
 def _running(live: dict[str, Any]) -> str:
     said = ", ".join(f"`{key}` ({found.rig})" for key, found in live.items())
-    return f"Running now: {said}." if live else "No session runs on this machine now."
+    if live:
+        return f"Running now: {said}."
+    from pipeline.transport import sessions_root
+
+    return (
+        f"No session runs on this machine now (looked in {sessions_root()}; one of another user, or that was started "
+        "with another XDG_RUNTIME_DIR or TMPDIR, is not there)."
+    )
 
 
 def check(rig: str | None, *, json: bool, allow_code: bool) -> None:

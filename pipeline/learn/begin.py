@@ -17,7 +17,9 @@ from pipeline.learn.config import Config, InitEntry, TrainFile, check_config
 from pipeline.learn.encoders import StreamEncoder, build_encoder, settings_of
 from pipeline.learn.fusion import FusionSettings, build_fusion
 from pipeline.learn.model import Model
+from pipeline.messages import SignalLayout
 from pipeline.modelfile import BundleStream
+from pipeline.rules import All, StreamSpec, misfit
 from pipeline.strict import Document, listed
 
 WEIGHTS, CONFIG = "weights.npz", "train.yaml"
@@ -44,7 +46,20 @@ def check_beginning(
             here = _facts(streams[name], config.file.window.hop_ms, config.file.streams[name].encoder)
             found = _shapes(_part(weights, f"encoders.{name}."))
             wrong.add(BundleError(_other_encoder(bundle, name, here, found)))
+        elif words := _other_channels(bundle.streams[name], streams[name]):
+            wrong.add(BundleError(
+                f"{bundle.path}: its encoder of `{name}` learnt from other channels: the stream here {words}. Record "
+                f"it with the same ones, or call it otherwise (`recorded_as: {name}`), and its encoder begins at random"
+            ))  # fmt: skip
     return wrong.settled(bundle)
+
+
+def _other_channels(there: BundleStream, here: BundleStream) -> str:
+    """How the channels of a signal differ from those that an encoder learnt from, as far as both are named."""
+    if not there.channel_names or not here.channel_names:
+        return ""
+    learnt = StreamSpec(name="", payload="signal", rule=All(), channel_names=there.channel_names)
+    return misfit(learnt, SignalLayout(1, here.channel_names))
 
 
 def not_taken(config: Config, bundle: Bundle, encoders: Mapping[str, StreamEncoder], labels: tuple[str, ...]) -> str:

@@ -254,9 +254,9 @@ def stream_entry(config: Config, name: str, layout: Layout | None, known: str = 
             f"no session has a stream `{config.names()[name]}`; they have {known or 'none'}. Name it by `recorded_as`, "
             f"or state its `payload`.{nearest(config.names()[name], known.replace('`', '').split(', '))}",
         )
-    channels = given.channels
-    if channels is None and isinstance(layout, SignalLayout):
-        channels = len(layout.channels)
+    channels, names = given.channels, layout.channels if isinstance(layout, SignalLayout) else ()
+    if channels is None and names:
+        channels = len(names)
     if payload == "signal" and given.rule is None:
         raise config.document.error(
             at,
@@ -268,6 +268,7 @@ def stream_entry(config: Config, name: str, layout: Layout | None, known: str = 
         encoder=f"encoder.{name}.onnx",
         token=given.token,
         channels=channels,
+        channel_names=names if len(names) == channels else (),
         context_ms=given.context_ms,
     )
 

@@ -35,6 +35,7 @@ from pipeline.learn.stream_encoder import StreamEncoder
 from pipeline.messages import payload_of
 from pipeline.modelfile import BundleStream
 from pipeline.outside import naming
+from pipeline.rules import misfit
 from pipeline.strict import listed
 from pipeline.workers import workers
 
@@ -62,9 +63,12 @@ class Recipe(msgspec.Struct, frozen=True):
     def spec(self) -> AlignSpec:
         """What the aligner must know."""
         streams = [
-            StreamSpec(name=self.names[name], payload=s.payload, rule=s.rule, channels=s.channels if s.samples else 0)
+            StreamSpec(
+                name=self.names[name], payload=s.payload, rule=s.rule, channels=s.channels if s.samples else 0,
+                channel_names=s.channel_names,
+            )
             for name, s in self.streams.items()
-        ]
+        ]  # fmt: skip
         return AlignSpec(hop_ns=self.hop_ns, streams=tuple(streams))
 
     def digest(self) -> str:
@@ -127,7 +131,7 @@ def prepare(sessions: Sequence[Session], recipe: Recipe, cache: Path, jobs: int 
     time, where one cannot be learnt from: a stream is missing, is another one's payload, never has content, or has
     numbers that are none."""
     for session in sessions:
-        _check_streams(session, recipe)
+        _check_streams(session, recipe, sessions)
     folders = [_folder(session, recipe, cache) for session in sessions]
     missing = {folder: session for folder, session in zip(folders, sessions, strict=True) if not _whole(folder)}
     shared = {folder: session for folder, session in missing.items() if isinstance(session, Recorded)}
@@ -171,8 +175,9 @@ def _make(session: Session, recipe: Recipe, folder: Path, parts: Path) -> None:
             raise
 
 
-def _check_streams(session: Session, recipe: Recipe) -> None:
+def _check_streams(session: Session, recipe: Recipe, sessions: Sequence[Session]) -> None:
     layouts = session.layouts()
+    specs = {spec.name: spec for spec in recipe.spec().streams}
     for name, stream in recipe.streams.items():
         recorded = recipe.names[name]
         if recorded not in layouts:
@@ -187,6 +192,14 @@ def _check_streams(session: Session, recipe: Recipe) -> None:
                 f"{session.name} has {payload_of(layouts[recorded])} on its stream `{recorded}`, where `{name}` is "
                 f"{stream.payload}. Leave the session out, or name another stream by `recorded_as`"
             )
+        if words := misfit(specs[recorded], layouts[recorded]):
+            first = next(one.name for one in sessions if recorded in one.layouts())
+            todo = (
+                f"as {first} has it. One model cannot learn from both: leave one of them out, or record it anew"
+                if first != session.name
+                else "as the training file says. Correct its `channels`, or leave the session out"
+            )
+            raise RecordingError(f"{session.name}: its stream `{recorded}` {words}, {todo}")
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

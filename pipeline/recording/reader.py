@@ -196,6 +196,11 @@ class RecordingReader:
     # Opening.
 
     def _read(self, offset: int, length: int) -> bytes:
+        if self._file.closed:  # as when messages are asked for in a `with` and gone over behind it
+            raise RecordingError(
+                f"the reader of {self.path} was closed before all was read; go over its messages before, inside the "
+                "`with`, or open it again"
+            )
         return os.pread(self._file.fileno(), length, offset)
 
     def _no_end(self) -> str:

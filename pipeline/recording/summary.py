@@ -68,7 +68,9 @@ def summarise(path: str | Path | RecordingReader) -> dict[str, Any]:
     payloads without samples) over the time between captures, None where that is none; ``lost`` counts missing sequence
     numbers and ``gaps`` the places where they are missing; ``max_gap_ms`` is the longest time between two samples (for
     audio: without sound); ``delay_ms`` is arrival less the end of the capture; ``note`` is what the writer had to say
-    at its end, ``incomplete`` what a recording that is not complete lacks. RecordingError if the file cannot be read.
+    at its end, ``incomplete`` what a recording that is not complete lacks. ``channels`` are the names of a signal's,
+    and its ``stats`` are theirs; where others came later, ``other_channels`` has these. RecordingError if the file
+    cannot be read.
     """
     with reading(path) as reader:
         return _summarise(reader)
@@ -162,6 +164,7 @@ class _Stream:
         self._max_gap_ns: int | None = None
         self._delays: list[int] = []
         self._moments: dict[str, _Moments] = {}
+        self._channels: dict[tuple[str, ...], None] = {}
 
     def add(self, message: Message, arrival_ns: int) -> None:
         header, layout = message.header, message.header.layout
@@ -182,6 +185,10 @@ class _Stream:
         self.start_ns, self.end_ns = min(self.start_ns, header.t_capture_ns), max(self.end_ns, header.t_end_ns)
         self._last_ns = max(self._last_ns, last)
         self._delays.append(arrival_ns - header.t_end_ns)
+        if isinstance(layout, SignalLayout):
+            self._channels.setdefault(layout.channels)
+            if layout.channels != next(iter(self._channels)):
+                return  # of which there is no mean together with the others
         if isinstance(layout, ImuLayout | SignalLayout):
             self._measure(message)
 
@@ -221,6 +228,9 @@ class _Stream:
             "start_ns": self.start_ns,
             "end_ns": self.end_ns,
         }
+        if self._channels:
+            first, *others = map(list, self._channels)
+            result |= {"channels": first, **({"other_channels": others} if others else {})}
         if self._moments:
             result["stats"] = {name: moments.result() for name, moments in self._moments.items()}
         return result
