@@ -9,9 +9,10 @@ Samples are in m/s^2 and rad/s, NaN where the sensor measures nothing, and trave
 
 A serial sensor samples on its own clock and sends each sample at once: its samples are counted, and the count is fitted
 against the times at which they were received (``timebase.SampleClock``). What is left unknown is the constant time that
-one sample takes on its way. Samples gather in the port for ``gather_ms`` and make their batches together: to be woken
-costs more than to take one batch more. I2C and IIO sensors are asked, sample by sample: the host's clock says when, and
-the sensor's answer is at most one of its own periods (1 ms) old.
+one sample takes on its way, and how long it waits in a USB adapter, which is part of the stated uncertainty. Samples
+gather in the port for ``gather_ms`` and make their batches together: to be woken costs more than to take one batch
+more. I2C and IIO sensors are asked, sample by sample: the host's clock says when, and the sensor's answer is at most
+one of its own periods (1 ms) old.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import msgspec
 import numpy as np
 
 from pipeline.clock import Clock
-from pipeline.devices import port_trouble, read_line, refusal, serial_ports
+from pipeline.devices import polling_ns, port_trouble, read_line, refusal, serial_ports
 from pipeline.errors import SensorError
 from pipeline.messages import IMU_DTYPE, ImuLayout, Payload
 from pipeline.protocols import mpu
@@ -94,7 +95,7 @@ class Imu(Source):
     def discover(cls, sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[Search]:
         """I2C buses are named, never asked: to ask a chip who it is, its bus must be written to."""
         serial = [Found(name=f"{path}  {about}".rstrip(), settings={"port": str(path)},
-                        detail=refused or "if what is on this port is an IMU (WitMotion)")
+                        detail=refused or f"if what is on this port is an IMU (WitMotion){_slow(path, sys)}")
                   for path, about, refused in serial_ports(sys, dev)]  # fmt: skip
         return [
             Search(looked_for="serial ports on USB or on the board (/sys/class/tty)", found=serial),
@@ -137,6 +138,15 @@ class Imu(Source):
         device, self._device = self._device, None
         if device is not None:
             device.close()
+
+
+def _slow(port: Path, sys: Path) -> str:
+    """That a port's adapter holds bytes for long, and what to do; "" if it does not."""
+    held_ms = polling_ns(port, sys) // _MS
+    if held_ms <= 1:
+        return ""
+    timer = f"/sys/class/tty/{port.resolve().name}/device/latency_timer"
+    return f"\nits adapter holds bytes for up to {held_ms} ms, so its times are less certain; echo 1 | sudo tee {timer}"
 
 
 def _bus(folder: Path, sys: Path, dev: Path) -> Found:
@@ -189,6 +199,7 @@ class _Serial:
                 f"the IMU's serial port {settings.port} cannot be opened: {port_trouble(str(settings.port), error)}"
             ) from error
         self._settings, self._context = settings, context
+        self._polling_ns = polling_ns(str(settings.port))
         self._frames = WitMotion()
         self._times = SampleClock(settings.rate_hz)
         self._batch = max(1, round(settings.rate_hz * settings.batch_ms / 1000))
@@ -252,7 +263,7 @@ class _Serial:
             step = min(step, (end - self._end_ns) / len(values))
         self._end_ns, last = end, len(values) - 1
         times = [end - round((last - i) * step) for i in range(len(values))]
-        found = []
+        doubt, found = block.uncertainty_ns + excess + self._polling_ns, []
         for first in range(0, len(values), self._batch):
             some = values[first : first + self._batch]
             begin = times[first]
@@ -260,7 +271,7 @@ class _Serial:
             found.append(
                 Reading(layout=ImuLayout(len(some)), data=np.frombuffer(b"".join(packed), IMU_DTYPE),
                         t_capture_ns=begin, t_end_ns=times[first + len(some) - 1], t_receipt_ns=now,
-                        uncertainty_ns=block.uncertainty_ns + excess, new_epoch=block.new_epoch and not first)
+                        uncertainty_ns=doubt, new_epoch=block.new_epoch and not first)
             )  # fmt: skip
         return found
 

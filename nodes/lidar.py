@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from pipeline.datagrams import AT_ONCE, Datagrams
-from pipeline.devices import port_trouble, refusal, serial_ports
+from pipeline.devices import polling_ns, port_trouble, refusal, serial_ports
 from pipeline.errors import ConfigError, SensorError, WireError
 from pipeline.messages import POINT_DTYPE, Payload, SweepLayout
 from pipeline.protocols import rplidar
@@ -87,6 +87,7 @@ class Lidar(Source):
     def __init__(self, settings: Any, context: SourceContext) -> None:
         super().__init__(settings, context)
         self._device: _Device | None = None
+        self._polling_ns = 0
 
     @classmethod
     def largest_payload(cls, settings: Any) -> int:
@@ -120,6 +121,7 @@ class Lidar(Source):
         self.close()
         opened = _Serial if self.settings.sensor == "rplidar" else _Packets
         self._device = opened(self.settings, self.context)
+        self._polling_ns = 0 if self.settings.port is None else polling_ns(self.settings.port)
 
     def read(self) -> list[Reading]:
         if self._device is None:
@@ -134,7 +136,7 @@ class Lidar(Source):
             data.view(POINT_DTYPE)[:] = sweep.points
         return Reading(layout=layout, data=data, t_capture_ns=sweep.t_capture_ns, t_end_ns=sweep.t_capture_ns,
                        t_receipt_ns=sweep.t_receipt_ns, t_device_ns=sweep.t_device_ns,
-                       uncertainty_ns=sweep.uncertainty_ns, new_epoch=sweep.new_epoch)  # fmt: skip
+                       uncertainty_ns=sweep.uncertainty_ns + self._polling_ns, new_epoch=sweep.new_epoch)  # fmt: skip
 
     def close(self) -> None:
         device, self._device = self._device, None

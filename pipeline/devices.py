@@ -166,8 +166,24 @@ def serial_ports(sys: Path = Path("/sys"), dev: Path = Path("/dev")) -> list[tup
     found = []
     for folder in sorted(folder for pattern in _PORTS for folder in (sys / "class/tty").glob(pattern)):
         path = dev / folder.name
-        near = (folder / "device").resolve()
-        usb = next((p for p in (near, *list(near.parents)[:3]) if (p / "idVendor").exists()), None)
+        usb = _usb(folder)
         about = "" if usb is None else f"{read_line(usb / 'manufacturer')} {read_line(usb / 'product')}".strip()
         found.append((stable.get(path.resolve(), path), about, refusal(path, "dialout")))
     return found
+
+
+def polling_ns(port: Path | str, sys: Path = Path("/sys")) -> int:
+    """For how long bytes may wait in the USB adapter of a serial port until they are fetched: as its driver says (an
+    FTDI's, usually 16 ms), or one frame of USB; 0 for a port that is on none. A sensor whose period has a simple ratio
+    to that waits equally long each time, so that no fit can tell it from the way that bytes take."""
+    folder = sys / "class/tty" / Path(port).resolve().name
+    if _usb(folder) is None:
+        return 0
+    told = read_line(folder / "device/latency_timer")
+    return max(int(told) if told.isdecimal() else 1, 1) * 1_000_000
+
+
+def _usb(folder: Path) -> Path | None:
+    """The USB device that a terminal in sysfs belongs to; None if it is on no USB."""
+    near = (folder / "device").resolve()
+    return next((p for p in (near, *list(near.parents)[:3]) if (p / "idVendor").exists()), None)

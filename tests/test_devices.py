@@ -25,7 +25,7 @@ from nodes.lidar import Lidar
 from nodes.lsl import Lsl
 from nodes.microphone import Microphone
 from pipeline.config import load_rig
-from pipeline.devices import absences, flow, look, port_trouble, refusal, serial_ports
+from pipeline.devices import absences, flow, look, polling_ns, port_trouble, refusal, serial_ports
 from pipeline.launch import check_rig_file
 from pipeline.protocols import v4l2
 from pipeline.reports import devices_text
@@ -96,6 +96,23 @@ def test_serial_ports_have_the_name_that_stays_and_what_the_adapter_says(machine
     assert (about, fine) == ("Silicon Labs CP2102 Bridge", "")
     assert board.name == "ttyAMA0"
     assert "is not there" in refused
+
+
+def test_how_long_a_ports_adapter_holds_bytes(machine: tuple[Path, Path]) -> None:
+    sys, dev = machine
+    stable = dev / "serial/by-id/usb-Silicon_Labs_CP2102-if00-port0"
+    timer = sys / "devices/usb1/1-4/1-4:1.0/ttyUSB0/latency_timer"
+    assert polling_ns(stable, sys) == 1_000_000  # a frame of USB, whatever the adapter
+    for told, held_ms in (("16\n", 16), ("0\n", 1), ("odd\n", 1)):
+        timer.write_text(told)
+        assert polling_ns(stable, sys) == held_ms * 1_000_000
+    assert polling_ns(dev / "ttyAMA0", sys) == polling_ns("/dev/none", sys) == 0
+    assert "holds bytes" not in "".join(found.detail for found in Imu.discover(sys, dev)[0].found)
+    timer.write_text("16\n")
+    (usb,) = [found for found in Imu.discover(sys, dev)[0].found if "holds bytes" in found.detail]
+    assert usb.settings == {"port": str(stable)}
+    assert "for up to 16 ms" in usb.detail
+    assert "echo 1 | sudo tee /sys/class/tty/ttyUSB0/device/latency_timer" in usb.detail
 
 
 def test_an_imu_is_looked_for_in_three_places_and_no_bus_is_touched(machine: tuple[Path, Path]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nodes import imu
@@ -120,6 +120,8 @@ def test_frames_are_the_same_however_they_are_cut(cuts: list[int]) -> None:
 
 
 @given(st.integers(2, 17), st.integers(0, 2 * FRAME_BYTES - 1), st.integers(1, 255))
+@example(12, 21, 253)  # a sum that becomes a frame's first byte, with a sum that is right by chance
+@example(9, 10, 242)
 def test_one_damaged_byte_costs_one_frame_and_is_counted(index: int, byte: int, flip: int) -> None:
     whole = bytearray(b"".join(sample(i) for i in range(20)))
     whole[index * 2 * FRAME_BYTES + byte] ^= flip
@@ -130,6 +132,23 @@ def test_one_damaged_byte_costs_one_frame_and_is_counted(index: int, byte: int, 
     half = slice(0, 3) if byte < FRAME_BYTES else slice(3, 6)
     assert np.isnan(got[index, half]).all()
     assert np.isnan(got).sum() == 3
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.lists(st.integers(0, 659), max_size=4), st.booleans())
+def test_damage_is_the_same_however_the_bytes_are_cut(cuts: list[int], places: list[int], missing: bool) -> None:
+    whole = bytearray(b"".join(sample(i) for i in range(30)))
+    for place in sorted({*places}, reverse=True):
+        if missing:
+            del whole[place]
+        else:
+            whole[place] ^= 0x15
+    at_once, parser, found, at = WitMotion(), WitMotion(), [], 0
+    expected = at_once.samples(bytes(whole))
+    for cut in [*cuts, len(whole)]:
+        found += parser.samples(bytes(whole[at : at + cut]))
+        at += cut
+    np.testing.assert_array_equal(found, expected)
+    assert parser.damaged == at_once.damaged
 
 
 def test_a_listener_may_join_in_the_middle_of_a_frame() -> None:
@@ -300,6 +319,20 @@ def test_batches_that_gathered_come_together_each_with_its_own_time(port: Port) 
     assert [r.t_capture_ns for r in (first, second)] == [5 * MS, 15 * MS]
     assert [r.t_end_ns for r in (first, second)] == [10 * MS, 20 * MS]
     assert [r.new_epoch for r in (first, second)] == [True, False]
+
+
+def test_what_an_adapter_holds_back_is_part_of_the_uncertainty(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubts = []
+    for held_ms in (0, 16):
+        monkeypatch.setattr("nodes.imu.polling_ns", lambda path, held_ms=held_ms: held_ms * MS)
+        clock = ManualClock()
+        source = Imu(settings(port=port.name, rate_hz=200), CheckContext(clock=clock))
+        source.open()
+        clock.advance(20 * MS)
+        port.write(b"".join(sample(i) for i in range(4)))
+        doubts += [read_all(source, 4)[-1].uncertainty_ns]
+        source.close()
+    assert doubts[1] - doubts[0] == 16 * MS
 
 
 def test_what_had_come_of_a_batch_is_given_before_its_sensor_is_lost(port: Port) -> None:

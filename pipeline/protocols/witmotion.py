@@ -61,13 +61,18 @@ class WitMotion:
                 self._joined = True
                 at += 2 * FRAME_BYTES
                 continue
-            if buffer[at] == HEAD and buffer[at + 1] in TYPES and self._sums(buffer, at):
+            if self._is_frame(buffer, at):
                 self._in_step = self._joined = True
                 self._frame(buffer[at + 1], _THREE.unpack_from(buffer, at + 2), samples)
                 at += FRAME_BYTES
                 continue
             if self._in_step and self._joined:
+                if at + 2 * FRAME_BYTES > len(buffer):
+                    break  # the frame after it tells whether a byte is wrong or missing
                 self.damaged += 1
+                if self._is_frame(buffer, at + FRAME_BYTES):
+                    at += FRAME_BYTES  # wrong; to look for a frame within would find one by chance
+                    continue
             self._in_step = False
             at += 1
         self._rest = buffer[at:]
@@ -89,8 +94,9 @@ class WitMotion:
         )  # fmt: skip
 
     @staticmethod
-    def _sums(buffer: bytes, at: int) -> bool:
-        return sum(buffer[at : at + FRAME_BYTES - 1]) & 0xFF == buffer[at + FRAME_BYTES - 1]
+    def _is_frame(buffer: bytes, at: int) -> bool:
+        last = at + FRAME_BYTES - 1
+        return buffer[at] == HEAD and buffer[at + 1] in TYPES and sum(buffer[at:last]) & 0xFF == buffer[last]
 
     def _frame(self, kind: int, counts: tuple[int, ...], samples: list[Sample]) -> None:
         """Pairs an acceleration with the rate that follows it."""
