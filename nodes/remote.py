@@ -238,6 +238,7 @@ class Remote:
         if there is not None:
             self.reports[stream].failures = there.failures
             self.reports[stream].unmeasured = there.unmeasured
+            self.reports[stream].unmeasured_as = there.unmeasured_as
             self.reports[stream].unmeasured_ns = there.unmeasured_ns
             self.reports[stream].dropped = there.dropped | {
                 name: n for name, n in self.reports[stream].dropped.items() if name == "no_slot"

@@ -29,7 +29,7 @@ REPORT_EVERY_NS = 250_000_000
 """How often a node reports while nothing changes. The launcher takes long silence for a hang."""
 
 UNMEASURED_NS = 10_000_000_000
-"""A stream that has given nothing but NaN for so long is told of."""
+"""A stream that has given nothing but NaN or infinities for so long is told of."""
 
 LAST_RESORT_S = 8.0
 """How long a node whose launcher is gone may take to finish what it holds."""
@@ -70,7 +70,8 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a source says of one stream: ``dropped`` are messages and what would have been in them, by reason;
     ``failures`` how often its device failed or could not be opened, which by itself cost no message; ``unmeasured`` are
-    messages that were found to hold nothing but NaN, ``unmeasured_ns`` the longest time in which no other was found."""
+    messages that were found to hold no value, but ``unmeasured_as`` (NaN, infinities), ``unmeasured_ns`` the longest
+    time in which no other was found."""
 
     epoch: int | None = None
     published: int = 0
@@ -78,6 +79,7 @@ class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     dropped: dict[str, int] = {}
     failures: int = 0
     unmeasured: int = 0
+    unmeasured_as: str = "NaN"
     unmeasured_ns: int = 0
 
 

@@ -33,7 +33,7 @@ from pipeline.labels import known_labels
 from pipeline.messages import Header, Message
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, reading
-from pipeline.stamper import measured
+from pipeline.stamper import hollow, in_place_of_values, no_value
 
 T = TypeVar("T")
 
@@ -317,17 +317,20 @@ class _Watched:
         self._reader = reader
         self._valued: set[str] = set()
         self.unmeasured: Counter[str] = Counter()
+        self.held: dict[str, frozenset[str]] = {}
+        """What they held in place of values, as ``hollow`` has it."""
         self.headers = reader.headers
 
     def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
         for message, arrival_ns in self._reader.messages(streams, beats):
             name, layout = message.header.stream, message.header.layout
             if layout is not None and name not in self._valued:
-                if measured(layout, message.data):  # which is not looked at again
+                if held := hollow(layout, message.data):
+                    self.unmeasured[name] += 1
+                    self.held[name] = self.held.get(name, held) | held
+                else:  # which is not looked at again
                     self._valued.add(name)
                     self.unmeasured.pop(name, None)
-                else:
-                    self.unmeasured[name] += 1
             yield message, arrival_ns
 
 
@@ -360,7 +363,7 @@ def replay_predictions(
             yield msgspec.structs.replace(prediction, truth=truth.at(step.manifest.end_ns))
         for name, count in sorted(heard.unmeasured.items()):
             where = "its message" if count == 1 else f"all of its {count} messages"
-            note(f"{name} has nothing but NaN, which is no value, in {where}")
+            note(f"{name} has nothing but {no_value(in_place_of_values(heard.held[name]))}, in {where}")
 
 
 class Truth:

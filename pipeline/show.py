@@ -206,9 +206,8 @@ def _warnings(status: Status) -> list[str]:
             said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
         if count := _unmeasured(stream):
             least = "at least " if count < stream.published else ""
-            said.append(
-                f"{name} gave {least}{count} of {counted(stream.published, 'message')} without a value: all are NaN"
-            )
+            messages = f"{least}{count} of {counted(stream.published, 'message')}"
+            said.append(f"{name} gave {messages} without a value: all are {stream.unmeasured_as}")
     for name in dict.fromkeys(stream.node for stream in status.streams.values()):
         node = status.nodes.get(name)
         if node is None:

@@ -39,6 +39,7 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     total_dropped: dict[str, int] = {}
     failures: int = 0
     unmeasured: int = 0
+    unmeasured_as: str = "NaN"
     unmeasured_ns: int = 0
     note: str = ""
     verdict: str | None = None

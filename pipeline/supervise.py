@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.life import UNMEASURED_NS, NodeSpec, Order, RecordReport, SourceReport
 from pipeline.node import EXIT_SENSOR
 from pipeline.plan import Place, Plan, core_specs, source_specs
+from pipeline.stamper import no_value
 from pipeline.status import Event, SessionRef, What
 from pipeline.summary import not_whole
 from pipeline.transport import SessionFolder, remove_leftovers
@@ -68,7 +69,7 @@ class Supervisor:
         self._start_ns = self._end_ns = 0
         self._begun = self._silence_said = False
         self._unmeasured: set[str] = set()
-        """Streams of which it was told that they hold nothing but NaN."""
+        """Streams of which it was told that they hold no value."""
 
     def stop(self) -> None:
         """Asks the thread to stop everything."""
@@ -201,7 +202,7 @@ class Supervisor:
         for stream, source in child.report.sources.items():
             if source.unmeasured_ns >= UNMEASURED_NS and stream not in self._unmeasured:
                 self._unmeasured.add(stream)
-                text = f"has given nothing but NaN, which is no value, for {UNMEASURED_NS / 1e9:.0f} s"
+                text = f"has given nothing but {no_value(source.unmeasured_as)}, for {UNMEASURED_NS / 1e9:.0f} s"
                 self._tell_of(stream, child, text)
 
     def _care(self) -> None:

@@ -512,14 +512,18 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
         msgspec.json.encode(
             Report(
                 state="ready",
-                sources={"note": SourceReport(dropped={"order": 2}, failures=4, unmeasured=5, unmeasured_ns=6)},
+                sources={
+                    "note": SourceReport(
+                        dropped={"order": 2}, failures=4, unmeasured=5, unmeasured_as="infinities", unmeasured_ns=6
+                    )
+                },
             )
         ),
     )
     assert node.state() == "ready"
     note = node._report().sources["note"]
     assert (note.dropped, note.failures) == ({"order": 2}, 4)
-    assert (note.unmeasured, note.unmeasured_ns) == (5, 6)
+    assert (note.unmeasured, note.unmeasured_as, note.unmeasured_ns) == (5, "infinities", 6)
     assert node._report().warnings == ["a stranger"]
     say(REPORT, b"note", msgspec.json.encode(Report(state="starting")))
     assert (node.state(), node._note()) == ("waiting", "note: it starts")

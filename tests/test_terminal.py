@@ -460,6 +460,8 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     seen.streams["camera"].unmeasured_ns = UNMEASURED_NS
     shown = text(summed_up(seen))
     assert "warning: camera gave at least 11 of 12 messages without a value: all are NaN\n" in shown
+    seen.streams["camera"].unmeasured_as = "infinities"
+    assert "11 of 12 messages without a value: all are infinities\n" in text(summed_up(seen))
     seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
     assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
     ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
