@@ -150,6 +150,8 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     aligned: dict[str, AlignReport] = {}
     counters: dict[str, float] = {}
     ended: dict[str, tuple[int, int]] = {}
+    away: dict[str, str] = {}
+    """Of a node with several streams those that have come and do not now, and why."""
     recording: RecordReport | None = None
     warnings: list[str] = []
     """What is wrong now and does not keep the node from working, in sentences; said once, and at the session's end."""
