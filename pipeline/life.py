@@ -109,6 +109,17 @@ FROM_ELSEWHERE = "lost on the way from their host to the recorder"
 """The same of streams of another host, between which and the recorder there is a link."""
 
 
+class NoRoom(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """That a ring had no room on its disk, ``times`` times: since when (session time), until when (None: it has none
+    yet), and how many windows and predictions it lacks for that."""
+
+    times: int
+    from_ns: int
+    until_ns: int | None = None
+    windows: int = 0
+    predictions: int = 0
+
+
 class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a recorder says of the file, or the ring, that one life of it writes."""
 
@@ -127,6 +138,8 @@ class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     lost_beats: int = 0
     lost_windows: int = 0
     lost_predictions: int = 0
+    """These two on the way to it."""
+    no_room: NoRoom | None = None
 
 
 class Accounts(msgspec.Struct, kw_only=True):
