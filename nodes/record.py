@@ -2,7 +2,8 @@
 
 Payloads are copied on receipt, which gives shared memory back at once, into a queue that is bounded in bytes; a thread
 of its own compresses and writes. What does not fit, or did not even arrive, is named in a gap record (one for a whole
-range, written when the range has ended), and the recording says that it is incomplete.
+range, written when the range has ended), and the recording says that it is incomplete. A full disk ends a recording,
+but not a ring, which goes on when there is room again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ import msgspec
 
 from pipeline.clock import SystemClock
 from pipeline.errors import WireError
-from pipeline.life import FROM_ELSEWHERE, ON_THE_WAY, OVERWRITTEN, QUEUE_FULL, Life, RecordReport, Report, last_sent
+from pipeline.life import (
+    FROM_ELSEWHERE,
+    ON_THE_WAY,
+    OVERWRITTEN,
+    QUEUE_FULL,
+    Life,
+    NoRoom,
+    RecordReport,
+    Report,
+    last_sent,
+)
 from pipeline.messages import Message
 from pipeline.node import decode_settings, inlet_drops
 from pipeline.receiving import drain
@@ -26,7 +37,9 @@ from pipeline.recording import (
     GAP_TOPIC,
     LABEL_TOPIC,
     MANIFEST_TOPIC,
+    NO_ROOM,
     PREDICTION_TOPIC,
+    Losses,
     LostMessages,
     RecordingWriter,
     Ring,
@@ -89,6 +102,8 @@ class Record:
         """Ranges of lost messages that may still grow, by stream."""
         self.refused = 0
         """Messages that could not be written as what they claim to be. Counted by the thread that writes."""
+        self.losses = Losses()
+        """What a ring had no room for. Counted by the thread that writes."""
         self._told = (0, 0, 0, 0)
         self.causes: dict[str, dict[str, int]] = {}
         """Lost messages by stream and cause."""
@@ -136,6 +151,8 @@ class Record:
             else RingWriter(ring, session, self.clock.now_ns(), segment_ns=settings.segment_ns,
                             compression=settings.compression, account=self._account)
         )  # fmt: skip
+        if isinstance(self.writer, RingWriter):
+            self.losses = self.writer.losses
         self.queue = BoundedWriter(settings.queue_bytes)
         self._from_ns = self.clock.now_ns()
         self._report()  # at once: whoever buries this node must know of its file
@@ -154,7 +171,10 @@ class Record:
 
     def _account(self) -> list[str]:
         """What is missing that was not said before, in words. Once a file, or once a segment of a ring."""
-        missing = self.lost + self.refused, self.lost_beats, self.lost_windows, self.lost_predictions
+        missing = (
+            self.lost + self.refused + self.losses.messages.total(), self.lost_beats + self.losses.beats,
+            self.lost_windows + self.losses.windows, self.lost_predictions + self.losses.predictions,
+        )  # fmt: skip
         before, self._told = self._told, missing
         notes = [
             f"{now - told} {what} could not be recorded"
@@ -183,27 +203,42 @@ class Record:
             "messages": float(self.writer.messages),
             "bytes": float(self.writer.bytes_written),
             "queue_bytes": float(self.queue.held),
-            "lost": float(self.lost + self.refused),
+            "lost": float(self.lost + self.refused + self.losses.messages.total()),
         }
+        warnings: list[str] = []
         if isinstance(self.writer, RingWriter):
             deleted = self.writer.ring.deleted
             counters |= {"deleted_segments": float(deleted.segments), "deleted_bytes": float(deleted.bytes)}
+            warnings = self.writer.warnings
         self.life.report(
-            Report(state="ready", note=self.writer.note, counters=counters | self._drops(), recording=self._recording())
-        )
+            Report(state="ready", note=self.writer.note, counters=counters | self._drops(), warnings=warnings,
+                   recording=self._recording())
+        )  # fmt: skip
 
     def _recording(self) -> RecordReport:
         lost = {stream: dict(causes) for stream, causes in self.causes.items()}
-        for stream, count in self.refusals.items():
-            if count:
-                lost.setdefault(stream, {})[REFUSED] = count
+        for cause, counts in ((REFUSED, self.refusals), (NO_ROOM, self.losses.messages)):
+            for stream, count in dict(counts).items():
+                if count:
+                    lost.setdefault(stream, {})[cause] = count
         path, asked = self.writer.path, self.settings.path
         elsewhere = isinstance(self.writer, RecordingWriter) and path != asked and self.life.spec.life == 0
         return RecordReport(
             path=str(path), asked=str(asked) if elsewhere else "", from_ns=self._from_ns, safe_ns=self.writer.safe_ns,
-            messages=dict(self.written), safe=self.safe, lost=lost, lost_beats=self.lost_beats,
-            lost_windows=self.lost_windows, lost_predictions=self.lost_predictions,
+            messages=self._kept(), safe=self.safe, lost=lost, lost_beats=self.lost_beats + self.losses.beats,
+            lost_windows=self.lost_windows, lost_predictions=self.lost_predictions, no_room=self._no_room(),
         )  # fmt: skip
+
+    def _kept(self) -> dict[str, int]:
+        """What was written, by stream, less what there was no room for."""
+        return {stream: count - self.losses.messages[stream] for stream, count in self.written.items()}
+
+    def _no_room(self) -> NoRoom | None:
+        losses = self.losses
+        if losses.from_ns is None:
+            return None
+        return NoRoom(times=losses.times, from_ns=losses.from_ns, until_ns=losses.until_ns, windows=losses.windows,
+                      predictions=losses.predictions)  # fmt: skip
 
     def _drops(self) -> dict[str, float]:
         wiring, topics = self.settings.wiring, self.settings.topics
@@ -257,7 +292,7 @@ class Record:
             self.writer.write(message, arrival_ns)
             self.written[message.header.stream] += not message.header.is_beat
             if self.writer.safe_ns != self._safe_ns:
-                self._safe_ns, self.safe = self.writer.safe_ns, dict(self.written)
+                self._safe_ns, self.safe = self.writer.safe_ns, self._kept()
         except (WireError, ValueError, OverflowError) as error:
             header = message.header
             if header.is_beat:

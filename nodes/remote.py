@@ -102,6 +102,8 @@ class Remote:
         self.reports = {stream: SourceReport() for stream in self.streams}
         self.said: dict[str, Report] = {}
         self.heard_ns: dict[str, int] = {}
+        self.taken_ns: dict[str, int] = {}
+        """When the last message or beat of each stream came that was published."""
         self.joined: deque[bytes] = deque(maxlen=8)
         self.asked: bytes | None = None
         """Who asked last what to run."""
@@ -203,7 +205,7 @@ class Remote:
             )
             for name, entry in self.settings.sources.items()
         }  # fmt: skip
-        invitation = Invitation(PROTOCOL, self.life.spec.session, self.own_life, streams)
+        invitation = Invitation(PROTOCOL, self.life.spec.session, self.own_life, streams, self.crowd.recent())
         self.server.send(peer, (INVITE, msgspec.json.encode(invitation)))
 
     def _publish(self, data: bytes, payload: bytes | None, now_ns: int) -> None:
@@ -215,8 +217,10 @@ class Remote:
             raise WireError(f"{header.stream}/{header.seq} is no {self.streams[header.stream]}")
         if report.epoch is not None and header.epoch < report.epoch:
             self._count("link.stale")  # from a process that another has followed
+            if now_ns - self.taken_ns[header.stream] > SILENT_NS:  # which has ended since: that one is to begin anew
+                self.own_life, self.taken_ns[header.stream] = secrets.token_hex(8), now_ns
             return
-        self.heard_ns[header.stream] = now_ns
+        self.heard_ns[header.stream] = self.taken_ns[header.stream] = now_ns
         if payload is not None:
             check_payload(header, len(payload))
         if report.epoch != header.epoch:  # said before it is sent: whoever buries this node must know its last epoch
@@ -233,11 +237,15 @@ class Remote:
     def _hear(self, stream: str, report: Report, now_ns: int) -> None:
         if stream not in self.reports:
             raise WireError(f"there is no stream {stream}")
+        there, newest = report.sources.get(stream), self.reports[stream].epoch
+        if there is not None and there.epoch is not None and there.epoch < (newest or 0):
+            self._count("link.stale")
+            return
         self.said[stream], self.heard_ns[stream] = report, now_ns
-        there = report.sources.get(stream)
         if there is not None:
             self.reports[stream].failures = there.failures
             self.reports[stream].unmeasured = there.unmeasured
+            self.reports[stream].unmeasured_as = there.unmeasured_as
             self.reports[stream].unmeasured_ns = there.unmeasured_ns
             self.reports[stream].dropped = there.dropped | {
                 name: n for name, n in self.reports[stream].dropped.items() if name == "no_slot"
@@ -253,11 +261,21 @@ class Remote:
         there: dict[str, float] = {}
         for stream, said in self.said.items():
             there |= {f"{stream}.{name}": count for name, count in said.counters.items()}
+        away = {stream: why for stream, why in self._lacking().items() if self.reports[stream].epoch is not None}
         return Report(
-            state=self.state(), note=self._note(), sources=self.reports, ended=ended,
+            state=self.state(), note=self._note(), sources=self.reports, ended=ended, away=away,
             counters=self.counters | there | ring_drops(self.publisher),
             warnings=self.server.refusals() + self.crowd.recent(),
         )  # fmt: skip
+
+    def _lacking(self) -> dict[str, str]:
+        """Sources of which nothing comes now, and why."""
+        states = {stream: self._state_of(stream) for stream in self.streams}
+        return {
+            stream: said.note if (said := self.said.get(stream)) and said.note else _NOTES[state]
+            for stream, state in states.items()
+            if state in _NOTES
+        }
 
     def _note(self) -> str:
         if not self.heard_ns:
@@ -265,12 +283,7 @@ class Remote:
             return f"{self.host or 'a host'} {come} at {self.settings.listen}"
         if not self.present():
             return f"nothing comes from {self.host}"
-        states = {stream: self._state_of(stream) for stream in self.streams}
-        return "; ".join(
-            f"{stream}: {said.note if (said := self.said.get(stream)) and said.note else _NOTES[state]}"
-            for stream, state in states.items()
-            if state in _NOTES
-        )
+        return "; ".join(f"{stream}: {why}" for stream, why in self._lacking().items())
 
 
 def _inner(settings: Remote.Settings) -> dict[str, tuple[type[Source], Any]]:

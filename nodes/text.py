@@ -8,8 +8,8 @@
 A line counts as captured when it was complete: of a file and a pipe that is when it was found, at most
 ``uncertainty_ns`` after it was written. Empty lines are passed over. What is no UTF-8 (UTF-16 neither, whose letters
 have zeros beside them) is refused and counted as ``utf8``, a line longer than ``max_bytes`` as ``overlong``. The last
-line of a file whose place another takes needs no end; that of one that is written anew is counted as ``cut``. While
-nothing is said the source promises so, and nobody waits for it.
+line of a file that is removed, or whose place another takes, needs no end; that of one that is written anew is counted
+as ``cut``. While nothing is said the source promises so, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -135,9 +135,12 @@ class _Splitter:
     def __init__(self, max_bytes: int) -> None:
         self._keep = max_bytes + len(_MARK) + 2
         self._rest = b""
+        self.open_bytes = 0
+        """How many bytes of a line have come that has no end yet."""
 
     def feed(self, data: bytes) -> list[bytes]:
         *lines, rest = (self._rest + data).split(b"\n")
+        self.open_bytes = len(data) - data.rfind(b"\n") - 1 if lines else self.open_bytes + len(data)
         self._rest = rest[: self._keep]
         return [line[: self._keep] for line in lines]
 
@@ -153,19 +156,19 @@ class _File:
         assert settings.file is not None
         self._path, self._clock, self._count = settings.file, context.clock, context.count
         self._max_bytes = settings.max_bytes
-        self._open(None if place is None and not settings.from_start else place or (0, 0))
-        self._asked_ns = self._next_ns = self._clock.now_ns()
-
-    def _open(self, place: tuple[int, int] | None) -> None:
-        """``place``: the file's number and how far it was read, at an earlier time; another file begins at its
-        start. None: only what comes from now on."""
         try:
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._open(None if place is None and not settings.from_start else place or (0, 0))
         except OSError as error:
             raise SensorError(
                 f"the text file {self._path} cannot be opened: {error}. It must exist and be readable when lines are "
                 "to be read from it."
             ) from error
+        self._asked_ns = self._next_ns = self._clock.now_ns()
+
+    def _open(self, place: tuple[int, int] | None) -> None:
+        """``place``: the file's number and how far it was read, at an earlier time; another file begins at its
+        start. None: only what comes from now on. Raises OSError."""
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         self._number, size = os.fstat(self._fd).st_ino, os.fstat(self._fd).st_size
         self._at = size if place is None else place[1] if place[0] == self._number and place[1] <= size else 0
         before = max(self._at - _SEEN, 0)
@@ -174,8 +177,8 @@ class _File:
 
     @property
     def place(self) -> tuple[int, int]:
-        """The file's number, and how far it was read."""
-        return self._number, self._at
+        """The file's number, and how far its lines were read: one that has no end yet is to be read whole."""
+        return self._number, self._at - self._lines.open_bytes
 
     def read(self) -> list[Line]:
         until = self._clock.now_ns() + round(_PATIENCE_S * 1e9)
@@ -193,8 +196,10 @@ class _File:
         try:
             data = self._more()
             if not data and self._replaced():
-                data = self._more()  # what was added before another took its place
-                last = [] if data else self._follow()
+                data = self._more()  # what was added before
+                last = [] if data else self._lines.end()  # nobody will write its end here
+                if not data and not last:
+                    self._follow()
         except OSError as error:
             raise SensorError(f"the text file {self._path} cannot be read any more: {error}.") from error
         if len(data) < _CHUNK:
@@ -216,20 +221,17 @@ class _File:
         return data
 
     def _replaced(self) -> bool:
-        """Whether another file has the name now."""
+        """Whether another file has the name now, or none."""
         try:
             return os.stat(self._path).st_ino != self._number
-        except OSError:
-            self._number = 0  # a new file may be given this one's number
-            raise
+        except (FileNotFoundError, NotADirectoryError):
+            return True
 
-    def _follow(self) -> list[bytes]:
-        """Goes on at the beginning of the file that took this one's place. The last line of this one, if it has no
-        end: nobody will write it here."""
-        last, old = self._lines.end(), self._fd
+    def _follow(self) -> None:
+        """Goes on at the beginning of the file that took this one's place. Raises OSError where none has."""
+        old, self._number = self._fd, 0  # a new file may be given this one's number
         self._open((0, 0))
         os.close(old)
-        return last
 
     def promise_ns(self) -> int:
         return self._asked_ns

@@ -47,7 +47,9 @@ class Child:
         """What it has warned of, in all its lives."""
         self.trouble = ""
         """Why it waited last, or how it died, in words."""
-        self._waited: tuple[str, int, int] | None = None
+        self.away: set[str] = set()
+        """Streams of which was said that they are away."""
+        self._waited: dict[str, tuple[str, int, int]] = {}
         self.rates: dict[str, deque[tuple[int, int]]] = {}
         self._rest = b""
         self._deaths: deque[int] = deque()
@@ -76,6 +78,7 @@ class Child:
         self.state, self.report, self.restart_at_ns = "starting", Report(state="starting"), None
         self._rest, self._heard_ns = b"", self._clock.now_ns()
         self.hung = self._silent = False
+        self.away = set()
         return self.process.stdout
 
     def _remember(self) -> None:
@@ -119,15 +122,24 @@ class Child:
                 points.clear()  # a new life counts from 0
             points.append((now, source.published))
 
-    def waits_anew(self, note: str) -> bool:
-        """Whether it is worth saying that it waits, for the reason ``note``: not again if nothing has come of it since
-        it was said, until much time has passed."""
-        given = sum(self.total(stream, source)[0] for stream, source in self.report.sources.items())
-        before, now = self._waited, self._clock.now_ns()
+    def waits_anew(self, note: str, stream: str = "") -> bool:
+        """Whether it is worth saying that it waits, or that one ``stream`` of it is away, for the reason ``note``: not
+        again if nothing has come of it since it was said, until much time has passed."""
+        sources = self.report.sources
+        given = sum(self.total(name, source)[0] for name, source in sources.items() if stream in ("", name))
+        before, now = self._waited.get(stream), self._clock.now_ns()
         if before is not None and before[:2] == (note, given) and now - before[2] < REPEAT_NS:
             return False
-        self._waited = (note, given, now)
+        self._waited[stream] = (note, given, now)
         return True
+
+    def turns(self, away: dict[str, str]) -> tuple[list[str], list[str]]:
+        """Of its streams, of which these are ``away`` now and why, those that it is worth saying of that they have gone
+        since the last call, and those of which that was said and that have returned."""
+        gone = [name for name, why in away.items() if name not in self.away and self.waits_anew(why, name)]
+        back = sorted(self.away - set(away))
+        self.away = (self.away & set(away)) | set(gone)
+        return gone, back
 
     def rate_hz(self, stream: str) -> float:
         """Messages a second over about the last second."""

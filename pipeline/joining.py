@@ -124,6 +124,7 @@ class _Host:
         self.why = "stopped"
         self._invitation, self._client, self._say = invitation, client, say
         self._clock = SystemClock()
+        self._warned = Repeated(self._clock)
         self._selector = selectors.DefaultSelector()
         self._folder = _make_folder()
         origin = Origin.now()
@@ -172,6 +173,8 @@ class _Host:
                 self.why = "it is over"
                 return True
             found = _invitation(parts)
+            for warning in self._warned.new(found.warnings if found is not None else ()):
+                self._say(f"the hub says: {warning}")
             if found is not None and found.session != self._invitation.session:
                 self.why = "another has begun"
                 return False

@@ -29,7 +29,7 @@ REPORT_EVERY_NS = 250_000_000
 """How often a node reports while nothing changes. The launcher takes long silence for a hang."""
 
 UNMEASURED_NS = 10_000_000_000
-"""A stream that has given nothing but NaN for so long is told of."""
+"""A stream that has given nothing but NaN or infinities for so long is told of."""
 
 LAST_RESORT_S = 8.0
 """How long a node whose launcher is gone may take to finish what it holds."""
@@ -70,7 +70,8 @@ class NodeSpec(msgspec.Struct, frozen=True, kw_only=True):
 class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a source says of one stream: ``dropped`` are messages and what would have been in them, by reason;
     ``failures`` how often its device failed or could not be opened, which by itself cost no message; ``unmeasured`` are
-    messages that were found to hold nothing but NaN, ``unmeasured_ns`` the longest time in which no other was found."""
+    messages that were found to hold no value, but ``unmeasured_as`` (NaN, infinities), ``unmeasured_ns`` the longest
+    time in which no other was found."""
 
     epoch: int | None = None
     published: int = 0
@@ -78,6 +79,7 @@ class SourceReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     dropped: dict[str, int] = {}
     failures: int = 0
     unmeasured: int = 0
+    unmeasured_as: str = "NaN"
     unmeasured_ns: int = 0
 
 
@@ -107,6 +109,17 @@ FROM_ELSEWHERE = "lost on the way from their host to the recorder"
 """The same of streams of another host, between which and the recorder there is a link."""
 
 
+class NoRoom(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """That a ring had no room on its disk, ``times`` times: since when (session time), until when (None: it has none
+    yet), and how many windows and predictions it lacks for that."""
+
+    times: int
+    from_ns: int
+    until_ns: int | None = None
+    windows: int = 0
+    predictions: int = 0
+
+
 class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     """What a recorder says of the file, or the ring, that one life of it writes."""
 
@@ -125,6 +138,8 @@ class RecordReport(msgspec.Struct, omit_defaults=True, kw_only=True):
     lost_beats: int = 0
     lost_windows: int = 0
     lost_predictions: int = 0
+    """These two on the way to it."""
+    no_room: NoRoom | None = None
 
 
 class Accounts(msgspec.Struct, kw_only=True):
@@ -148,6 +163,8 @@ class Report(msgspec.Struct, omit_defaults=True, kw_only=True):
     aligned: dict[str, AlignReport] = {}
     counters: dict[str, float] = {}
     ended: dict[str, tuple[int, int]] = {}
+    away: dict[str, str] = {}
+    """Of a node with several streams those that have come and do not now, and why."""
     recording: RecordReport | None = None
     warnings: list[str] = []
     """What is wrong now and does not keep the node from working, in sentences; said once, and at the session's end."""

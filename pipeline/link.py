@@ -74,12 +74,14 @@ class RemoteStream(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Invitation(msgspec.Struct, frozen=True):
-    """The hub's answer. ``life`` is new whenever the hub's end of the link is."""
+    """The hub's answer. ``life`` is new whenever the hub's end of the link is, and when the sources are to begin anew.
+    ``warnings`` are about those who join."""
 
     protocol: int
     session: str
     life: str
     streams: dict[str, RemoteStream]
+    warnings: list[str] = []
 
 
 class Echo(msgspec.Struct, frozen=True, array_like=True):

@@ -290,8 +290,8 @@ class SourceShell:
     def _report(self) -> None:
         state: State = "ended" if self.ended else "ready" if self._open else "waiting" if self._trouble else "starting"
         report = SourceReport(epoch=self.stamper.epoch, published=self.published, newest_ns=self.newest_ns,
-                              dropped=dict(self.context.dropped), failures=self.failures,
-                              unmeasured=self._values.count, unmeasured_ns=self._values.longest_ns)  # fmt: skip
+                              dropped=dict(self.context.dropped), failures=self.failures)  # fmt: skip
+        self._values.report(report)
         self._said_epoch = self.stamper.epoch
         self.say(
             Report(
@@ -330,7 +330,7 @@ class PlayedStreams:
         if header.layout is not None and message.data is not None:
             values = self._values[header.stream]
             values.look(header.layout, message.data, header.t_receipt_ns)
-            report.unmeasured, report.unmeasured_ns = values.count, values.longest_ns
+            values.report(report)
         report.newest_ns = header.t_end_ns
         report.published += 1
 

@@ -6,8 +6,11 @@ from __future__ import annotations
 import codecs
 import errno
 import os
+import select
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
@@ -171,6 +174,36 @@ def lost_output() -> OSError | None:
 def discard_output() -> None:
     """Throws away what Python still holds back for standard output, and all that comes."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def untaken() -> list[int]:
+    """Those of the descriptors of standard output and error that take nothing now: a terminal that is stopped, a pipe
+    that nobody reads."""
+    return [number for number in (1, 2) if not _takes(number)]
+
+
+def discard_untaken(numbers: Iterable[int], threads: Iterable[threading.Thread]) -> None:
+    """Throws away all that is and will be written to these descriptors, and frees ``threads``, which wait until
+    somebody takes it. For the main thread."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in numbers:
+        os.dup2(null, number)
+    os.close(null)
+    # A write that a signal interrupts is tried again, by then on the null device.
+    before = signal.signal(signal.SIGURG, lambda *_: None)
+    try:
+        for thread in threads:
+            if thread.ident is not None and thread.is_alive():
+                signal.pthread_kill(thread.ident, signal.SIGURG)
+    finally:
+        signal.signal(signal.SIGURG, before)
+
+
+def _takes(number: int) -> bool:
+    try:
+        return bool(select.select([], [number], [], 0)[1])
+    except OSError:
+        return True
 
 
 def unwritable(error: OSError) -> str:

@@ -34,7 +34,7 @@ from pipeline.messages import Header, Layout, Message
 from pipeline.prediction import Prediction
 from pipeline.recording import Label, RecordingReader, reading
 from pipeline.rules import misfit
-from pipeline.stamper import measured
+from pipeline.stamper import hollow, in_place_of_values, no_value
 
 T = TypeVar("T")
 
@@ -374,6 +374,8 @@ class _Watched:
         self._count: Counter[str] = Counter()
         self._unfit: Counter[tuple[str, str]] = Counter()
         self._unmeasured: Counter[str] = Counter()
+        self._held: dict[str, frozenset[str]] = {}
+        """What they held in place of values, as ``hollow`` has it."""
         self.headers = reader.headers
 
     @property
@@ -384,7 +386,7 @@ class _Watched:
             notes.append(f"{count} of {self._count[name]} messages of {name} are in no window, for it {words}")
         for name, count in sorted(self._unmeasured.items()):
             where = "its message" if count == 1 else f"all of its {count} messages"
-            notes.append(f"{name} has nothing but NaN, which is no value, in {where}")
+            notes.append(f"{name} has nothing but {no_value(in_place_of_values(self._held[name]))}, in {where}")
         return notes
 
     def messages(self, streams: Collection[str] | None = None, beats: bool = False) -> Iterator[tuple[Message, int]]:
@@ -402,11 +404,12 @@ class _Watched:
         if words := self._misfits[kind]:
             self._unfit[name, words] += 1
         if name not in self._valued:
-            if measured(layout, message.data):  # which is not looked at again
+            if held := hollow(layout, message.data):
+                self._unmeasured[name] += 1
+                self._held[name] = self._held.get(name, held) | held
+            else:  # which is not looked at again
                 self._valued.add(name)
                 self._unmeasured.pop(name, None)
-            else:
-                self._unmeasured[name] += 1
 
 
 def replay_predictions(

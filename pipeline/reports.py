@@ -14,6 +14,7 @@ from pipeline.errors import typed
 from pipeline.recording import Deleted, deleted_text
 from pipeline.rules import channels_text
 from pipeline.sheet import Sheet, counted, number, numbers, size
+from pipeline.stamper import in_place_of_values, no_value
 from pipeline.summary import VERDICTS, Summary, account, ordered, quantiles
 
 if TYPE_CHECKING:  # what is reported on is not loaded to report on something else
@@ -215,10 +216,20 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
             head.append(f"\n{name}: {channels_text(stream['channels'], _CHANNELS)}")
         for others in stream.get("other_channels", ()):
             head.append(f"\n{name} has other channels later: {channels_text(others, _CHANNELS)}", style="yellow")
-        means = [mean for kind in stream.get("stats", {}).values() for mean in kind["mean"]]
-        if stream["samples"] and means and all(mean is None for mean in means):
-            head.append(f"\n{name} holds nothing but NaN, which is no value", style="yellow")
+        if held := _no_value(stream):
+            head.append(f"\n{name} holds nothing but {held}", style="yellow")
     return Group(head, Text(), table, said, *((Text(), latency_table(latency)) if latency else ()))
+
+
+def _no_value(stream: Mapping[str, Any]) -> str:
+    """What a recorded stream holds in place of values, in words; nothing if it holds some, or could not."""
+    stats = list(stream.get("stats", {}).values())
+    means = [mean for kind in stats for mean in kind["mean"]]
+    if not stream["samples"] or not means or any(mean is not None for mean in means):
+        return ""
+    infinite, all_of = sum(kind.get("infinite", 0) for kind in stats), len(means) * stream["samples"]
+    kinds = ["infinities"] * (infinite > 0) + ["NaN"] * (infinite < all_of)
+    return no_value(in_place_of_values(kinds))
 
 
 def damage_text(found: Damage, recording: Path) -> RenderableType:

@@ -32,6 +32,8 @@ class Statistics(msgspec.Struct, frozen=True):
     mean: list[float | None]
     sd: list[float | None]
     mean_norm: float | None
+    infinite: int | msgspec.UnsetType = msgspec.UNSET
+    """How many numbers are infinite, which is no value, if any are."""
 
 
 class StreamInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,8 @@ import os
 import queue
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ import msgspec
 
 from pipeline.align import Counters
 from pipeline.life import UNMEASURED_NS
+from pipeline.outside import discard_untaken, untaken
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -26,14 +29,23 @@ if TYPE_CHECKING:  # a replay shows itself without a launcher
 
 POLL_MS = 100
 """How often what is shown is brought up to date, and how long is waited for a prediction before looking around."""
+BEHIND = 4
+"""While so much waits to be shown the table is not brought up to date."""
+GRACE_NS = 3_000_000_000
+"""Who reads and takes nothing for so long at the end is not waited for any longer (session clock)."""
 
 
 class Show:
-    """Shows a session: its predictions and what happens to its nodes at once, from threads of their own, for the main
-    thread waits for nodes and signals; everything else a few times a second."""
+    """Shows a session: its predictions and what happens to its nodes at once, everything else a few times a second.
+
+    Threads of its own write all of it: a terminal that takes nothing (Ctrl-S), or a pipe that nobody reads, holds up
+    neither who looks after the nodes nor the main thread, which waits for nodes and signals. What has not been taken
+    a grace after the session's end is thrown away."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
+        self.left_out = 0
+        """Predictions that nobody has taken, up to the end."""
         self._session = session
         where = (
             f"predictions at {session.predictions}" if session.rig.bundle is not None else "no model, no predictions"
@@ -44,25 +56,36 @@ class Show:
         self._rates: dict[str, float] = {}
         self._lock = threading.Lock()
         self._last_round = threading.Event()
-        self._error: BaseException | None = None
-        self._reader = threading.Thread(target=self._read, name="predictions", daemon=True)
-        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._teller = threading.Thread(target=self._tell, name="events", daemon=True)
+        self._shown = 0
+        """How much was shown; of several threads, so that what counts is whether it changes."""
+        self._discarded = False
+        """Whether nobody sees any longer what goes to standard output."""
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._reader, self._teller = _Writing("predictions", self._read), _Writing("events", self._tell)
+
+    @property
+    def _error(self) -> Exception | None:
+        """What went wrong with showing."""
+        return self._reader.error or self._teller.error
 
     def event(self, event: Event) -> None:
-        """Something happened to a node. Never waits: a terminal that takes nothing (Ctrl-S, a pager) must not hold up
-        who looks after the nodes. Raises as ``tick``, but only where it cannot be shown: one who reads no predictions
-        any more (``| head``) may well read of a node that does not stop."""
+        """Something happened to a node. Never waits. Raises as ``tick``, but only where it cannot be shown: one who
+        reads no predictions any more (``| head``) may well read of a node that does not stop."""
         if self._error is not None and not self._teller.is_alive():
             raise self._error
-        self._events.put(event)
+
+        def show() -> None:
+            self._output.event(event)
+            self._output.refresh(self._status(self._session))
+
+        self._jobs.put(show)
 
     def tick(self, session: Session) -> None:
-        """Shows how things are. Raises what went wrong with showing: nobody reads it any more."""
+        """Shows how things are. Never waits. Raises what went wrong with showing: nobody reads it any more."""
         if self._error is not None:
             raise self._error
-        with self._lock:
-            self._output.refresh(self._status(session))
+        if self._jobs.qsize() < BEHIND:
+            self._jobs.put(partial(self._output.refresh, self._status(session)))
 
     def _status(self, session: Session) -> Status:
         """How things are; at the end with each stream's rate while it still came."""
@@ -83,36 +106,83 @@ class Show:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._last_round.set()
         if self._reader.ident is not None:
-            self._reader.join()
-        self._events.put(None)
-        self._teller.join()
+            self._wait_for(self._reader)
         if error is None:
-            self.tick(self._session)
-        self._output.close()
+            self._jobs.put(partial(self._output.refresh, self._status(self._session)))
+        self._jobs.put(None)
+        self._wait_for(self._teller)
+        if error is None and self._error is not None:
+            raise self._error
+
+    def last(self, write: Callable[[], None]) -> None:
+        """Carries out what writes at the very end, after which nobody waits for long either. Raises what it raises."""
+        writing = _Writing("summary", write)
+        writing.start()
+        self._wait_for(writing)
+        if writing.error is not None:
+            raise writing.error
+
+    def _wait_for(self, writing: _Writing) -> None:
+        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then what is not taken is
+        thrown away, so that the thread comes to its end."""
+        clock, discarded = self._session.clock, False
+        while not writing.over.is_set():
+            before, hurried = self._shown, False
+            try:
+                clock.wait_until(clock.now_ns() + GRACE_NS, writing.over)
+            except KeyboardInterrupt:
+                hurried = True
+            if self._shown != before and not hurried:
+                continue
+            if discarded:
+                return  # it waits for something else, and is left behind
+            if not writing.over.is_set():
+                discarded, numbers = True, untaken()
+                self._discarded |= 1 in numbers
+                if numbers:
+                    discard_untaken(numbers, (self._reader, self._teller, writing))
 
     def _tell(self) -> None:
-        """What happens, until there is nothing more to come."""
+        """What happens and how things are, until there is nothing more to come."""
         try:
-            while (event := self._events.get()) is not None:
+            while (job := self._jobs.get()) is not None:
                 with self._lock:
-                    self._output.event(event)
-                    self._output.refresh(self._status(self._session))
-        except Exception as error:  # handed to the next who shows something
-            self._error = error
+                    job()
+                self._shown += 1
+        finally:
+            with self._lock:
+                self._output.close()
 
     def _read(self) -> None:
         """Until the session is over, and then what was sent before its end."""
         last = False
+        with Subscription(endpoint_path(self._session.dir, "fusion")) as subscription:  # which asks for no keys
+            while not last:
+                last = self._last_round.is_set()
+                for prediction in subscription.receive(POLL_MS):
+                    with self._lock:
+                        self.summary.add(prediction)
+                        self._output.prediction(prediction)
+                    self._shown += 1
+                    self.left_out += self._discarded
+
+
+class _Writing(threading.Thread):
+    """A thread that writes to whom may take nothing, or be gone."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work = work
+        self.error: Exception | None = None
+        """What it raised, which is handed to the next who shows something: the main thread, which stops the session."""
+        self.over = threading.Event()
+
+    def run(self) -> None:
         try:
-            with Subscription(endpoint_path(self._session.dir, "fusion")) as subscription:  # which asks for no keys
-                while not last:
-                    last = self._last_round.is_set()
-                    for prediction in subscription.receive(POLL_MS):
-                        with self._lock:
-                            self.summary.add(prediction)
-                            self._output.prediction(prediction)
-        except Exception as error:  # handed to the main thread, which stops the session
-            self._error = error
+            self._work()
+        except Exception as error:
+            self.error = error
+        self.over.set()
 
 
 def output_for(json: bool, title: str, summary: Summary, about: str = "") -> Output:
@@ -206,9 +276,8 @@ def _warnings(status: Status) -> list[str]:
             said.append(f"{name} gave no message{dropped}" + (f": {why}" if why else ""))
         if count := _unmeasured(stream):
             least = "at least " if count < stream.published else ""
-            said.append(
-                f"{name} gave {least}{count} of {counted(stream.published, 'message')} without a value: all are NaN"
-            )
+            messages = f"{least}{count} of {counted(stream.published, 'message')}"
+            said.append(f"{name} gave {messages} without a value: all are {stream.unmeasured_as}")
     sources = dict.fromkeys(stream.node for stream in status.streams.values())
     for name in sources:
         node = status.nodes.get(name)

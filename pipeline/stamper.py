@@ -3,12 +3,14 @@ times can be the session clock's, and its values are any."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from pipeline.errors import SensorError
+from pipeline.life import SourceReport
 from pipeline.messages import (
     AudioLayout,
     Header,
@@ -49,6 +51,8 @@ _VALUES: dict[type[Any], tuple[str, ...]] = {
     SweepLayout: ("x",),
 }
 """Where those stand that may be NaN."""
+_KINDS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {"NaN": np.isnan, "infinities": np.isinf}
+"""What may stand in place of a value."""
 
 _UNITS = {1_000: "microseconds", 1_000_000: "milliseconds", 1_000_000_000: "seconds"}
 _WHOLE_OR_NONE = (int, type(None))
@@ -117,11 +121,14 @@ def _slow_times(span_ns: int, gone_ns: int, time: int) -> str:
 
 
 class ValueCheck:
-    """Counts readings without a single value: NaN is "not measured", and to whoever looks at times alone as good as any
-    other. Every reading is looked at until one has a value, then one in ``LOOK_NS``. Pure."""
+    """Counts readings without a single value: NaN is "not measured", an infinity what no sensor measures, and both are
+    to whoever looks at times alone as good as any other. Every reading is looked at until one has a value, then one in
+    ``LOOK_NS``. Pure."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.held: frozenset[str] = frozenset()
+        """What they held in place of values, as ``hollow`` has it."""
         self.longest_ns = 0
         """The longest time in which there was no other reading."""
         self._since_ns: int | None = None
@@ -131,20 +138,41 @@ class ValueCheck:
         """Takes a reading's layout and data, which fit."""
         if now_ns < self._next_ns:
             return
-        if measured(layout, data):
+        held = hollow(layout, data)
+        if not held:
             self._since_ns, self._next_ns = None, now_ns + LOOK_NS
             return
         self.count += 1
+        self.held |= held
         self._since_ns = now_ns if self._since_ns is None else self._since_ns
         self.longest_ns = max(self.longest_ns, now_ns - self._since_ns)
 
+    def report(self, report: SourceReport) -> None:
+        """Writes what it has found into a report, if it has found anything."""
+        if self.count:
+            report.unmeasured, report.unmeasured_ns = self.count, self.longest_ns
+            report.unmeasured_as = in_place_of_values(self.held)
 
-def measured(layout: Layout, data: Any) -> bool:
-    """Whether there is a value, or nothing that could be one, as in a sweep that has met nothing."""
+
+def hollow(layout: Layout, data: Any) -> frozenset[str]:
+    """Which of ``_KINDS`` there are where there is no value; none where there is one, or nothing that could be one, as
+    in a sweep that has met nothing."""
     if (names := _VALUES.get(type(layout))) is None:
-        return True
+        return frozenset()
     samples = data if isinstance(data, np.ndarray) and data.dtype.names is not None else view(layout, data)
-    return not samples[names[0]].size or any(np.isfinite(samples[name]).any() for name in names)
+    if any(np.isfinite(samples[name]).any() for name in names):
+        return frozenset()
+    return frozenset(kind for kind, those in _KINDS.items() if any(those(samples[name]).any() for name in names))
+
+
+def in_place_of_values(held: Collection[str]) -> str:
+    """What ``hollow`` has found, in words."""
+    return " or ".join(kind for kind in _KINDS if kind in held)
+
+
+def no_value(held: str) -> str:
+    """The same, and that it is no value."""
+    return f"{held}, which is no value" if held == "NaN" else f"{held}, which are no values"
 
 
 class Stamper:

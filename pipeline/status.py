@@ -10,8 +10,8 @@ from pipeline.child import Child, NodeState
 from pipeline.clock import Origin
 from pipeline.life import AlignReport, RecordReport, SourceReport
 
-What = Literal["starting", "ready", "waiting", "died", "hung", "restarting", "gave_up", "ended", "stopped", "failed",
-               "warning"]  # fmt: skip
+What = Literal["starting", "ready", "waiting", "returned", "died", "hung", "restarting", "gave_up", "ended", "stopped",
+               "failed", "warning"]  # fmt: skip
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -39,6 +39,7 @@ class StreamStatus(msgspec.Struct, kw_only=True):
     total_dropped: dict[str, int] = {}
     failures: int = 0
     unmeasured: int = 0
+    unmeasured_as: str = "NaN"
     unmeasured_ns: int = 0
     note: str = ""
     verdict: str | None = None

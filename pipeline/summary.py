@@ -13,8 +13,9 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from pipeline.align import Counters, Verdict
-from pipeline.life import FROM_ELSEWHERE, ON_THE_WAY, SLOW, RecordReport
+from pipeline.life import FROM_ELSEWHERE, ON_THE_WAY, SLOW, NoRoom, RecordReport
 from pipeline.prediction import Prediction
+from pipeline.recording import NO_ROOM
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 STAGES = ("wait", "align", "transport", "encode", "fuse", "total")
@@ -166,6 +167,8 @@ def lacking(recordings: Sequence[RecordReport], goes_on: bool = True) -> list[st
         said.append(f"it lacks {_of(recordings, stream, causes)}: {why}")
     if other := _lost_of_windows(recordings):
         said.append(f"it lacks {other}: {ON_THE_WAY}")
+    if other := _unwritten(recordings):
+        said.append(f"it lacks {other}: {NO_ROOM}")
     if beats := sum(one.lost_beats for one in recordings):
         said.append(f"it lacks {beats} beats, by which a silent stream says that it lives")
     return said
@@ -174,9 +177,10 @@ def lacking(recordings: Sequence[RecordReport], goes_on: bool = True) -> list[st
 def not_whole(recordings: Sequence[RecordReport], goes_on: bool = True) -> str:
     """The same in one sentence, with what to do; nothing where nothing is missing."""
     losses, said = _losses(recordings), _holes(recordings, goes_on)
-    other = _lost_of_windows(recordings)
-    if losses or other:
-        each = [_of(recordings, stream, causes) for stream, causes in losses.items()] + ([other] if other else [])
+    other, unwritten = _lost_of_windows(recordings), _unwritten(recordings)
+    if losses or other or unwritten:
+        each = [_of(recordings, stream, causes) for stream, causes in losses.items()]
+        each += [what for what in (other, unwritten) if what]
         said.append(f"it lacks {', '.join(each)}")
     elif not said and any(one.lost_beats for one in recordings):
         said.append("it lacks beats, by which a silent stream says that it lives")
@@ -193,6 +197,8 @@ def not_whole(recordings: Sequence[RecordReport], goes_on: bool = True) -> str:
             ". The link between the hosts was cut or too slow: look after its cable or its radio, or send less over it "
             "(`rate_hz` and the like of a source)"
         )
+    if any(one.no_room is not None for one in recordings):
+        todo += ". Make room on the disk, or lower the ring's `limit_mb`"
     return f"the recording is not whole: {'; '.join(said)}{todo}"
 
 
@@ -204,10 +210,17 @@ def _of(recordings: Sequence[RecordReport], stream: str, causes: Counter[str]) -
 
 def _lost_of_windows(recordings: Sequence[RecordReport]) -> str:
     """How many windows and predictions were sent and did not reach the recorder, in words."""
-    lost = {
-        "windows": sum(one.lost_windows for one in recordings),
-        "predictions": sum(one.lost_predictions for one in recordings),
-    }
+    return _windows(sum(one.lost_windows for one in recordings), sum(one.lost_predictions for one in recordings))
+
+
+def _unwritten(recordings: Sequence[RecordReport]) -> str:
+    """How many of those that reached it found no room on the disk, in words."""
+    found = [one.no_room for one in recordings if one.no_room is not None]
+    return _windows(sum(one.windows for one in found), sum(one.predictions for one in found))
+
+
+def _windows(windows: int, predictions: int) -> str:
+    lost = {"windows": windows, "predictions": predictions}
     return " and ".join(f"{count} {what}" for what, count in lost.items() if count)
 
 
@@ -221,8 +234,8 @@ def _losses(recordings: Sequence[RecordReport]) -> dict[str, Counter[str]]:
 
 
 def _holes(recordings: Sequence[RecordReport], goes_on: bool) -> list[str]:
-    """When nothing was recorded, for the recorder had died."""
-    said = []
+    """When nothing was recorded, for the recorder had died, or its disk was full."""
+    said = [_full(one.no_room) for one in recordings if one.no_room is not None]
     for before, after in pairwise(recordings):
         where = f", which is between {before.path} and {after.path}" if before.path != after.path else ""
         said.append(f"the recorder died, and nothing is recorded from {_until(before)} to {after.from_ns / 1e9:.1f} s "
@@ -231,6 +244,15 @@ def _holes(recordings: Sequence[RecordReport], goes_on: bool) -> list[str]:
         until = _until(recordings[-1]) if recordings else "its beginning"
         said.append(f"the recorder died, and nothing is recorded from {until} of the session on")
     return said
+
+
+def _full(said: NoRoom) -> str:
+    """When there was no room."""
+    first = f"{said.from_ns / 1e9:.1f} s"
+    end = "the end" if said.until_ns is None else f"{said.until_ns / 1e9:.1f} s"
+    if said.times > 1:
+        return f"{NO_ROOM} {said.times} times between {first} and {end} of the session, and nothing is recorded then"
+    return f"{NO_ROOM}, and nothing is recorded from {first} to {end} of the session"
 
 
 def _until(life: RecordReport) -> str:

@@ -21,9 +21,10 @@ import msgspec
 from pipeline.child import Child
 from pipeline.clock import Origin, SystemClock
 from pipeline.errors import ConfigError
-from pipeline.life import UNMEASURED_NS, NodeSpec, Order, RecordReport, SourceReport
+from pipeline.life import UNMEASURED_NS, NodeSpec, Order, RecordReport, Report, SourceReport
 from pipeline.node import EXIT_SENSOR
 from pipeline.plan import Place, Plan, core_specs, source_specs
+from pipeline.stamper import no_value
 from pipeline.status import Event, SessionRef, What
 from pipeline.summary import not_whole
 from pipeline.transport import SessionFolder, remove_leftovers
@@ -68,7 +69,7 @@ class Supervisor:
         self._start_ns = self._end_ns = 0
         self._begun = self._silence_said = False
         self._unmeasured: set[str] = set()
-        """Streams of which it was told that they hold nothing but NaN."""
+        """Streams of which it was told that they hold no value."""
 
     def stop(self) -> None:
         """Asks the thread to stop everything."""
@@ -182,8 +183,10 @@ class Supervisor:
         with self.lock:
             reports, alive = child.listen()
         for report in reports:
+            self._say_who_is_away(child, report)
             if report.state != state and report.state in ("ready", "waiting", "ended"):
-                if not self._stopping and (report.state != "waiting" or child.waits_anew(report.note)):
+                news = report.state != "waiting" or (not report.away and child.waits_anew(report.note))
+                if news and not self._stopping:
                     self._tell(child, report.state, report.note or report.state)
                 if report.state == "ended":
                     self._close_ended(child)
@@ -196,12 +199,20 @@ class Supervisor:
         if not alive:
             self._died(child)
 
+    def _say_who_is_away(self, child: Child, report: Report) -> None:
+        """Of a node with several streams its state says little: it waits while any of them is away."""
+        gone, back = child.turns(report.away)
+        if gone and not self._stopping:
+            self._tell(child, "waiting", report.note)
+        if back and not self._stopping:
+            self._tell(child, "returned", f"{', '.join(back)} {'come' if len(back) > 1 else 'comes'} again")
+
     def _say_what_is_unmeasured(self, child: Child) -> None:
         """Whoever looks at times alone finds such a stream well."""
         for stream, source in child.report.sources.items():
             if source.unmeasured_ns >= UNMEASURED_NS and stream not in self._unmeasured:
                 self._unmeasured.add(stream)
-                text = f"has given nothing but NaN, which is no value, for {UNMEASURED_NS / 1e9:.0f} s"
+                text = f"has given nothing but {no_value(source.unmeasured_as)}, for {UNMEASURED_NS / 1e9:.0f} s"
                 self._tell_of(stream, child, text)
 
     def _care(self) -> None:

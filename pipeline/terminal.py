@@ -28,7 +28,7 @@ ENDLESS = 100_000
 """The width of what is no terminal: each line is as long as what it says."""
 VERDICT_STYLE = {"ok": "green", "partial": "yellow", "late": "magenta", "missing": "red"}
 STATE_STYLE = {"ready": "green", "failed": "red", "restarting": "yellow", "waiting": "yellow"}
-TELLING = ("waiting", "died", "hung", "restarting", "gave_up", "failed", "warning")
+TELLING = ("waiting", "returned", "died", "hung", "restarting", "gave_up", "failed", "warning")
 """Events worth a line of their own; the others are seen in the table."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -649,6 +651,42 @@ def test_a_session_ends_when_nobody_reads_its_predictions_any_more(place: Path) 
         assert running.process.stderr is not None
         assert b"Traceback" not in running.process.stderr.read()
     assert not list((place / "sensorium").glob("*/*"))
+
+
+def test_the_end_of_a_session_waits_for_no_terminal_that_is_stopped(place: Path) -> None:
+    ours, theirs = pty.openpty()
+    with Running(place, "record", "rig.yaml", "-o", "stopped.mcap", stdout=theirs) as running:
+        shown = b""
+        while b"contribution" not in shown or b"latency" not in shown:
+            assert select.select([ours], [], [], PATIENCE_S)[0], shown
+            shown += os.read(ours, 65536)
+        termios.tcflow(theirs, termios.TCOOFF)  # as Ctrl-S does
+        assert not select.select([], [theirs], [], 0)[1]
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(PATIENCE_S) == 0
+        assert running.process.stderr is not None
+        assert b"predictions over" in running.process.stderr.read()  # for where it was to stand nobody sees it
+    os.close(theirs)
+    os.close(ours)
+    assert json.loads(sensorium(place, "info", "stopped.mcap", "--json").stdout)["complete"] is True
+    assert not list((place / "sensorium").glob("*/*"))
+
+
+def test_the_end_of_a_session_waits_for_no_reader_and_says_what_he_has_not_taken(place: Path) -> None:
+    ours, theirs = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    with Running(place, "run", "rig.yaml", "--json", "--duration", 2, stdout=theirs) as running:
+        os.close(theirs)
+        assert running.process.wait(PATIENCE_S) == 0
+        assert running.process.stderr is not None
+        said = running.process.stderr.read().decode()
+    with open(ours, "rb") as pipe:
+        taken = pipe.read().count(b"\n")
+    made = re.search(r"^(\d+) predictions over", said, re.M)
+    left = re.search(r"^note: whoever reads the predictions took none for 3 s; (\d+) predictions at", said, re.M)
+    assert made is not None, said
+    assert left is not None, said
+    assert taken + int(left[1]) == int(made[1])
 
 
 def test_a_terminal_gets_a_live_table(place: Path) -> None:

@@ -635,19 +635,20 @@ def test_a_source_that_gives_nothing_is_told_of_once_and_why(tmp_path: Path, mon
     (tmp_path / "idle.py").write_text(IDLE)
     monkeypatch.setattr("pipeline.supervise.SILENT_NS", 500_000_000)
     monkeypatch.setattr("pipeline.supervise.UNMEASURED_NS", 300_000_000)
-    idle = {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead", "numb")}
+    idle = {name: {"kind": f"idle:{name.title()}"} for name in ("mute", "deaf", "dead", "numb", "void")}
     sources = {"imu": SOURCES["imu"]} | idle
     events: list[Event] = []
     with short_folder() as root:
         session = Session(make_rig(tmp_path, sources, bundle=False), events.append, root=root)
         with session, Show(session, json=True) as show:
-            until(lambda: len([e for e in events if e.kind == "warning"]) > 1, "the silent ones are told of")
+            until(lambda: len([e for e in events if e.kind == "warning"]) > 2, "the silent ones are told of")
             until(lambda: sum((e.node, e.kind) == ("deaf", "ready") for e in events) > 3, "it has tried again")
             until(lambda: any((e.node, e.kind) == ("dead", "gave_up") for e in events), "it is given up")
         print_summary(show.summary, True, session.status())
     assert sorted((e.node, e.text) for e in events if e.kind == "warning") == [
         ("mute", "has given nothing in the first 0 s of the session"),
         ("numb", "has given nothing but NaN, which is no value, for 0 s"),
+        ("void", "has given nothing but infinities, which are no values, for 0 s"),
     ]
     assert [e.text for e in events if e.kind == "waiting"] == ["nothing is heard"]
     numb = session.status().streams["numb"].published
@@ -689,12 +690,16 @@ class Dead(Mute):
         raise ConfigError("it is broken")
 
 class Numb(Mute):
+    value = np.nan
     def read(self):
         super().read()
         sample = np.zeros(1, signal_dtype(2))
-        sample["value"] = np.nan
+        sample["value"] = self.value
         times = dict.fromkeys(("t_capture_ns", "t_end_ns", "t_receipt_ns"), self.due_ns)
         return Reading(layout=SignalLayout(1, ("a", "b")), data=sample, **times)
+
+class Void(Numb):
+    value = np.inf
 """
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -19,15 +20,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodes.remote import Remote
+from nodes.remote import SILENT_NS, Remote
 from pipeline.bundle import load_bundle
-from pipeline.clock import ManualClock, Origin
-from pipeline.config import RecordEntry
+from pipeline.child import Child
+from pipeline.clock import ManualClock, Origin, SystemClock
+from pipeline.config import RecordEntry, RestartEntry
 from pipeline.errors import ConfigError
 from pipeline.explain import Session as Recorded
 from pipeline.explain import explain
 from pipeline.joining import join
-from pipeline.launch import Session, check_rig_file
+from pipeline.launch import Event, Session, check_rig_file
 from pipeline.life import Life, NodeSpec, Report, SourceReport
 from pipeline.link import (
     DATA,
@@ -53,6 +55,7 @@ from pipeline.prediction import Prediction
 from pipeline.recording import RecordingReader
 from pipeline.refusals import RECENT_NS, REPEAT_NS, Refusals, Repeated
 from pipeline.source import Reading
+from pipeline.supervise import Supervisor
 from pipeline.transport import (
     LinkClient,
     LinkServer,
@@ -453,33 +456,42 @@ def text(seq: int, epoch: int = 5, **more: Any) -> Header:
     return Header(stream="note", seq=seq, epoch=epoch, t_receipt_ns=10, **given)
 
 
+class Hub:
+    """The hub's node without sockets, and what it has sent and answered."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, streams: tuple[str, ...] = ("note",)) -> None:
+        monkeypatch.setattr("nodes.remote.ring_drops", lambda publisher: {})
+        kind = {"kind": "synthetic", "settings": {"payload": "text"}}
+        spec = NodeSpec(
+            session="s", origin=Origin(0, 0), session_dir="/x", node="pi", kind="remote",
+            settings={"listen": "tcp://127.0.0.1:1", "sources": dict.fromkeys(streams, kind)},
+            streams=dict.fromkeys(streams, "text"),
+        )  # fmt: skip
+        self.clock, self.bus, self.answers = ManualClock(S), Bus(), list[Any]()
+        self.node = Remote(Life(spec, self.clock))
+        self.node.publisher = self.bus  # type: ignore[assignment]
+        self.node.server = self  # type: ignore[assignment]
+
+    def send(self, peer: bytes, parts: Any) -> bool:
+        self.answers.append(parts)
+        return True
+
+    def refusals(self) -> list[str]:
+        return ["a stranger"]
+
+    def say(self, *parts: bytes) -> None:
+        self.node._take(b"peer", list(parts), self.clock.now_ns())
+
+    def join(self, peer: bytes, host: str) -> None:
+        self.node._take(peer, [JOIN, msgspec.json.encode(Hello(PROTOCOL, host))], self.clock.now_ns())
+
+    def report(self, stream: str = "note", **what: Any) -> None:
+        self.say(REPORT, stream.encode(), msgspec.json.encode(Report(**{"state": "ready"} | what)))
+
+
 def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = {"listen": "tcp://127.0.0.1:1", "sources": {"note": {"kind": "synthetic", "settings": {"payload": "text"}}}}
-    clock = ManualClock(S)
-    spec = NodeSpec(
-        session="s",
-        origin=Origin(0, 0),
-        session_dir="/x",
-        node="pi",
-        kind="remote",
-        settings=entry,
-        streams={"note": "text"},
-    )
-    node, bus = Remote(Life(spec, clock)), Bus()
-    monkeypatch.setattr("nodes.remote.ring_drops", lambda publisher: {})
-    answers: list[Any] = []
-    node.publisher = bus  # type: ignore[assignment]
-    node.server = type(  # type: ignore[assignment]
-        "Server",
-        (),
-        {"send": lambda self, peer, parts: answers.append(parts) or True, "refusals": lambda self: ["a stranger"]},
-    )()
-
-    def say(*parts: bytes) -> None:
-        node._take(b"peer", list(parts), clock.now_ns())
-
-    def join(peer: bytes, host: str) -> None:
-        node._take(peer, [JOIN, msgspec.json.encode(Hello(PROTOCOL, host))], clock.now_ns())
+    hub = Hub(monkeypatch)
+    clock, node, bus, answers, say, join = hub.clock, hub.node, hub.bus, hub.answers, hub.say, hub.join
 
     say(DATA, encode_header(text(0)), b"hi")
     say(DATA, encode_header(text(1, layout=None)))
@@ -512,14 +524,18 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
         msgspec.json.encode(
             Report(
                 state="ready",
-                sources={"note": SourceReport(dropped={"order": 2}, failures=4, unmeasured=5, unmeasured_ns=6)},
+                sources={
+                    "note": SourceReport(
+                        dropped={"order": 2}, failures=4, unmeasured=5, unmeasured_as="infinities", unmeasured_ns=6
+                    )
+                },
             )
         ),
     )
     assert node.state() == "ready"
     note = node._report().sources["note"]
     assert (note.dropped, note.failures) == ({"order": 2}, 4)
-    assert (note.unmeasured, note.unmeasured_ns) == (5, 6)
+    assert (note.unmeasured, note.unmeasured_as, note.unmeasured_ns) == (5, "infinities", 6)
     assert node._report().warnings == ["a stranger"]
     say(REPORT, b"note", msgspec.json.encode(Report(state="starting")))
     assert (node.state(), node._note()) == ("waiting", "note: it starts")
@@ -532,6 +548,111 @@ def test_the_hub_believes_nothing_that_it_has_not_checked(monkeypatch: pytest.Mo
     join(b"peer", "door")
     (_, crowd) = node._report().warnings
     assert crowd.startswith("`sensorium node --join` runs twice for tcp://127.0.0.1:1, on door and pi: ")
+
+
+def test_a_stream_of_another_host_that_is_lost_and_returns_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, ("note", "door"))
+    hub.report("note")
+    hub.report("door")
+    assert hub.node._report().away == {}
+    hub.say(DATA, encode_header(text(0)), b"hi")
+    hub.clock.advance(S)
+    hub.report("door")
+    hub.clock.advance(S)
+    assert (hub.node.state(), hub.node._note()) == ("waiting", "note: nothing comes")
+    assert hub.node._report().away == {"note": "nothing comes"}
+    hub.clock.advance(S)
+    assert hub.node._report().away == {"note": "nothing comes"}  # door has not come yet, and is waited for
+    hub.say(DATA, encode_header(text(1)), b"hi")
+    assert (hub.node.state(), hub.node._report().away) == ("waiting", {})
+
+
+def test_every_loss_and_every_return_of_one_of_several_streams_is_an_event(tmp_path: Path) -> None:
+    clock, told, (ear, voice) = ManualClock(), list[Event](), os.pipe()
+    spec = NodeSpec(session="s", origin=Origin(0, 0), session_dir=str(tmp_path), node="pi", kind="remote")
+    child, watch = Child(spec, False, RestartEntry(), clock), object.__new__(Supervisor)
+    watch.lock, watch.crash, watch._stopping, watch._on_event = threading.RLock(), None, False, told.append
+    watch.session_clock, watch._unmeasured = SystemClock(), set()
+    os.set_blocking(ear, False)
+    with open(ear, "rb") as child_voice, open(voice, "wb", buffering=0) as node:
+        child.process = SimpleNamespace(stdout=child_voice)  # type: ignore[assignment]
+
+        def hears(published: int, note: str = "", **away: str) -> list[tuple[str, str]]:
+            sources = {name: SourceReport(published=published) for name in ("imu", "lidar")}
+            report = Report(state="waiting" if note else "ready", note=note, sources=sources, away=away)
+            node.write(msgspec.json.encode(report) + b"\n")
+            del told[:]
+            watch._hear(child)
+            return [(event.kind, event.text) for event in told]
+
+        assert hears(1) == [("ready", "ready")]
+        assert hears(2, "imu: nothing comes", imu="nothing comes") == [("waiting", "imu: nothing comes")]
+        both = {"imu": "nothing comes", "lidar": "nothing comes"}
+        assert hears(2, "nothing comes from pi", **both) == [("waiting", "nothing comes from pi")]
+        assert hears(2, "nothing comes from pi", **both) == []
+        assert hears(3, "lidar: nothing comes", lidar="nothing comes") == [("returned", "imu comes again")]
+        assert hears(4) == [("returned", "lidar comes again"), ("ready", "ready")]
+        assert hears(4, "nothing comes from pi", **both) == [("waiting", "nothing comes from pi")]
+        assert hears(4) == [("returned", "imu, lidar come again"), ("ready", "ready")]
+        # One that comes and goes without giving anything is no news.
+        assert hears(4, "imu: nothing comes", imu="nothing comes") == []
+        assert hears(4) == [("ready", "ready")]
+        watch._stopping = True
+        assert hears(9, "nothing comes from pi", **both) == []
+
+
+def test_who_is_left_alone_at_an_address_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts join at one address, and the one whose sources began last ends."""
+    hub = Hub(monkeypatch)
+    life = hub.node.own_life
+    hub.say(DATA, encode_header(text(0, epoch=5)), b"hi")
+    hub.say(DATA, encode_header(text(0, epoch=9)), b"hi")
+    hub.report(sources={"note": SourceReport(epoch=9)})
+    for seq in range(4):
+        hub.clock.advance(SILENT_NS // 3)
+        hub.say(DATA, encode_header(text(seq, epoch=5)), b"hi")
+        hub.report(sources={"note": SourceReport(epoch=5, failures=7)})
+        assert (hub.node.own_life == life) is (seq < 3)
+    assert hub.node.counters == {"link.stale": 8}
+    assert hub.node._report().sources["note"].failures == 0
+    assert hub.node.state() == "waiting"  # what it says itself is that all is well
+    hub.say(PROBE, msgspec.msgpack.encode(7))
+    assert msgspec.msgpack.decode(hub.answers.pop()[1], type=Echo).life != life  # for which it begins an epoch
+    hub.say(DATA, encode_header(text(0, epoch=S)), b"hi")
+    assert len(hub.bus.sent) == 3
+
+
+def test_both_hosts_that_join_at_one_address_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    hub, stop, said = Hub(monkeypatch), threading.Event(), list[str]()
+
+    def warnings(peer: bytes) -> list[str]:
+        hub.join(peer, peer.decode())
+        return msgspec.json.decode(hub.answers.pop()[1], type=Invitation).warnings
+
+    assert [warnings(peer) for peer in (b"pi", b"pi", b"door")] == [[], [], []]
+    [crowd] = warnings(b"pi")
+    assert warnings(b"door")[0].startswith("`sensorium node --join` runs twice for tcp://127.0.0.1:1, on door and pi: ")
+
+    def say(text: str) -> None:
+        said.append(text)
+        if "hub says" in text:
+            stop.set()
+
+    address = f"tcp://127.0.0.1:{free_port()}"
+    with contextlib.closing(LinkServer(address)) as server:
+        host = threading.Thread(target=join, args=(LinkSpec(address),), kwargs={"say": say, "stop": stop})
+        host.start()
+        invitation = {"protocol": 1, "session": "s", "life": "l", "streams": {}}
+        answer(server, invitation)
+        for _ in range(400):  # it asks until it is told
+            if not host.is_alive():
+                break
+            if (item := server.receive(50)) is not None:
+                server.send(item[0], (INVITE, msgspec.json.encode(invitation | {"warnings": [crowd]})))
+        stop.set()
+        host.join()
+    assert said[2] == f"the hub says: {crowd}"
 
 
 def answer(server: LinkServer, invitation: dict[str, Any]) -> None:
@@ -610,8 +731,10 @@ def children_of(pid: int) -> dict[str, int]:
 class Two:
     """A session of two hosts, and what it predicts."""
 
-    def __init__(self, session: Session, host: subprocess.Popen[bytes], subscription: Any) -> None:
-        self.session, self.host, self._subscription = session, host, subscription
+    def __init__(
+        self, session: Session, host: subprocess.Popen[bytes], subscription: Any, events: list[Event]
+    ) -> None:
+        self.session, self.host, self._subscription, self.events = session, host, subscription, events
 
     def until(self, condition: Callable[[Prediction], bool], what: str, most: int = 400) -> Prediction:
         for _ in range(most):
@@ -632,13 +755,14 @@ def two_hosts(folder: Path, listen: int, through: int) -> Iterator[Two]:
     sources: dict[str, Any] = {name: SOURCES[name] for name in ("camera", "microphone")}
     sources["pi"] = {"kind": "remote", "listen": f"tcp://127.0.0.1:{listen}", "sources": there}
     rig = make_rig(folder, sources, align={"max_delay_ms": 400, "max_future_ms": 200})
+    events: list[Event] = []
     with short_folder() as root:
-        session = Session(rig, record=RecordEntry(path=str(folder / "two.mcap")), root=root)
+        session = Session(rig, events.append, record=RecordEntry(path=str(folder / "two.mcap")), root=root)
         host = start_host(through)
         try:
             session.start()
             with subscribe_json(session.predictions, "prediction") as subscription:
-                yield Two(session, host, subscription)
+                yield Two(session, host, subscription, events)
         finally:
             session.stop()
             try:
@@ -662,6 +786,9 @@ def test_two_hosts_over_a_slow_crooked_and_broken_path(tmp_path: Path) -> None:
         two.until(lambda p: p.window.end_ns > missed.window.end_ns + 2 * LOST_NS, "the host takes its link for lost")
         path.mend()
         two.all_ok()
+        told = {(event.kind, event.text) for event in two.events if event.node == "pi"}
+        assert ("waiting", "nothing comes from " + socket.gethostname()) in told
+        assert any(kind == "returned" and "imu" in text for kind, text in told)
         os.kill(children_of(two.host.pid)["imu"], signal.SIGKILL)
         two.until(lambda p: p.streams["imu"].verdict != "ok", "the dead source is noticed")
         last = two.all_ok().window.index

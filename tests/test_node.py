@@ -40,7 +40,7 @@ from pipeline.node import FAILURES, RETRY_NS, PlayedStreams, SourceShell, ring_s
 from pipeline.sending import as_bytes, as_part
 from pipeline.shm import RingCounters
 from pipeline.source import KINDS, Reading, Source, load_kind
-from pipeline.stamper import LOOK_NS, STRAGGLERS, Stamper, ValueCheck
+from pipeline.stamper import LOOK_NS, STRAGGLERS, Stamper, ValueCheck, hollow, in_place_of_values, no_value
 from pipeline.steps import UNHEARD, UNMADE, Account, Gap, Unpredicted, decode_step, encode_step
 
 MS = 1_000_000
@@ -195,6 +195,8 @@ MEASURED: list[tuple[Layout, dict[str, Any], bool]] = [
     (SignalLayout(2, ("a", "b")), {"value": [[np.nan, np.nan], [np.nan, 0.0]]}, True),
     (SweepLayout(3), {"x": np.nan, "y": np.nan, "z": np.nan}, False),
     (SweepLayout(3), {"x": [np.nan, np.nan, 1.0]}, True),
+    (ImuLayout(2), {"accel": np.inf, "gyro": np.nan}, False),
+    (SignalLayout(2, ("a", "b")), {"value": [[np.inf, np.nan], [-np.inf, 0.0]]}, True),
     (SweepLayout(0), {}, True),  # nothing is near
     (AudioLayout(100, 1, 2), {}, True),
     (TextLayout(0), {}, True),
@@ -227,6 +229,23 @@ def test_what_has_had_values_is_looked_at_again_from_time_to_time() -> None:
     assert (check.count, check.longest_ns) == (6, LOOK_NS * 3 // 4)
 
 
+def test_what_is_no_value_is_called_what_it_is() -> None:
+    check, layout = ValueCheck(), ImuLayout(2)
+    data = np.zeros(2, IMU_DTYPE)
+    for accel, gyro, said in (
+        (np.nan, np.nan, "NaN"),
+        (np.inf, [-np.inf, np.inf, np.inf], "infinities"),
+        (np.inf, np.nan, "NaN or infinities"),  # it has no gyroscope
+        (np.inf, [np.nan, np.nan, 1.0], ""),
+    ):
+        data["accel"], data["gyro"] = accel, gyro
+        assert in_place_of_values(hollow(layout, data)) == said
+        check.look(layout, data, 0)
+    assert (check.count, in_place_of_values(check.held)) == (3, "NaN or infinities")
+    assert no_value("NaN") == "NaN, which is no value"
+    assert no_value("infinities") == "infinities, which are no values"
+
+
 @pytest.mark.parametrize("gyro", [np.nan, 1.0])
 def test_a_source_says_how_much_of_it_is_no_value(gyro: float) -> None:
     def numb(context: Any) -> Reading:
@@ -246,6 +265,7 @@ def test_a_source_says_how_much_of_it_is_no_value(gyro: float) -> None:
     report = said[-1].sources["imu"]
     assert len(sender.messages) == report.published == 5
     assert (report.unmeasured, report.unmeasured_ns) == ((5, 80 * MS) if np.isnan(gyro) else (0, 0))
+    assert report.unmeasured_as == "NaN"
 
 
 def test_played_streams_say_how_much_of_them_is_no_value() -> None:

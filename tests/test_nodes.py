@@ -17,7 +17,7 @@ from nodes.replay import Replay, _in_order, moved_header
 from pipeline.align import AlignSpec, Latest, Manifest, Resample, Step, StreamManifest, StreamSpec
 from pipeline.clock import ManualClock, Origin
 from pipeline.errors import RecordingError
-from pipeline.life import FROM_ELSEWHERE, Life, Mark, NodeSpec, Order, last_sent
+from pipeline.life import FROM_ELSEWHERE, Life, Mark, NodeSpec, Order, Report, last_sent
 from pipeline.messages import IMU_DTYPE, FrameLayout, Header, ImuLayout, Message, SweepLayout, TextLayout
 from pipeline.prediction import Prediction
 from pipeline.receiving import drain
@@ -34,6 +34,7 @@ from pipeline.recording import (
 from pipeline.steps import GAP, STEP, Gap, decode_step, encode_step
 from pipeline.summary import lacking, not_whole
 from pipeline.transport import Lossless, MemoryBus, Publisher, RingSpec
+from tests.full_disk import Disk
 from tests.rigs import short_folder
 from tests.tiny_bundle import GRID, SWEEP, grid, sweep, write_bundle
 
@@ -422,6 +423,14 @@ def recorder(folder: Path, bus: MemoryBus, **more: Any) -> Record:
     return node
 
 
+def reported(node: Record) -> Report:
+    """What a node says of itself."""
+    said: list[Report] = []
+    node.life.report = said.append  # type: ignore[method-assign]
+    node._report()
+    return said[0]
+
+
 def test_what_is_lost_is_named_and_the_recording_says_that_it_is_incomplete(tmp_path: Path) -> None:
     bus = MemoryBus()
     publisher = bus.publisher("text", ["text"])
@@ -484,6 +493,76 @@ def test_a_recorder_whose_disk_is_too_slow_names_what_did_not_fit(tmp_path: Path
     assert (said.path, said.asked) == (str(tmp_path / "out.mcap"), "")
     assert (said.messages, said.lost) == ({"text": 3}, {"text": {gaps[0]["cause"]: 7}})
     assert said.lost_beats == 1
+
+
+def test_a_ring_whose_disk_is_full_for_a_while_goes_on_and_says_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, disk = MemoryBus(), Disk(monkeypatch)
+    publisher, align = bus.publisher("text", ["text"]), bus.publisher("align")
+    ring = {"path": str(tmp_path / "ring"), "limit_bytes": 4_000_000, "segment_ns": 60_000 * MS}
+    node = recorder(tmp_path, bus, topics={"align": [GAP, STEP]}, **ring)
+    assert isinstance(node.clock, ManualClock)
+
+    def come(numbers: range) -> None:
+        for k in numbers:
+            publisher.publish(text(k, k * 100 * MS))
+            manifest = Manifest(step=k + 1, start_ns=0, end_ns=k, cause="proven", emitted_ns=0, digest="", streams={})
+            align.publish_parts(STEP, encode_step(Step(manifest, {}, {}), 0)[1:])
+            node.turn(1000)
+            node.clock.advance(100 * MS)
+
+    come(range(30))
+    written = threading.Event()
+    node.queue.put(1, written.set)
+    written.wait()
+    disk.free = 0
+    come(range(30, 50))
+    written.clear()
+    node.queue.put(1, written.set)
+    written.wait()
+    [warning] = reported(node).warnings
+    assert "and nothing is recorded from 2." in warning
+    disk.free = 1 << 30
+    come(range(50, 70))
+    node.finish()
+    said, warnings = node._recording(), reported(node).warnings
+    assert warnings[0] == warning
+    assert "no room was left on the disk; since then it is, in " in warnings[1]
+    lost = said.lost["text"]["no room was left on the disk"]
+    assert said.messages == {"text": 70 - lost}
+    assert said.no_room is not None
+    assert 20 < said.no_room.windows < 45
+    segments = sorted((tmp_path / "ring").glob("*.mcap"))
+    with RecordingReader(segments[1]) as reader:
+        seqs = [m.header.seq for m, _ in reader.messages()]
+        steps = [msgspec.json.decode(data, type=Manifest).step for data, _, _ in reader.json(MANIFEST_TOPIC)]
+        gaps = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert reader.info.note.startswith("nothing was recorded from 2.")
+        assert f"; {lost} messages could not be recorded; {said.no_room.windows} windows could not" in reader.info.note
+    assert (seqs[-1], steps[-1]) == (69, 70)
+    windows = [(gap["from"], gap["to"]) for gap in gaps if "stream" not in gap]
+    assert windows == [(steps[0] - said.no_room.windows, steps[0] - 1)]
+    whole = not_whole([said])
+    assert whole.startswith("the recording is not whole: no room was left on the disk, and nothing is recorded from 2.")
+    assert f"; it lacks {lost} of 70 messages of text, {said.no_room.windows} windows; `sensorium info`" in whole
+    assert whole.endswith("Make room on the disk, or lower the ring's `limit_mb`")
+    assert "too slow" not in whole
+    assert f"it lacks {said.no_room.windows} windows: no room was left on the disk" in lacking([said])
+
+
+def test_a_session_that_ends_while_its_disk_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, disk = MemoryBus(), Disk(monkeypatch)
+    publisher = bus.publisher("text", ["text"])
+    node = recorder(tmp_path, bus, path=str(tmp_path / "ring"), limit_bytes=4_000_000, segment_ns=60_000 * MS)
+    publisher.publish(text(0, 0))
+    node.turn(1000)
+    disk.free = 0
+    node.finish()
+    said = node._recording()
+    assert said.lost == {"text": {"no room was left on the disk": 1}}
+    assert "nothing is recorded from 0.0 s to the end of the session; it lacks 1 of 1 messages" in not_whole([said])
+    assert "until there is room" not in reported(node).note  # it is over
 
 
 def test_manifests_labels_and_gaps_between_steps_are_recorded(tmp_path: Path) -> None:

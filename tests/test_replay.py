@@ -275,26 +275,36 @@ def test_a_bundle_on_a_recording_that_has_less_and_more(bundle: Any, tmp_path: P
     assert {p.streams["imu"].contribution for p in predictions} == {0.0}
 
 
-def numb(one: Message) -> Message:
-    """The same, of an IMU whose every value is NaN."""
+def numb(one: Message, accel: float, gyro: float) -> Message:
+    """The same, of an IMU whose values are these."""
     samples = array(one).copy()
-    samples["accel"], samples["gyro"] = np.nan, np.nan
+    samples["accel"], samples["gyro"] = accel, gyro
     return Message(one.header, samples)
 
 
-def test_a_stream_that_has_no_value_is_told_of(bundle: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("accel", "gyro", "nothing"),
+    [
+        (np.nan, np.nan, "NaN, which is no value"),
+        (np.inf, -np.inf, "infinities, which are no values"),
+        (np.inf, np.nan, "NaN or infinities, which are no values"),
+    ],
+)
+def test_a_stream_that_has_no_value_is_told_of(
+    bundle: Any, tmp_path: Path, accel: float, gyro: float, nothing: str
+) -> None:
     calls = session(2)
     of_imu = [i for i, (_, one) in enumerate(calls) if one.header.stream == "imu" and not one.header.is_beat]
     for values in (0, 1):  # of which the last has a value
-        changed = {i: numb(calls[i][1]) for i in of_imu[: len(of_imu) - values]}
+        changed = {i: numb(calls[i][1], accel, gyro) for i in of_imu[: len(of_imu) - values]}
         path = record(tmp_path / "a.mcap", [(at, changed.get(i, one)) for i, (at, one) in enumerate(calls)])
         notes: list[str] = []
         list(replay_predictions(path, bundle, note=notes.append))
-        said = f"imu has nothing but NaN, which is no value, in all of its {len(of_imu)} messages"
+        said = f"imu has nothing but {nothing}, in all of its {len(of_imu)} messages"
         assert notes == ([] if values else [said])
         shown = io.StringIO()
         console(shown).print(recording_table(summarise(path)))
-        assert ("imu holds nothing but NaN, which is no value" in shown.getvalue()) is not bool(values)
+        assert (f"imu holds nothing but {nothing}" in shown.getvalue()) is not bool(values)
 
 
 def test_messages_of_another_kind_are_told_of(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.bundle import load_bundle
@@ -25,15 +27,26 @@ from pipeline.explain import Session as Recorded
 from pipeline.explain import explain
 from pipeline.launch import Session, check_rig_file
 from pipeline.messages import IMU_DTYPE, ImuLayout, TextLayout
-from pipeline.recording import RecordingReader, Ring, RingWriter, SessionInfo, summarise
+from pipeline.recording import (
+    GAP_TOPIC,
+    LABEL_TOPIC,
+    MANIFEST_TOPIC,
+    PREDICTION_TOPIC,
+    RecordingReader,
+    Ring,
+    RingWriter,
+    SessionInfo,
+    summarise,
+)
 from pipeline.recording.ring import SEGMENTS
 from pipeline.replay import replay_predictions
 from pipeline.verify import verify
+from tests.full_disk import Disk
 from tests.rigs import STREAMS, make_rig, short_folder
 from tests.test_launch import all_ok, running, until
 from tests.test_recording import SESSION, message
 
-MB, NS = 1_000_000, 1_000_000_000
+MB, MS, NS = 1_000_000, 1_000_000, 1_000_000_000
 LIMIT = 32 * MB
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -274,6 +287,123 @@ def test_that_another_recorder_is_at_work_in_a_ring_is_noted(tmp_path: Path) -> 
     assert ["is written to by another recorder now" in note for note in check_rig_file(rig)] == [True]
     writer.close()
     assert check_rig_file(rig) == []
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def said_lost(folder: Path) -> Counter[tuple[str, int]]:
+    """The numbers of messages that the segments' gap records name, and how often."""
+    found: Counter[tuple[str, int]] = Counter()
+    for path in files(folder):
+        with RecordingReader(path) as reader:
+            for data, _, _ in reader.json(GAP_TOPIC) if GAP_TOPIC in reader.topics else ():
+                gap = msgspec.json.decode(data)
+                found.update((gap["stream"], seq) for seq in range(gap["from"], gap["to"] + 1) if "stream" in gap)
+    return found
+
+
+steps = st.tuples(st.sampled_from("ab"), st.integers(1, 150_000), st.integers(0, NS)) | st.integers(0, 800_000)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(steps, max_size=60))
+def test_a_full_disk_costs_what_comes_meanwhile_and_every_message_is_kept_or_said_to_be_lost(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, int] | int]
+) -> None:
+    folder, numbers, at = tmp_path_factory.mktemp("ring"), Counter[str](), 0
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        writer = ring_writer(folder, 16 * MB, segment_ns=10 * NS)
+        for step in steps:
+            if isinstance(step, int):
+                disk.free = step if step < 600_000 else 1 << 40
+                continue
+            stream, size, pause = step
+            at += pause
+            writer.write(message(TextLayout(size), noise(size), stream=stream, seq=numbers[stream], t=at), at)
+            numbers[stream] += 1
+        disk.free = 1 << 40
+        writer.close()
+    assert writer.ring.deleted.segments == 0
+    lost = writer.losses.messages
+    assert kept(folder) + lost == numbers
+    assert writer.messages == (numbers - lost).total()
+    there = set()
+    for path in files(folder):
+        with RecordingReader(path) as reader:
+            there |= {(m.header.stream, m.header.seq) for m, _ in reader.messages()}
+    missing = {(s, seq) for s, count in numbers.items() for seq in range(count)} - there
+    assert said_lost(folder) == Counter(missing)
+    with RecordingReader(files(folder)[-1]) as reader:
+        assert reader.info.complete is (not reader.info.note)
+    facts = [summarise(path) for path in files(folder)]
+    assert bool(missing) is any("nothing was recorded from" in one.get("note", "") for one in facts)
+    assert sum(stream["lost"] for one in facts for stream in one["streams"].values()) <= len(missing)
+    assert [int(path.name.split("-")[1]) for path in files(folder)] == list(range(1, len(files(folder)) + 1))
+
+
+def numbers_in(path: Path) -> dict[str, list[int]]:
+    """The numbers of the messages, windows and predictions in a segment."""
+    with RecordingReader(path) as reader:
+        made = {topic: [msgspec.json.decode(data) for data, _, _ in reader.json(topic)]
+                for topic in (MANIFEST_TOPIC, PREDICTION_TOPIC)}  # fmt: skip
+        return {
+            "a": [m.header.seq for m, _ in reader.messages()],
+            "window": [found["step"] for found in made[MANIFEST_TOPIC]],
+            "prediction": [found["window"]["index"] for found in made[PREDICTION_TOPIC]],
+        }
+
+
+def test_a_ring_goes_on_once_there_is_room_again_and_states_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, writer = Disk(monkeypatch), ring_writer(tmp_path, 4 * MB)
+
+    def write(numbers: range) -> None:
+        for k in numbers:  # every 100 ms; a second is a chunk
+            at_ns = k * NS // 10
+            writer.write(message(TextLayout(9), noise(9), stream="a", seq=k, t=at_ns), at_ns)
+            writer.write_json(MANIFEST_TOPIC, b'{"step":%d}' % k, at_ns)
+            writer.write_json(PREDICTION_TOPIC, b'{"window":{"index":%d}}' % (k - 1), at_ns)
+
+    write(range(30))
+    disk.free = 0
+    write(range(30, 60))
+    assert len(files(tmp_path)) == 1
+    assert writer.note.startswith("nothing is recorded until there is room on the disk; ")
+    assert writer.warnings[-1].startswith(f"no room is left on the disk of {tmp_path}, and nothing is recorded from 2.")
+    assert writer.losses.until_ns is None
+    writer.write_json(LABEL_TOPIC, b'{"label":"calm","start_ns":0,"end_ns":1}', 6 * NS)
+    disk.free = 3 * MB
+    write(range(60, 75))
+    writer.close(complete=False, note="so many could not be recorded")
+    first, second = files(tmp_path)
+    assert f"no room was left on the disk; since then it is, in {second}." in writer.warnings[-1]
+    before, after = numbers_in(first), numbers_in(second)
+    lost = {name: (before[name][-1] + 1, after[name][0] - 1) for name in before}
+    assert all(15 < start < 30 < 55 < end < 75 for start, end in lost.values())
+    with RecordingReader(second) as reader:
+        gaps = [msgspec.json.decode(data) for data, _, _ in reader.json(GAP_TOPIC)]
+        assert reader.info.since == {"a": (0, lost["a"][0])}
+        said, other = reader.info.note.split("; ")
+        assert re.fullmatch(r"nothing was recorded from 2\.\d s to [67]\.\d s of the session: .* on the disk", said)
+        assert other == "so many could not be recorded"
+        assert [label.label for label in reader.labels()] == ["calm"]
+    assert {gap.get("stream", gap.get("of", "window")): (gap["from"], gap["to"]) for gap in gaps} == lost
+    counts = {name: end - start + 1 for name, (start, end) in lost.items()}
+    assert summarise(second)["streams"]["a"]["lost"] == writer.losses.messages["a"] == counts["a"]
+    assert (writer.losses.windows, writer.losses.predictions) == (counts["window"], counts["prediction"])
+    assert writer.messages == 75 - counts["a"]
+
+
+def test_what_grows_beyond_what_is_allowed_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    writer = ring_writer(tmp_path, 4 * MB)
+    disk.free, disk.error = 0, errno.EFBIG
+    with pytest.raises(RecordingError, match="cannot be written any further"):
+        writer.write(message(TextLayout(100_000), noise(100_000), stream="a"), 0)
+    writer.ring.close()
 
 
 # -- whole sessions ----------------------------------------------------------------------------------------------------

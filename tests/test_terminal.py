@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,17 +19,20 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
+from pipeline.clock import Clock, ManualClock, SystemClock
 from pipeline.curves import Bars, curves, score_table
 from pipeline.errors import plain
 from pipeline.launch import Event, NodeStatus, Status, StreamStatus
 from pipeline.life import ON_THE_WAY, QUEUE_FULL, UNMEASURED_NS, RecordReport
 from pipeline.reports import closing, recording_table, verification_text
 from pipeline.sheet import Sheet, bar, numbers, size
-from pipeline.show import Show, print_summary
+from pipeline.show import GRACE_NS, Show, print_summary
 from pipeline.summary import Summary, not_whole
 from pipeline.terminal import Lines, Screen, console, duration, latency, screen
 from pipeline.verify import Difference, Verification
 from tests.test_summary import prediction
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def text(renderable: RenderableType) -> str:
@@ -480,6 +487,8 @@ def test_without_a_model_the_summary_counts_what_every_stream_gave() -> None:
     seen.streams["camera"].unmeasured_ns = UNMEASURED_NS
     shown = text(summed_up(seen))
     assert "warning: camera gave at least 11 of 12 messages without a value: all are NaN\n" in shown
+    seen.streams["camera"].unmeasured_as = "infinities"
+    assert "11 of 12 messages without a value: all are infinities\n" in text(summed_up(seen))
     seen.streams["imu"].note, seen.nodes["imu"].restarts, seen.nodes["imu"].trouble = "", 0, "no packet came"
     assert "warning: imu gave no message: no packet came\n" in text(summed_up(seen))  # what it said before the end
     ill = {"state": "failed", "trouble": "it has no driver", "warnings": ["a stranger knocked."]}
@@ -513,22 +522,25 @@ def test_another_file_of_that_name_is_said_at_the_end_too() -> None:
 
 
 def test_the_last_screen_keeps_the_rates_that_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: list[float] = []
-    monkeypatch.setattr(Lines, "refresh", lambda self, status: rates.append(status.streams["camera"].rate_hz))
+    shown: list[Status] = []
+    monkeypatch.setattr(Lines, "refresh", lambda self, status: shown.append(status))
     now = status()
-    session = SimpleNamespace(rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", status=lambda: now)
+    session = shown_session(now)
     with Show(session, json=True) as show:
         show.tick(session)
         now.nodes["camera"] = msgspec.structs.replace(now.nodes["camera"], state="stopped")
         now.streams["camera"].rate_hz = 3.0
         show.tick(session)
-    assert rates == [29.97, 3.0, 29.97]
-    assert "30.0/s" in text(screen("demo", now, None, Summary()))
+    assert [seen.streams["camera"].rate_hz for seen in shown] == [29.97, 3.0, 29.97]
+    assert "30.0/s" in text(screen("demo", shown[-1], None, Summary()))
 
 
-def shown_session() -> SimpleNamespace:
-    now = status()
-    return SimpleNamespace(rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", status=lambda: now)
+def shown_session(now: Status | None = None, clock: Clock | None = None) -> SimpleNamespace:
+    now = now or status()
+    return SimpleNamespace(
+        rig=SimpleNamespace(bundle=None, name="demo"), id="s", predictions="", clock=clock or SystemClock(),
+        status=lambda: deepcopy(now),
+    )  # fmt: skip
 
 
 def test_a_terminal_that_takes_nothing_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +558,75 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody(monkeypatch: pytest.Monke
         assert told == []
         taken.set()
     assert told == happened
+
+
+def test_who_reads_and_takes_nothing_is_waited_for_at_the_end_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, happened = threading.Event(), Event(t_ns=1, node="imu", kind="died", text="it died")
+
+    def take(self: Lines, event: Event) -> None:
+        stopped.wait()
+
+    monkeypatch.setattr(Lines, "event", take)
+    clock, session = ManualClock(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(happened)
+        for _ in range(100):
+            show.tick(session)
+        session.clock = clock
+    assert clock.now_ns() == 2 * GRACE_NS  # once for who reads, and once for who was freed and does not come to an end
+    assert show._jobs.qsize() < 10
+    stopped.set()
+    show._teller.join()
+
+
+def test_who_takes_something_is_waited_for_as_long_as_he_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    more, told = threading.Semaphore(0), list[Event]()
+
+    class Slow(ManualClock):
+        def wait_until(self, t_ns: int, stop: threading.Event | None = None) -> bool:
+            before = show._shown
+            more.release()
+            while show._shown == before and stop is not None and not stop.is_set():
+                pass  # until it is taken
+            return super().wait_until(t_ns, stop)
+
+    def take(self: Lines, event: Event) -> None:
+        more.acquire()
+        told.append(event)
+
+    monkeypatch.setattr(Lines, "event", take)
+    happened, session = [Event(t_ns=n, node="imu", kind="died", text=str(n)) for n in range(5)], shown_session()
+    with Show(session, json=True) as show:
+        for event in happened:
+            show.event(event)
+        session.clock = Slow()
+    assert told == happened
+
+
+def test_what_a_stopped_reader_does_not_take_is_thrown_away_and_who_waits_is_freed(tmp_path: Path) -> None:
+    """In a process of its own, whose standard output is a pipe that is full."""
+    ours, theirs = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", FULL], stdout=theirs, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        os.close(theirs)
+        assert process.stderr is not None
+        assert process.stderr.read() == b"[1]\nfreed\n"
+        assert process.wait() == 0
+    os.close(ours)
+
+
+FULL = """
+import os, select, sys, threading
+from pipeline.outside import discard_untaken, untaken
+writing = threading.Thread(target=lambda: [os.write(1, bytes(100_000)) for _ in range(10)], daemon=True)
+assert untaken() == []
+writing.start()
+while not untaken():
+    pass
+print(untaken(), file=sys.stderr)
+discard_untaken(untaken(), [writing])
+writing.join()
+print("freed", file=sys.stderr)
+"""
 
 
 def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,6 +232,66 @@ def test_a_file_that_goes_away_is_an_error_and_nothing_is_missed_when_it_returns
     source.close()
 
 
+def test_the_last_line_of_a_file_that_is_removed_needs_no_end(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, context = opened(file=str(path))
+    append(path, b"one\nno end")
+    assert lines(read(source, 1)) == ["one"]
+    path.unlink()
+    assert lines(read(source, 1)) == ["no end"]
+    with pytest.raises(SensorError, match="any more"):
+        read(source, 1)
+    source.close()
+    path.write_text("two\n")
+    source.open()
+    assert lines(read(source, 1)) == ["two"]
+    assert context.counted == {}
+    source.close()
+
+
+def test_what_was_added_just_before_a_file_is_removed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, _ = opened(file=str(path))
+    stat = os.stat
+
+    def remove(asked: Any) -> os.stat_result:  # between two looks of the source
+        monkeypatch.setattr(os, "stat", stat)
+        append(path, b"last\nno end")
+        path.unlink()
+        return stat(asked)
+
+    monkeypatch.setattr(os, "stat", remove)
+    assert lines(read(source, 2)) == ["last", "no end"]
+    source.close()
+
+
+@pytest.mark.parametrize("call", ["pread", "stat"])
+def test_a_file_that_cannot_be_read_for_a_while_is_gone_on_with_at_the_beginning_of_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("")
+    source, context = opened(file=str(path))
+    append(path, b"one\nhalf ")
+    assert lines(read(source, 1)) == ["one"]
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(SensorError, match="any more"):
+            read(source, 1)
+    source.close()
+    append(path, b"a line\n")
+    source.open()
+    assert lines(read(source, 1)) == ["half a line"]
+    assert context.counted == {}
+    source.close()
+
+
 # -- HTTP ------------------------------------------------------------------------------------------------------------
 
 

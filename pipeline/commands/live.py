@@ -85,7 +85,7 @@ def _run(
 ) -> None:
     from pipeline.launch import Session
     from pipeline.plan import taken
-    from pipeline.show import Show, print_summary
+    from pipeline.show import GRACE_NS, Show, print_summary
     from pipeline.terminal import console
 
     shows: list[Show] = []  # the session tells what happens to whoever shows it, who needs the session first
@@ -100,7 +100,10 @@ def _run(
     finally:
         status = session.status()
         if session.failure is None or any(stream.total for stream in status.streams.values()):
-            print_summary(shows[0].summary, json, status)
+            shows[0].last(lambda: print_summary(shows[0].summary, json, status))
+        if shows[0].left_out:
+            left = f"{shows[0].left_out} predictions at its end are left out"
+            shows[0].last(lambda: say(f"whoever reads the predictions took none for {GRACE_NS / 1e9:.0f} s; {left}"))
 
 
 def subscribe(

@@ -9,6 +9,7 @@ Topics: a stream's messages under its own name, all beats under ``/beat``, JSON 
 ``/prediction``, ``/label``, ``/log``, ``/gap`` and whatever else begins with a slash.
 """
 
+from pipeline.recording.losses import NO_ROOM, Losses
 from pipeline.recording.reader import RecordingReader, reading
 from pipeline.recording.ring import Ring, RingWriter, deleted_text, message_limit, ring_notes
 from pipeline.recording.schemas import BEAT_TOPIC, GAP_TOPIC, LABEL_TOPIC, LOG_TOPIC, MANIFEST_TOPIC, PREDICTION_TOPIC
@@ -30,10 +31,12 @@ __all__ = [
     "LABEL_TOPIC",
     "LOG_TOPIC",
     "MANIFEST_TOPIC",
+    "NO_ROOM",
     "PREDICTION_TOPIC",
     "Compression",
     "Deleted",
     "Label",
+    "Losses",
     "LostMessages",
     "RecordingReader",
     "RecordingWriter",

@@ -5,9 +5,10 @@
 
 Each segment is a recording of its own, with the rig, and with where its session's streams stood when it began
 (``SessionInfo.since``). It is closed before the next one begins, so that a killed recorder leaves one segment without
-its end, readable up to its last chunk. Room for a whole segment is made before it begins; its beginning says what the
-ring has deleted by then, so that the count outlives every process. A file that does not say at its beginning that it
-is this ring's segment of that number is not the ring's: it is neither counted nor touched, whatever its name.
+its end, readable up to its last chunk; so does a full disk, and the segment that begins once there is room again says
+what was lost in between. Room for a whole segment is made before it begins; its beginning says what the ring has
+deleted by then, so that the count outlives every process. A file that does not say at its beginning that it is this
+ring's segment of that number is not the ring's: it is neither counted nor touched, whatever its name.
 """
 
 from __future__ import annotations
@@ -25,15 +26,28 @@ from pathlib import Path
 import msgspec
 
 from pipeline.errors import RecordingError
-from pipeline.messages import Message
+from pipeline.messages import Header, Message
+from pipeline.recording.losses import Item, Json, Losses
 from pipeline.recording.reader import RecordingReader, ring_part
 from pipeline.recording.schemas import encode
-from pipeline.recording.writer import Compression, Deleted, RecordingWriter, RingPart, SessionInfo, Standing
+from pipeline.recording.writer import (
+    Compression,
+    Deleted,
+    NoRoomError,
+    RecordingWriter,
+    RingPart,
+    SessionInfo,
+    Standing,
+)
 
 SEGMENTS = 8
 """A segment takes at most this part of the limit, so that what is deleted at once is little of what there is."""
 _NAME = re.compile(r"segment-(\d{6,})-\d{8}T\d{6}Z\.mcap", re.ASCII)
 _CHUNK_BYTES = 1 << 20
+RETRY_NS = 1_000_000_000
+"""How often it is looked whether a full disk has room again (session time)."""
+ROOM_BYTES = 64 << 20
+"""So much room, or a segment's, is waited for: with less the disk would soon be full again."""
 _NAMED = 8
 """Missing segments that are named, at most."""
 
@@ -65,7 +79,7 @@ def ring_notes(folder: Path, limit_bytes: int) -> list[str]:
     return [
         *busy,
         f"the ring {folder} may grow to {limit_bytes / 1e6:.0f} MB, but its disk has room for "
-        f"{(held + free) / 1e6:.0f} MB; when the disk is full, recording ends. Lower `limit_mb`, or make room.",
+        f"{(held + free) / 1e6:.0f} MB; while the disk is full, nothing is recorded. Lower `limit_mb`, or make room.",
     ]
 
 
@@ -148,17 +162,29 @@ class Ring:
             if kept > room:
                 doomed.append(old)
                 kept -= self._sizes[old][1]
-        self.deleted = self._with(doomed)
+        deleted = self._with(doomed)
         oldest = min((n for n in self._sizes if n not in doomed), default=number)
         began = datetime.fromtimestamp((session.unix_ns + now_ns) / 1e9, tz=UTC)
         info = msgspec.structs.replace(
-            session, since=since, ring=RingPart(segment=number, oldest=oldest, deleted=self.deleted)
+            session, since=since, ring=RingPart(segment=number, oldest=oldest, deleted=deleted)
         )
         path = self.folder / f"segment-{number:06}-{began:%Y%m%dT%H%M%SZ}.mcap"
-        writer = RecordingWriter(path, info, compression, min(_CHUNK_BYTES, segment_limit(self.limit_bytes) // 8))
+        try:
+            writer = RecordingWriter(path, info, compression, min(_CHUNK_BYTES, segment_limit(self.limit_bytes) // 8))
+        except NoRoomError:
+            with suppress(OSError):
+                path.unlink()  # what there is of it is no segment
+            raise
         self._next += 1
+        self.deleted = deleted
         self._unlink(doomed)  # only now: the count of what is gone lies in the file that has just begun
         return writer
+
+    def has_room(self) -> bool:
+        """Whether the disk has room to go on with."""
+        disk = os.fstatvfs(self._lock)
+        enough = disk.f_bavail * disk.f_frsize >= min(ROOM_BYTES, segment_limit(self.limit_bytes))
+        return enough and not (disk.f_files and disk.f_favail <= 0)
 
     def _look(self) -> None:
         """Takes note of segments that somebody else has deleted: they are not the ring's to count."""
@@ -204,6 +230,9 @@ class Ring:
 class RingWriter:
     """Writes a session into a ring, as ``RecordingWriter`` writes it into a file. Not thread-safe.
 
+    A full disk does not end it: what comes meanwhile is lost and counted (``losses``). It is looked for room once a
+    second of arrival, and where there is some the next segment begins, with records of what was lost before it.
+
     ``account`` gives, each time that a segment ends, what has been lost since the last time, in words.
     ``known`` says where the streams stand at the beginning, as ``SessionInfo.since``.
     """
@@ -219,36 +248,45 @@ class RingWriter:
         account: Callable[[], list[str]] = list,
     ) -> None:
         self.ring, self.session = ring, session
+        self.losses = Losses()
+        self.messages = 0
+        """Messages written so far, in all segments, beats and JSON objects not counted."""
+        self.warnings: list[str] = []
+        """That there is no room, or that there is some again: what happened last."""
         self._segment_ns, self._compression, self._account = segment_ns, compression, account
         self._next: Standing = dict(session.since or {})
-        self._closed_messages = self._closed_bytes = self._segments = 0
+        self._safe = dict(self._next)
+        """``_next`` when something last reached the operating system."""
+        self._pending: list[Item] = []
+        """What was written since."""
+        self._notes: list[str] = []
+        """What the next segment that is closed has to say of what was lost."""
+        self._closed_bytes = self._segments = self._chunks = 0
         self._closed_safe_ns: int | None = None
+        self._full = False
+        """Whether there is no room, and so no segment."""
+        self._newest_ns = self._asked_ns = now_ns
         self._begin(session.since, now_ns)
 
-    def _begin(self, since: Standing | None, now_ns: int) -> None:
-        self._segment = self.ring.open(self.session, since, now_ns, self._compression)
+    def _begin(self, since: Standing | None, now_ns: int) -> RecordingWriter:
+        segment = self.ring.open(self.session, since, now_ns, self._compression)
+        self._segment: RecordingWriter | None = segment
+        self.path = segment.path
+        """The segment that is being written, or was last."""
         self._segments += 1
-        self._began_ns = now_ns
-
-    @property
-    def path(self) -> Path:
-        """The segment that is being written."""
-        return self._segment.path
-
-    @property
-    def messages(self) -> int:
-        """Messages written so far, in all segments, beats and JSON objects not counted."""
-        return self._closed_messages + self._segment.messages
+        self._began_ns, self._chunks = now_ns, 0
+        return segment
 
     @property
     def bytes_written(self) -> int:
         """Bytes written so far, in all segments."""
-        return self._closed_bytes + self._segment.bytes_written
+        return self._closed_bytes + (0 if self._segment is None else self._segment.bytes_written)
 
     @property
     def safe_ns(self) -> int | None:
         """The newest arrival in what the operating system has; None before there is any."""
-        return self._closed_safe_ns if self._segment.safe_ns is None else self._segment.safe_ns
+        now = None if self._segment is None else self._segment.safe_ns
+        return self._closed_safe_ns if now is None else now
 
     @property
     def note(self) -> str:
@@ -258,6 +296,8 @@ class RingWriter:
         said = [str(self.path)]
         if before:
             said[0] += f", and the {before} segments before it" if before > 1 else ", and the segment before it"
+        if self._full:
+            said.insert(0, "nothing is recorded until there is room on the disk")
         if deleted.segments:
             said.append(f"the ring has deleted {deleted_text(deleted)}")
         if missing:
@@ -272,41 +312,155 @@ class RingWriter:
 
     def write(self, message: Message, arrival_ns: int) -> None:
         """Records one message or beat. Raises as ``RecordingWriter.write``; ValueError for what is too large."""
-        header = message.header
-        data = encode(message, self.session.unix_ns)
-        self._make_room(len(data), arrival_ns)
-        self._segment.write_encoded(message, data, arrival_ns)
-        stands = (header.epoch, header.seq + (not header.is_beat))
-        self._next[header.stream] = max(self._next.get(header.stream) or stands, stands)
+        if self._goes_on(arrival_ns):
+            data = encode(message, self.session.unix_ns)
+            self._put(message.header, len(data), arrival_ns, lambda to: to.write_encoded(message, data, arrival_ns))
+        else:
+            self._lose(message.header)
 
     def write_json(self, topic: str, data: bytes, log_ns: int, publish_ns: int | None = None) -> None:
         """Records one JSON object."""
-        self._make_room(len(data), log_ns)
-        self._segment.write_json(topic, data, log_ns, publish_ns)
+        item = Json(topic, data, log_ns, publish_ns)
+        if self._goes_on(log_ns):
+            self._put(item, len(data), log_ns, lambda to: to.write_json(*item))
+        else:
+            self._lose(item)
 
     def close(self, complete: bool = True, note: str = "") -> None:
         """Ends the last segment and lets go of the ring. ``complete`` and ``note`` are about that segment."""
         try:
-            self._segment.close(complete, note)
+            if self._full:
+                self._look_for_room(self._newest_ns)
+            if self._segment is not None:
+                notes = [*self._notes, *([note] if note and note not in self._notes else [])]
+                try:
+                    self._segment.close(complete and not self._notes, "; ".join(notes))
+                except NoRoomError as error:
+                    self._suspend(error)
+                else:
+                    self._left()
         finally:
             self.ring.close()
+            self._full = False
 
-    def _make_room(self, size: int, now_ns: int) -> None:
+    def _put(self, item: Item, size: int, now_ns: int, write: Callable[[RecordingWriter], None]) -> None:
+        """Writes what has ``size`` bytes, or loses it where there is no room."""
+        try:
+            to = self._with_room(size, now_ns)
+        except NoRoomError as error:
+            self._suspend(error)
+            self._lose(item)
+            return
+        failed = None
+        try:
+            write(to)
+        except NoRoomError as error:
+            failed = error
+        self._pending.append(item)
+        self._stand(item)
+        self.messages += _is_message(item)
+        if failed is not None:
+            self._suspend(failed)
+        elif to.chunks != self._chunks:
+            self._reached(to)
+
+    def _stand(self, item: Item) -> None:
+        """Takes note of how far a stream has come, be it recorded or lost."""
+        if isinstance(item, Header):
+            stands = (item.epoch, item.seq + (not item.is_beat))
+            self._next[item.stream] = max(self._next.get(item.stream) or stands, stands)
+
+    def _reached(self, segment: RecordingWriter) -> None:
+        """All until now has reached the operating system."""
+        self._chunks, self._safe = segment.chunks, dict(self._next)
+        self._pending.clear()
+
+    def _with_room(self, size: int, now_ns: int) -> RecordingWriter:
+        """The segment for something of this size."""
+        assert self._segment is not None
         limit = segment_limit(self.ring.limit_bytes)
         if size > message_limit(self.ring.limit_bytes):
             raise ValueError(f"it has {size} bytes, more than a ring of {self.ring.limit_bytes} bytes takes at once")
         if now_ns - self._began_ns >= self._segment_ns or self._segment.size_with(size) > limit:
-            self._cut(now_ns)
+            return self._cut(self._segment, now_ns)
+        return self._segment
 
-    def _cut(self, now_ns: int) -> None:
+    def _cut(self, segment: RecordingWriter, now_ns: int) -> RecordingWriter:
         """Ends a segment and begins the next."""
-        notes = self._account()
-        self._segment.close(complete=not notes, note="; ".join(notes))
+        self._notes += [note for note in self._account() if note not in self._notes]
+        segment.close(complete=not self._notes, note="; ".join(self._notes))
+        self._notes.clear()
+        self._reached(segment)
+        self._left()
+        return self._begin(dict(self._next), now_ns)
+
+    def _left(self) -> None:
+        """The segment is not written to any more."""
+        assert self._segment is not None
         self._closed_safe_ns = self.safe_ns
-        self._closed_messages += self._segment.messages
         self._closed_bytes += self._segment.bytes_written
         self.ring.closed(self._segment)
-        self._begin(dict(self._next), now_ns)
+        self._segment = None
+
+    # -- a full disk -------------------------------------------------------------------------------------------------
+
+    def _lose(self, item: Item) -> None:
+        self._stand(item)
+        self.losses.take(item)
+
+    def _suspend(self, error: NoRoomError) -> None:
+        """There is no room any more: what has not reached the operating system is lost. Raises an error of another
+        kind: of one that would come again in the next segment."""
+        if not error.full:
+            raise error
+        if self._segment is not None and self._segment.chunks != self._chunks:
+            self._reached(self._segment)
+        since_ns = self._began_ns if self.safe_ns is None else self.safe_ns
+        if self._segment is not None:
+            self._left()
+        self._full = True
+        self.losses.begin(since_ns)
+        for item in self._pending:
+            self.messages -= _is_message(item)
+            self._lose(item)
+        self._pending.clear()
+        self._asked_ns = self._newest_ns
+        self._warn(
+            f"no room is left on the disk of {self.ring.folder}, and nothing is recorded from "
+            f"{since_ns / 1e9:.1f} s of the session on until there is some again."
+        )
+
+    def _goes_on(self, now_ns: int) -> bool:
+        """Whether there is a segment to write to."""
+        self._newest_ns = max(self._newest_ns, now_ns)
+        if self._full and self._newest_ns - self._asked_ns >= RETRY_NS:
+            self._look_for_room(self._newest_ns)
+        return not self._full
+
+    def _look_for_room(self, now_ns: int) -> None:
+        """Begins the next segment if there is room, with what was lost before it."""
+        self._asked_ns = now_ns
+        if not self.ring.has_room():
+            return
+        try:
+            self._begin(dict(self._safe), now_ns)
+        except NoRoomError as error:
+            if not error.full:
+                raise
+            return
+        self._full = False
+        text, stated = self.losses.end(now_ns)
+        self._notes.append(text)
+        self._warn(f"{text}; since then it is, in {self.path}.")
+        for item in stated:
+            self.write_json(*item)
+
+    def _warn(self, text: str) -> None:
+        self.warnings = [*self.warnings[-1:], text]
+
+
+def _is_message(item: Item) -> bool:
+    return isinstance(item, Header) and not item.is_beat
 
 
 def deleted_text(deleted: Deleted) -> str:

@@ -245,19 +245,21 @@ def _sample_times(message: Message) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 class _Moments:
-    """Mean and standard deviation of columns, and the mean length of rows, batch by batch; NaN left out."""
+    """Mean and standard deviation of columns, and the mean length of rows, batch by batch; NaN and infinities left
+    out, of which the latter are counted."""
 
     def __init__(self, columns: int) -> None:
         self._count = np.zeros(columns)
         self._mean = np.zeros(columns)
         self._square = np.zeros(columns)
-        self._norms = 0
+        self._norms = self._infinite = 0
         self._norm_sum = 0.0
 
     def add(self, rows: np.ndarray[Any, Any]) -> None:
         """Chan's pairwise update: exact where sums of squares would cancel."""
         values = rows.astype(np.float64)
         known = np.isfinite(values)
+        self._infinite += int(np.isinf(values).sum())
         count = known.sum(axis=0)
         mean = np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1)
         total = self._count + count
@@ -273,10 +275,12 @@ class _Moments:
     def result(self) -> dict[str, Any]:
         known = self._count > 0
         deviation = np.sqrt(self._square / np.maximum(self._count, 1))
+        infinite = {"infinite": self._infinite} if self._infinite else {}
         return {
             "mean": [_plain(value, there) for value, there in zip(self._mean, known, strict=True)],
             "sd": [_plain(value, there) for value, there in zip(deviation, known, strict=True)],
             "mean_norm": self._norm_sum / self._norms if self._norms else None,
+            **infinite,
         }
 
 

@@ -9,6 +9,7 @@ so that readers can tell it from one whose writer was killed; they need no lock 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -50,15 +51,15 @@ Standing = dict[str, tuple[int, int] | None]
 
 
 class NoRoomError(RecordingError):
-    """A disk that takes nothing more, and ``why``."""
+    """A disk that takes nothing more, and ``why``; ``full``: it may again once somebody has made room."""
 
-    def __init__(self, path: Path | str, size: int, why: str) -> None:
+    def __init__(self, path: Path | str, size: int, why: str, full: bool) -> None:
         super().__init__(
             f"{path} cannot be written any further: {why}. The recording ends here; "
             + (f"the {size} bytes until now stay readable" if size else "nothing of it is kept")
             + ". Make room and start again"
         )
-        self.why = why
+        self.why, self.full = why, full
 
 
 class BusyError(RecordingError):
@@ -160,7 +161,7 @@ class RecordingWriter:
         self.messages = 0
         """Messages written so far, beats and JSON objects not counted."""
         self._chunk_bytes, self._chunk_ns = chunk_bytes, chunk_ns
-        self._pending_bytes = self._pending_messages = self._chunks = 0
+        self._pending_bytes = self._pending_messages = self._chunks = self._safe_bytes = 0
         self._pending_since: int | None = None
         self._newest_ns = 0
         self.safe_ns: int | None = None
@@ -180,6 +181,7 @@ class RecordingWriter:
         try:
             self._writer.start(profile="", library="sensorium")
             self._write_session(session)
+            self._safe_bytes = self._output.size
         except BaseException:
             self._output.close()  # else it is locked as long as this process lives
             raise
@@ -188,6 +190,11 @@ class RecordingWriter:
     def bytes_written(self) -> int:
         """Bytes in the file so far."""
         return self._output.size
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the operating system has; the last may lack its index, for which there was no room."""
+        return self._chunks + (self._output.size > self._safe_bytes)
 
     def size_with(self, size: int) -> int:
         """No less than what the file has in the end if a message of ``size`` bytes is the last that is written."""
@@ -267,6 +274,7 @@ class RecordingWriter:
             self._writer.flush()
             self._pending_bytes, self._pending_messages, self._pending_since = 0, 0, None
             self._chunks += 1
+            self._safe_bytes = self._output.size
             self.safe_ns = self._newest_ns
 
     def close(self, complete: bool = True, note: str = "") -> None:
@@ -402,7 +410,8 @@ class _Output:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             self.close()
-            raise NoRoomError(self._path, self.size, str(error.strerror)) from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise NoRoomError(self._path, self.size, str(error.strerror), full) from None
         self.size += len(data)
         return len(data)
 
