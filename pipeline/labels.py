@@ -27,7 +27,7 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
     RecordingError names the session and the time; ConfigError if the sidecar cannot be read."""
     with reading(recording) as reader:
         labels, sidecar = told_labels(reader), reader.path.with_suffix(SIDECAR)
-        where = sidecar if sidecar.is_file() else reader.path
+        where = _sidecar(reader) or reader.path
         if not labels and where == sidecar and (own := len(reader.labels())):
             raise RecordingError(
                 f"{where} has no labels, and hides those that the recording has of its own ({own}). Remove it, or "
@@ -46,8 +46,8 @@ def session_labels(recording: str | Path | RecordingReader, known: Collection[st
 def known_labels(reader: RecordingReader) -> list[Label]:
     """What is known of a session to compare predictions with, as somebody has told it; none where nobody has.
     RecordingError, ConfigError."""
-    sidecar = reader.path.with_suffix(SIDECAR)
-    if not sidecar.is_file():
+    sidecar = _sidecar(reader)
+    if sidecar is None:
         return reader.labels()
     labels = _read(sidecar)
     _check_reach(labels, reader)
@@ -57,8 +57,8 @@ def known_labels(reader: RecordingReader) -> list[Label]:
 def _check_reach(labels: Collection[Label], reader: RecordingReader) -> None:
     """Raises RecordingError for a label of the sidecar for a time that the session does not have: the unit, the zero or
     the file is another one, and then no label of it is where it was meant to be."""
-    sidecar, end_ns = reader.path.with_suffix(SIDECAR), reader.end_ns
-    if not sidecar.is_file():
+    sidecar, end_ns = _sidecar(reader), reader.end_ns
+    if sidecar is None:
         return
     early = next((label for label in labels if label.end_ns <= 0), None)
     if early is not None:
@@ -81,8 +81,20 @@ def _check_reach(labels: Collection[Label], reader: RecordingReader) -> None:
 
 def told_labels(reader: RecordingReader) -> list[Label]:
     """The labels of a session as somebody has told them; none where nobody has. RecordingError, ConfigError."""
+    sidecar = _sidecar(reader)
+    return reader.labels() if sidecar is None else _read(sidecar)
+
+
+def _sidecar(reader: RecordingReader) -> Path | None:
+    """The table of labels beside a recording, None where there is none. ConfigError for what is no file in its place,
+    which somebody has meant to be one."""
     sidecar = reader.path.with_suffix(SIDECAR)
-    return _read(sidecar) if sidecar.is_file() else reader.labels()
+    if os.path.lexists(sidecar) and not sidecar.is_file():
+        raise ConfigError(
+            f"{sidecar} is {_no_table(sidecar)}; a table of labels is a file: a line start_s,end_s,label, then one "
+            "line an interval. Rename or remove it."
+        )
+    return sidecar if sidecar.is_file() else None
 
 
 def _read(sidecar: Path) -> list[Label]:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -500,6 +501,25 @@ def test_what_is_whole_in_a_database_comes_back_as_it_is_said(tmp_path: Path) ->
     subprocess.run(mend, shell=True, cwd=tmp_path / "drive", check=True, capture_output=True)
     _, found = import_(tmp_path / "drive" / "whole.db3")
     assert 50 < len(found["imu"]) < 200
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_a_database_does_not_hold_yet_is_not_passed_over(ros: Any, tmp_path: Path, folder: bool) -> None:
+    path = write_bag(tmp_path, "db3", ros, [("/imu", T0 + i * MS, imu(ros, T0 + i * MS)) for i in range(3)])
+    database = path / "drive.db3"
+    given = path if folder else database
+    _, before = import_(given)
+    recorder = sqlite3.connect(database)
+    recorder.execute("PRAGMA journal_mode=WAL")
+    recorder.execute("PRAGMA wal_autocheckpoint=0")
+    recorder.execute("UPDATE messages SET data = (SELECT data FROM messages WHERE id = 2) WHERE id = 3")
+    recorder.commit()
+    with pytest.raises(RecordingError, match=r"db3-wal holds \d+ bytes .* drive.db3 'PRAGMA wal_checkpoint"):
+        import_(given)
+    recorder.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    recorder.close()
+    _, after = import_(given)
+    assert (len(before["imu"]), len(after["imu"])) == (3, 2)
 
 
 @pytest.mark.parametrize(("kind", "what"), [("bag", "bag of ROS 1"), ("db3", "database, as ROS 2")])

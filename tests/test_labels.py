@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, RecordingError
-from pipeline.labels import checked, look_alike, read_sessions, session_attributes, session_labels
+from pipeline.labels import (
+    checked,
+    known_labels,
+    look_alike,
+    read_sessions,
+    session_attributes,
+    session_labels,
+    told_labels,
+)
 from pipeline.messages import Header, Message
-from pipeline.recording import Label, RecordingWriter, SessionInfo
+from pipeline.recording import Label, RecordingReader, RecordingWriter, SessionInfo
 
 NS = 1_000_000_000
 
@@ -219,6 +227,21 @@ def test_what_is_no_table_in_its_place_is_said(recording: Path) -> None:
             session_attributes(recording)
         unmake()
     assert session_attributes(recording) == {"person": "ada", "day": "1"}
+
+
+def test_what_is_no_table_of_labels_in_its_place_is_said(recording: Path) -> None:
+    sidecar = recording.with_suffix(".labels.csv")
+    sidecar.unlink(missing_ok=True)
+    for make, unmake, what in (
+        (sidecar.mkdir, sidecar.rmdir, "a folder"),
+        (lambda: sidecar.symlink_to("gone.csv"), sidecar.unlink, "a link to what is not there, gone.csv"),
+    ):
+        make()
+        with RecordingReader(recording) as reader:
+            for ask in (session_labels, known_labels, told_labels):
+                with pytest.raises(ConfigError, match=rf"labels.csv is {what}; .* Rename or remove it\.$"):
+                    ask(reader)
+        unmake()
 
 
 def test_a_table_that_nobody_may_read(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:

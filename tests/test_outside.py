@@ -159,10 +159,10 @@ def test_predictions_of_a_replay_are_there_whole_or_not_at_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(place: Path, call: Call) -> None:
-    (place / "link.mcap").symlink_to("away.mcap")
-    (place / "round.mcap").symlink_to("round.mcap")
-    os.mkfifo(place / "pipe.mcap")
+def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "link.mcap").symlink_to("away.mcap")
+    (tmp_path / "round.mcap").symlink_to("round.mcap")
+    os.mkfifo(tmp_path / "pipe.mcap")
     for asked, said in (
         (["info", "link.mcap"], "link.mcap is a link to what is not there, away.mcap; mend it, or name the recording."),
         (["info", "round.mcap"], "round.mcap is a link to what is not there, round.mcap;"),
@@ -173,7 +173,7 @@ def test_what_is_no_file_is_told_so_and_nobody_is_told_to_remove_it(place: Path,
         (["recover", DEMO, "-o", "/dev/full"], "/dev/full is a pipe or a device; name a new file."),
         (["replay", DEMO, "--bundle", f"{ROOT}/models/demo", "-o", "pipe.mcap"], "pipe.mcap is a pipe or a device;"),
     ):
-        code, out, err = call(place, *asked)
+        code, out, err = call(tmp_path, *asked)
         assert (code, out) == (2, ""), err
         assert f"error: {said}" in err
 

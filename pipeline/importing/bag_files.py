@@ -85,6 +85,7 @@ class RosbagsBag(Bag):
         module = rosbags("rosbag1" if self._ros1 else "rosbag2")
         self._damage = (module.ReaderError, *_DAMAGE, *_database_errors())
         _refuse_broken(path, ".db3")  # what such a one lacks may be read as zeros
+        _refuse_unfinished(path)
         try:
             self._reader = module.Reader(path)
             self._reader.open()
@@ -231,6 +232,18 @@ def _refuse_broken(path: Path, *suffixes: str) -> None:
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix in suffixes and (said := broken(file)):
             raise RecordingError(said)
+
+
+def _refuse_unfinished(path: Path) -> None:
+    """Raises RecordingError for a database beside which lies what was not written into it yet: it is opened as one that
+    does not change, and that would be passed over."""
+    for file in sorted(path.glob("*.db3")) if path.is_dir() else [path]:
+        log = file.with_name(f"{file.name}-wal")
+        if file.suffix == ".db3" and log.is_file() and log.stat().st_size:
+            raise RecordingError(
+                f"{log} holds {log.stat().st_size} bytes that are not in {file.name} yet: its recorder still runs, or "
+                f"was killed. End it, or write them in: sqlite3 {typed(file.name)} 'PRAGMA wal_checkpoint(TRUNCATE)'"
+            )
 
 
 def _unreadable(path: Path, error: BaseException) -> RecordingError:
