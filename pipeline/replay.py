@@ -37,6 +37,8 @@ from pipeline.rules import misfit
 from pipeline.stamper import hollow, in_place_of_values, no_value
 
 T = TypeVar("T")
+_MANY, _SHORT_NS = 1_000_000, 100_000
+"""So many steps of a shorter hop than that nobody has meant: no sensor here speaks as often."""
 
 _NOTHING, _END = -(1 << 62), 1 << 62
 _NO_LIMIT = 1 << 40
@@ -81,7 +83,8 @@ def replay_steps(recording: str | Path | Heard, align_spec: AlignSpec) -> Iterat
 
     Streams of the recording that the spec does not name are left out; a stream that the recording lacks never started.
     Steps carry messages with payloads. RecordingError if the file is damaged; ConfigError if it has none of the spec's
-    streams, or if all that it has of one is of another kind (payload, channels) than what the spec takes.
+    streams, if all that it has of one is of another kind (payload, channels) than what the spec takes, or if the hop is
+    so short that another unit was meant.
     """
     if not isinstance(recording, str | Path):
         if isinstance(recording, RecordingReader):
@@ -112,6 +115,11 @@ def _steps(reader: Heard, spec: AlignSpec) -> Iterator[Step]:
     if not present:
         return
     last = foresight.greatest_ns // spec.hop_ns
+    if last > _MANY and spec.hop_ns < _SHORT_NS:
+        raise ConfigError(
+            f"a hop of {spec.hop_ns} ns makes {last:,} steps of {foresight.greatest_ns / 1e9:.6g} s; hops are in "
+            f"nanoseconds, so that {spec.hop_ns} ms would be hop_ns={spec.hop_ns * 1_000_000:_}."
+        )
     for step in _aligned(reader, msgspec.structs.replace(spec, streams=present), foresight):
         # Proof may run ahead of the bounds at the very end: a resampled step needs its grid points, not its whole hop.
         if step.manifest.step > last:

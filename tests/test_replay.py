@@ -32,6 +32,7 @@ from pipeline.replay import (
 from pipeline.reports import recording_table
 from pipeline.terminal import console
 from tests.align_strategies import WELL, Source, arrivals, events, message, rigs
+from tests.conftest import ROOT
 from tests.tiny_bundle import FRAME, GRID, write_bundle
 
 pytestmark = pytest.mark.usefixtures("conserved")
@@ -205,6 +206,13 @@ def test_a_stream_of_another_kind_is_not_passed_over(tmp_path: Path, stream: Str
 
 def test_an_empty_recording_has_no_steps(tmp_path: Path) -> None:
     assert list(replay_steps(record(tmp_path / "a.mcap", []), SPEC)) == []
+
+
+def test_a_hop_in_milliseconds_is_told_instead_of_taking_almost_for_ever() -> None:
+    spec = AlignSpec(hop_ns=100, streams=(StreamSpec(name="imu", payload="imu", rule=Resample(100, 50 * MS)),))
+    with pytest.raises(ConfigError, match=r"a hop of 100 ns makes \d\d\d,.* steps of .* would be hop_ns=100_000_000\."):
+        next(replay_steps(ROOT / "recordings" / "demo.mcap", spec))
+
 
 
 # Pace.
