@@ -214,7 +214,6 @@ def test_a_hop_in_milliseconds_is_told_instead_of_taking_almost_for_ever() -> No
         next(replay_steps(ROOT / "recordings" / "demo.mcap", spec))
 
 
-
 # Pace.
 
 
