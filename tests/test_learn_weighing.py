@@ -194,7 +194,7 @@ def training(**more: Any) -> learn.Config:
 
 
 def test_a_stream_that_was_learnt_by_heart_has_less_to_say(tmp_path: Any) -> None:
-    made = [session(n, n % 2) for n in range(40)]
+    made = [session(n, n % 2) for n in range(24)]
     trained = learn.train(training(), made)
     fusion = trained.model.fusion
     bad, good = (float(fusion.own[i] + fusion.beside[i, 1 - i]) for i in (0, 1))

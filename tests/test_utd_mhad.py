@@ -107,17 +107,20 @@ def test_the_settings_make_a_training_file_for_every_strategy(bench: Any, strate
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_clips_of_made_up_people_go_all_the_way(bench: Any, data: Any, tmp_path: Path) -> None:
+def test_clips_of_made_up_people_go_all_the_way(
+    bench: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weighed by folds, trained and tested; accuracy is not the point."""
+    monkeypatch.setitem(bench.TEACHERS, "count", 1)
     rng = np.random.default_rng(0)
     made = []
-    for subject in (1, 3, 5, 2):
+    for subject in (1, 3, 2):
         for action in range(1, 28):
             skeleton = rng.normal(0, 1, (20, 60)).cumsum(axis=0).astype(np.float32) + action
             inertial = rng.normal(0, 1, (30, 6)).cumsum(axis=0).astype(np.float32) + action
             made.append(data.Clip(action, subject, 1, {"skeleton": skeleton, "inertial": inertial}))
     clips = bench.Clips(made, tmp_path)
-    run = bench.Run("late", bench.PAIR, (1, 3, 5), (2,))
+    run = bench.Run("late", bench.PAIR, (1, 3), (2,))
     heard = [bench.heard_of(clips, fold, 1, "cpu") for fold in bench.folds_of(run)]
     outcome = bench.evaluate(clips, run, 0, 1, (), "cpu", heard)
     rows = bench.rows_of(run, [outcome])
