@@ -381,8 +381,10 @@ def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
     in_order = {run: tuple(some[i] for i in sorted(some)) for run, some in heard.items()}
     for run, some in in_order.items():
         own, beside = fit_weights(some)
-        tell(f"{run.split} {run.strategy} {'+'.join(run.streams)} weighs {own.exp().numpy().round(2).tolist()}, "
-             f"beside each other times {beside.exp().numpy().round(2).tolist()}")  # fmt: skip
+        worth = dict(zip(sorted(run.streams), zip(own.exp().tolist(), beside.exp().tolist(), strict=True), strict=True))
+        said = ", ".join(f"{name} {by_itself:.2f} x {[round(factor, 2) for factor in others]}"
+                         for name, (by_itself, others) in worth.items())  # fmt: skip
+        tell(f"{run.split} {run.strategy}: by itself, and beside each of these, counts {said}")
     tasks = [
         Task(run, corruptions, seed, epochs, options.device, in_order.get(run, ()))
         for seed in range(options.seeds)
