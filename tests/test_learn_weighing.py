@@ -212,6 +212,7 @@ def test_a_stream_that_was_learnt_by_heart_has_less_to_say(tmp_path: Any) -> Non
     fusion.take_weights(own, beside)
     learn.export(trained, tmp_path / "two")
     card = (tmp_path / "two" / "README.md").read_text()
+    assert "At the end, before the streams were weighed, the loss was" in card  # the figures there are of that model
     assert "| stream | by itself | beside bad | beside good |" in card
     assert f"| bad | {float(own[0].exp()):.2f} | – | {float(beside[0, 1].exp()):.2f} |" in card
 
