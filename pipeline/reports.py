@@ -222,10 +222,12 @@ def recording_table(info: dict[str, Any]) -> RenderableType:
 
 
 def _no_value(stream: Mapping[str, Any]) -> str:
-    """What a recorded stream holds in place of values, in words; nothing if it holds some, or could not."""
+    """What a recorded stream holds in place of values, in words; nothing if it holds some, could not, or has other
+    channels later, of which there are no statistics."""
     stats = list(stream.get("stats", {}).values())
     means = [mean for kind in stats for mean in kind["mean"]]
-    if not stream["samples"] or not means or any(mean is not None for mean in means):
+    known = stream["samples"] and means and "other_channels" not in stream
+    if not known or any(mean is not None for mean in means):
         return ""
     infinite, all_of = sum(kind.get("infinite", 0) for kind in stats), len(means) * stream["samples"]
     kinds = ["infinities"] * (infinite > 0) + ["NaN"] * (infinite < all_of)

@@ -182,16 +182,24 @@ def check_windows(reader: RecordingReader) -> None:
     )
 
 
-def check_streams(reader: RecordingReader, asked: Mapping[str, str | None]) -> None:
-    """Raises ConfigError where a stream that is ``asked`` for is none that the session's windows were made of."""
-    with suppress(RecordingError, msgspec.MsgspecError):  # which is told of where the windows are made again
-        data, _, _ = next(reader.json(MANIFEST_TOPIC))
+def check_streams(
+    reader: RecordingReader,
+    asked: Mapping[str, str | None],
+    does: str = "--verify makes those again",
+    instead: str = "leave --verify away",
+) -> None:
+    """Raises ConfigError where a stream that is ``asked`` for is none that the session's windows were made of; what a
+    command ``does`` with these, and what to do ``instead``, is said with it."""
+    with suppress(RecordingError, msgspec.MsgspecError):  # which is told of where the windows are read
+        data, _, _ = next(iter(reader.json(MANIFEST_TOPIC)), (None, 0, 0))
+        if data is None:
+            return
         made = msgspec.json.decode(data, type=Manifest).streams
         for name, held in asked.items():
             if held is not None and held not in made:
                 raise ConfigError(
                     f"--stream {name}={held}: the windows of this session were made of {listed(sorted(made))}, and "
-                    "--verify makes those again. To see what the model says with another stream, leave --verify away."
+                    f"{does}. To see what the model says with another stream, {instead}."
                 )
 
 

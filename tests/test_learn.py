@@ -1036,6 +1036,29 @@ def test_channels_of_a_signal_are_the_same_in_all_sessions(tmp_path: Path) -> No
         prepare_all(config, [wind("one", ("u", "v"), 1)], tmp_path / "cache")
 
 
+@pytest.mark.parametrize("recorded_file", [False, True])
+def test_channels_of_a_signal_are_the_same_all_through_a_session(tmp_path: Path, recorded_file: bool) -> None:
+    """What came after they had changed was masked without a word."""
+    rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
+    said = {"name": "n", "streams": {"wind": {"rule": rule}}, "split": {"held_out": 0, "test": 0}}
+    config = learn.check_config(Document(yaml.safe_dump(said), tmp_path / "t.yaml"))
+    parts = [[m for m, _ in wind("one", names, 1).messages()] for names in (("u", "v"), ("v", "u"))]
+    messages = parts[0][:30] + parts[1][30:]
+    labels = [Label(0, 1_500_000_000, "a"), Label(1_500_000_000, 3_000_000_000, "b")]
+    session: learn.Session = learn.Made("one", messages, labels)
+    if recorded_file:
+        with RecordingWriter(tmp_path / "one", SessionInfo(session="one")) as writer:
+            for label in labels:
+                writer.write_label(label, 0)
+            for message in messages:
+                writer.write(message, message.header.t_end_ns)
+        session = learn.Recorded(tmp_path / "one")
+    with pytest.raises(
+        RecordingError, match=r"one: at 1.500 s its stream `wind` calls its channel 1 `v`, where `u` is"
+    ):
+        prepare_all(config, [session], tmp_path / "cache")
+
+
 def test_a_training_begins_from_an_encoder_of_the_same_channels(tmp_path: Path) -> None:
     rule = {"kind": "resample", "rate_hz": 20, "max_gap_ms": 100}
     said = {"name": "n", "streams": {"wind": {"rule": rule, "token": 1}}, "init": {"bundle": str(tmp_path / "earlier")}}

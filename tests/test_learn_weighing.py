@@ -11,13 +11,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RecordingError
 from pipeline.onnxfile import open_session
 
 torch = pytest.importorskip("torch", reason="the package torch is missing: pip install -e '.[learn]'")
 pytest.importorskip("onnxscript", reason="the package onnxscript is missing: pip install -e '.[learn]'")
 
 from pipeline import learn  # noqa: E402
+from pipeline.learn import weighing  # noqa: E402
 from pipeline.learn.fusion import LateFusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import check_fusion, fusion_graph  # noqa: E402
 from pipeline.learn.model import say  # noqa: E402
@@ -211,6 +212,7 @@ def test_a_stream_that_was_learnt_by_heart_has_less_to_say(tmp_path: Any) -> Non
     fusion.take_weights(own, beside)
     learn.export(trained, tmp_path / "two")
     card = (tmp_path / "two" / "README.md").read_text()
+    assert "At the end, before the streams were weighed, the loss was" in card  # the figures there are of that model
     assert "| stream | by itself | beside bad | beside good |" in card
     assert f"| bad | {float(own[0].exp()):.2f} | – | {float(beside[0, 1].exp()):.2f} |" in card
 
@@ -227,6 +229,41 @@ def test_too_few_windows_weigh_nothing() -> None:
     held = sum(int((one.truth >= 0).sum()) for one in trained.split.held_out)
     assert 0 < held < LEAST
     assert not trained.model.fusion.own.any()
+
+
+def test_a_window_without_numbers_does_not_spoil_the_weights_of_all_others() -> None:
+    trained = learn.train(training(train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
+    fusion, data = trained.model.fusion, trained.dataset(trained.split.held_out)
+    before = fusion.own.clone(), fusion.beside.clone()
+    data.sessions[0].held["bad"][3] = np.nan
+    assert weighing.weigh(trained.model, data, torch.device("cpu"))
+    for now, then in zip((fusion.own, fusion.beside), before, strict=True):
+        assert torch.isfinite(now).all()
+        assert torch.allclose(now, then, atol=0.1)
+
+
+@pytest.mark.parametrize(("limits", "fewest", "most"), [
+    ({"MOST": 100}, 50, 100), ({"NUMBERS": 80 * 3 * 2 * 2}, 40, 80), ({"NUMBERS": 1}, LEAST, 2 * LEAST),
+])  # fmt: skip
+def test_of_many_windows_so_many_are_looked_at_as_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], fewest: int, most: int
+) -> None:
+    trained = learn.train(training(train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
+    data = trained.dataset(trained.split.held_out)
+    assert sum(int((one.truth >= 0).sum()) for one in data.sessions) > 100
+    for name, value in limits.items():
+        monkeypatch.setattr(weighing, name, value)
+    found = weighing.hear(trained.model, data, torch.device("cpu"))
+    assert found is not None
+    assert fewest <= len(found.truth) <= most
+
+
+@pytest.mark.parametrize("payload", ["imu", "audio"])
+def test_a_signal_where_another_payload_is_stated_is_said_as_such(payload: str) -> None:
+    made = [session(n, n % 2) for n in range(4)]
+    streams = {"good": {"payload": payload, "token": 12}}
+    with pytest.raises(RecordingError, match=f"has signal on its stream `good`, where `good` is {payload}"):
+        learn.train(training(streams=streams), made)
 
 
 # -- learning apart ----------------------------------------------------------------------------------------------------

@@ -185,6 +185,14 @@ def test_verify_takes_streams_that_the_windows_were_made_of(tmp_path: Path, fold
     assert found["first_difference"]["field"] != "stream"  # there are no such windows, but both streams are there
 
 
+def test_explain_tells_of_the_windows_that_there_are(tmp_path: Path, folder: Path) -> None:
+    path = write(tmp_path / "a.mcap", HELD, windows_of=("front", "wrist"))
+    explain = ("explain", path, "--bundle", folder, "--json", "--stream", "imu=wrist")
+    said = refusal(*explain, "--stream", "camera=back")
+    assert "windows of this session were made of `front`, `wrist`, and explain tells of those" in said
+    assert json.loads(invoke(*explain, "--stream", "camera=front")[0])["streams"]["front"]["verdicts"] == {"ok": 1}
+
+
 def test_an_evaluation_maps_the_recordings_that_have_the_stream(tmp_path: Path, folder: Path) -> None:
     others = write(tmp_path / "a.mcap", {"front": "frame", "imu": "imu"})
     same = write(tmp_path / "b.mcap", {"camera": "frame", "imu": "imu"})

@@ -736,6 +736,18 @@ def test_a_signal_whose_channels_become_others_is_summed_up(tmp_path: Path) -> N
     assert "wind: `x`, `y`\nwind has other channels later: `a`, `b`, `c`\n" in shown.getvalue()
 
 
+def test_of_channels_that_become_others_it_is_not_said_that_none_has_a_value(tmp_path: Path) -> None:
+    written = []
+    for seq, (names, value) in enumerate(((("x", "y"), np.nan), (("a", "b"), 1.0))):
+        samples = np.zeros(1, signal_dtype(2))
+        samples["value"] = value
+        written.append((message(SignalLayout(1, names), samples, stream="wind", seq=seq, t=seq * 1000), seq * 1000))
+    for number, said in ((1, True), (2, False)):
+        shown = io.StringIO()
+        console(shown).print(recording_table(summarise(write(tmp_path / f"{number}.mcap", written[:number]))))
+        assert ("wind holds nothing but NaN" in shown.getvalue()) is said
+
+
 def test_a_recording_of_nothing_says_so(tmp_path: Path) -> None:
     shown = io.StringIO()
     console(shown).print(recording_table(summarise(write(tmp_path / "a.mcap", []))))

@@ -140,6 +140,7 @@ def _aligned_by(
     from pipeline.mapping import session_mapping
     from pipeline.plan import live_spec
     from pipeline.replay import plan_replay
+    from pipeline.verify import check_streams
 
     chosen = bundle is not None or asked
     if bundle is None:
@@ -151,6 +152,8 @@ def _aligned_by(
             return None
     model = load_bundle(bundle, allow_code)
     mapping = session_mapping(reader, model, asked)
+    if asked:
+        check_streams(reader, asked, "explain tells of those", "use `sensorium replay`")
     if chosen:
         plan_replay(reader, model, mapping)  # which refuses a model that has no stream of this recording
     return live_spec(model, limits_of(reader), mapping, reader.streams)

@@ -174,7 +174,8 @@ def _training(trained: Trained) -> str:
     last = [row for row in trained.curves if "held_out_accuracy" in row][-1:]
     for row in last:
         text += (
-            f" At the end the loss was {row['loss']:.3f}, and of {row['held_out_windows']} windows held out "
+            f" At the end{', before the streams were weighed,' if _weighed(trained) else ''} the loss was "
+            f"{row['loss']:.3f}, and of {row['held_out_windows']} windows held out "
             f"{row['held_out_accuracy']:.1%} were right (macro-F1 {row['held_out_f1']:.3f}, log loss "
             f"{row['held_out_loss']:.3f})."
         )
@@ -234,11 +235,18 @@ def _calibration(trained: Trained, calibration: Calibration) -> str:
     ) + _lacking(trained, "held out", "For these nothing is fitted: neither confidence nor sets nor abstention.")
 
 
+def _weighed(trained: Trained) -> bool:
+    """Whether what each stream's word counts was fitted."""
+    fusion = trained.model.fusion
+    return isinstance(fusion, LateFusion) and bool(fusion.own.any() or fusion.beside.any())
+
+
 def _worth(trained: Trained) -> list[str]:
     """What each stream's word counts, where that was fitted."""
     fusion = trained.model.fusion
-    if not isinstance(fusion, LateFusion) or not (fusion.own.any() or fusion.beside.any()):
+    if not _weighed(trained):
         return []
+    assert isinstance(fusion, LateFusion)
     names = list(trained.streams)
     rows = ["What each stream's evidence counts was fitted there, too: by itself (1: as it was learnt), and by what "
             "factor more or less where another is there:", "",

@@ -254,9 +254,8 @@ def stream_entry(config: Config, name: str, layout: Layout | None, known: str = 
             f"no session has a stream `{config.names()[name]}`; they have {known or 'none'}. Name it by `recorded_as`, "
             f"or state its `payload`.{nearest(config.names()[name], known.replace('`', '').split(', '))}",
         )
-    channels, names = given.channels, layout.channels if isinstance(layout, SignalLayout) else ()
-    if channels is None and names:
-        channels = len(names)
+    names = layout.channels if isinstance(layout, SignalLayout) and payload == "signal" else ()
+    channels = len(names) if given.channels is None and names else given.channels
     if payload == "signal" and given.rule is None:
         raise config.document.error(
             at,

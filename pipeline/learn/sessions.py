@@ -16,7 +16,8 @@ from pipeline.labels import SIDECAR, checked, session_attributes, session_labels
 from pipeline.messages import Header, Layout, Message, array
 from pipeline.prediction import Prediction
 from pipeline.recording import MANIFEST_TOPIC, PREDICTION_TOPIC, Label, RecordingReader
-from pipeline.replay import replay_steps
+from pipeline.replay import Heard, replay_steps
+from pipeline.rules import misfit
 from pipeline.verify import recorded_steps
 
 Mode = Literal["recorded", "event_time"]
@@ -82,6 +83,7 @@ class Recorded:
 
     def steps(self, spec: AlignSpec, mode: Mode) -> Iterator[Given]:
         with RecordingReader(self.path) as reader:
+            _check_channels(self.name, reader, spec)
             if mode == "recorded" and _lived(reader, spec):
                 lost = _masked(reader)
                 for manifest, step in recorded_steps(reader, spec):
@@ -90,6 +92,22 @@ class Recorded:
             else:
                 for step in replay_steps(reader, spec):
                     yield Given(step.manifest, content_of(step), {})
+
+
+def _check_channels(name: str, session: Heard, spec: AlignSpec) -> None:
+    """RecordingError for a signal whose channels become others within a session: what comes then is in no step."""
+    signals = {stream.name: stream for stream in spec.streams if stream.payload == "signal"}
+    fitting = dict[str, Layout]()
+    for header, _ in session.headers(signals) if signals else ():
+        layout, stream = header.layout, header.stream
+        if layout is None or getattr(layout, "channels", ()) == getattr(fitting.get(stream), "channels", None):
+            continue
+        if words := misfit(signals[stream], layout):
+            raise RecordingError(
+                f"{name}: at {header.t_capture_ns / 1e9:.3f} s its stream `{stream}` {words}. Nothing of that could be "
+                "learnt from: leave the session out, or record it anew"
+            )
+        fitting[stream] = layout
 
 
 def _lived(reader: RecordingReader, spec: AlignSpec) -> bool:
@@ -147,6 +165,7 @@ class Made:
         return checked(self._labels, f"session {self.name}", known)
 
     def steps(self, spec: AlignSpec, mode: Mode) -> Iterator[Given]:
+        _check_channels(self.name, self, spec)
         for step in replay_steps(self, spec):
             yield Given(step.manifest, content_of(step), {})
 

@@ -29,6 +29,8 @@ from pipeline.learn.model import Model, cut_windows
 
 MOST, LEAST = 4096, 30
 """Windows that weights are fitted on at most, and at least."""
+NUMBERS = 1 << 25
+"""Of more (256 MiB) in the evidence of all sets fewer windows are taken: nine streams have 55 sets, twenty 231."""
 HELD = 1.0
 """Weights are held to 1 as if one session had said so, with a standard deviation of 1 of their logarithms: windows
 of one session are alike, so it is sessions that count."""
@@ -38,8 +40,8 @@ _FEW = 4
 
 class Heard(NamedTuple):
     """What experts say of windows that they have not learnt from, for each of S sets of streams: their evidence, times
-    its reliability, f8 [S, M, n, K]; whose counts, f8 [S, M]; which windows have all of a set, bool [S, n]; the rest of
-    the logits, f8 [S, n, K]; the truth [n]; and the number of sessions."""
+    its reliability, f8 [S, M, n, K]; whose counts, f8 [S, M]; which windows have all of a set, and numbers alone, bool
+    [S, n]; the rest of the logits, f8 [S, n, K]; the truth [n]; and the number of sessions."""
 
     evidence: Tensor
     members: Tensor
@@ -58,7 +60,8 @@ def hear(model: Model, data: Dataset, device: torch.device, size: int = 512) -> 
     model.eval()
     names = list(model.encoders)
     members = torch.tensor([[float(name in some) for name in names] for some in _sets(names)], dtype=torch.float64)
-    every = max(1, sum(int((one.truth >= 0).sum()) for one in data.sessions) // MOST)
+    most = max(2 * LEAST, min(MOST, NUMBERS // (members.numel() * len(data.labels))))
+    every = max(1, -(-sum(int((one.truth >= 0).sum()) for one in data.sessions) // most))
     evidence, whole, rest, truths, sessions, seen = [], [], [], [], set(), 0
     for batch, session in data.batches(size):
         tokens, masks, truth = cut_windows(model, batch.to(device))
@@ -69,10 +72,12 @@ def hear(model: Model, data: Dataset, device: torch.device, size: int = 512) -> 
         sessions.add(session)
         tokens, masks = ({name: x[rows] for name, x in given.items()} for given in (tokens, masks))
         found = [_of(fusion, tokens, masks, row) for row in members.tolist()]
-        evidence.append(torch.stack([one[0] for one in found]))
-        rest.append(torch.stack([one[1] for one in found]))
+        said, more = (torch.stack(part) for part in zip(*found, strict=True))
         there = torch.stack([masks[name].amax(1) for name in names]).double().cpu()
-        whole.append((members @ there) == members.sum(1, keepdim=True))
+        known = said.isfinite().all(3).all(1) & more.isfinite().all(2)  # one NaN would make all weights NaN
+        whole.append(((members @ there) == members.sum(1, keepdim=True)) & known)
+        evidence.append(torch.where(known[:, None, :, None], said, 0.0))
+        rest.append(torch.where(known[..., None], more, 0.0))
         truths.append(truth[rows].cpu())
     if not truths:
         return None
