@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.align import Counters
 from pipeline.life import UNMEASURED_NS
-from pipeline.outside import discard_untaken, untaken
+from pipeline.outside import discard_untaken, unread, untaken
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -125,22 +125,24 @@ class Show:
     def _wait_for(self, writing: _Writing) -> None:
         """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then what is not taken is
         thrown away, so that the thread comes to its end."""
-        clock, discarded = self._session.clock, False
+        clock, idle = self._session.clock, False
         while not writing.over.is_set():
-            before, hurried = self._shown, False
+            before, hurried = (self._shown, unread()), False
             try:
                 clock.wait_until(clock.now_ns() + GRACE_NS, writing.over)
             except KeyboardInterrupt:
                 hurried = True
-            if self._shown != before and not hurried:
-                continue
-            if discarded:
+            if writing.over.is_set():
+                return
+            if (self._shown, unread()) != before and not hurried:
+                idle = False
+            elif numbers := untaken():
+                idle, self._discarded = True, self._discarded or 1 in numbers
+                discard_untaken(numbers, (self._reader, self._teller, writing))
+            elif idle:
                 return  # it waits for something else, and is left behind
-            if not writing.over.is_set():
-                discarded, numbers = True, untaken()
-                self._discarded |= 1 in numbers
-                if numbers:
-                    discard_untaken(numbers, (self._reader, self._teller, writing))
+            else:
+                idle = True
 
     def _tell(self) -> None:
         """What happens and how things are, until there is nothing more to come."""
