@@ -207,6 +207,21 @@ def discard_untaken(numbers: Iterable[int], threads: Iterable[threading.Thread])
         signal.signal(signal.SIGURG, before)
 
 
+def started_again(numbers: Iterable[int]) -> bool:
+    """Starts those of these descriptors that are a terminal that Ctrl-S has stopped: the shell does so, too, before its
+    next prompt. Whether there may be one among them."""
+    found = False
+    for number in numbers:
+        with suppress(OSError, termios.error):
+            settings = termios.tcgetattr(number)
+            if not settings[0] & termios.IXON or os.tcgetpgrp(number) != os.getpgrp():
+                continue  # from the background it would stop this process
+            termios.tcsetattr(number, termios.TCSANOW, [settings[0] & ~termios.IXON, *settings[1:]])
+            termios.tcsetattr(number, termios.TCSANOW, settings)
+            found = True
+    return found
+
+
 def _takes(number: int) -> bool:
     try:
         return bool(select.select([], [number], [], 0)[1])

@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.align import Counters
 from pipeline.life import UNMEASURED_NS
-from pipeline.outside import discard_untaken, unread, untaken
+from pipeline.outside import discard_untaken, started_again, unread, untaken
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -39,8 +39,8 @@ class Show:
     """Shows a session: its predictions and what happens to its nodes at once, everything else a few times a second.
 
     Threads of its own write all of it: a terminal that takes nothing (Ctrl-S), or a pipe that nobody reads, holds up
-    neither who looks after the nodes nor the main thread, which waits for nodes and signals. What has not been taken
-    a grace after the session's end is thrown away."""
+    neither who looks after the nodes nor the main thread, which waits for nodes and signals. A grace after the session's
+    end a stopped terminal is started again, and what else has not been taken is thrown away."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
@@ -123,8 +123,9 @@ class Show:
             raise writing.error
 
     def _wait_for(self, writing: _Writing) -> None:
-        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then what is not taken is
-        thrown away, so that the thread comes to its end."""
+        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then a terminal that Ctrl-S
+        has stopped is started again, and what is not taken even so is thrown away, so that the thread comes to its
+        end."""
         clock, idle = self._session.clock, False
         while not writing.over.is_set():
             before, hurried = (self._shown, unread()), False
@@ -136,13 +137,14 @@ class Show:
                 return
             if (self._shown, unread()) != before and not hurried:
                 idle = False
-            elif numbers := untaken():
-                idle, self._discarded = True, self._discarded or 1 in numbers
+                continue
+            numbers, again = untaken(), idle
+            idle = True
+            if numbers and (again or not started_again(numbers)):
+                self._discarded |= 1 in numbers
                 discard_untaken(numbers, (self._reader, self._teller, writing))
-            elif idle:
+            elif again:
                 return  # it waits for something else, and is left behind
-            else:
-                idle = True
 
     def _tell(self) -> None:
         """What happens and how things are, until there is nothing more to come."""

@@ -691,6 +691,55 @@ print(before, after, "ok" if unread()[0] >= 0 else "", unread()[1], file=say)
 """
 
 
+def test_a_terminal_that_ctrl_s_has_stopped_is_started_again_at_the_end() -> None:
+    """In a process of its own, whose terminal it is: else the summary is lost, and the cursor stays hidden."""
+    process = subprocess.run(
+        [sys.executable, "-c", STOPPED], stderr=subprocess.PIPE, cwd=ROOT, check=False, start_new_session=True
+    )
+    assert process.stderr == b"[1] True []\n[2]\n"
+
+
+STOPPED = """
+import os, pty, sys
+from pipeline.outside import started_again, untaken
+(ours, theirs), (pipe, full) = pty.openpty(), os.pipe()
+os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # now it is this process's
+os.dup2(theirs, 1)
+os.write(ours, b"\\x13")
+while not untaken():
+    pass
+print(untaken(), started_again(untaken()), untaken(), file=sys.stderr, flush=True)
+say = os.dup(2)
+os.dup2(full, 2)
+os.set_blocking(2, False)
+try:
+    while os.write(2, bytes(4096)):
+        pass
+except BlockingIOError:
+    pass
+assert not started_again(untaken())
+os.write(say, f"{untaken()}\\n".encode())
+"""
+
+
+def test_a_stopped_terminal_that_is_started_again_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, thrown = never_taken(monkeypatch)
+
+    def start(numbers: list[int]) -> bool:
+        free.set()
+        show._teller.join()
+        return True
+
+    monkeypatch.setattr("pipeline.show.started_again", start)
+    monkeypatch.setattr("pipeline.show.untaken", lambda: [] if free.is_set() else [1, 2])
+    clock, session = ManualClock(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert (thrown, show.left_out, clock.now_ns()) == ([], 0, GRACE_NS)
+    assert not show._teller.is_alive()
+
+
 def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: Lines, event: Event) -> None:
         raise BrokenPipeError
