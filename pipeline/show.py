@@ -39,8 +39,8 @@ class Show:
     """Shows a session: its predictions and what happens to its nodes at once, everything else a few times a second.
 
     Threads of its own write all of it: a terminal that takes nothing (Ctrl-S), or a pipe that nobody reads, holds up
-    neither who looks after the nodes nor the main thread, which waits for nodes and signals. A grace after the session's
-    end a stopped terminal is started again, and what else has not been taken is thrown away."""
+    neither who looks after the nodes nor the main thread, which waits for nodes and signals. A grace after the
+    session's end a stopped terminal is started again, and what else has not been taken is thrown away."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
@@ -123,9 +123,9 @@ class Show:
             raise writing.error
 
     def _wait_for(self, writing: _Writing) -> None:
-        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then a terminal that Ctrl-S
-        has stopped is started again, and what is not taken even so is thrown away, so that the thread comes to its
-        end."""
+        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then a terminal that
+        Ctrl-S has stopped is started again, and what is not taken even so is thrown away, so that the thread comes to
+        its end."""
         clock, idle = self._session.clock, False
         while not writing.over.is_set():
             before, hurried = (self._shown, unread()), False
