@@ -46,6 +46,8 @@ class Show:
         self.summary = Summary(expected=session.rig.bundle is not None)
         self.left_out = 0
         """Predictions that nobody has taken, up to the end."""
+        self.hurried = False
+        """Whether Ctrl-C has cut short the waiting for who reads."""
         self._session = session
         where = (
             f"predictions at {session.predictions}" if session.rig.bundle is not None else "no model, no predictions"
@@ -132,7 +134,7 @@ class Show:
             try:
                 clock.wait_until(clock.now_ns() + GRACE_NS, writing.over)
             except KeyboardInterrupt:
-                hurried = True
+                hurried = self.hurried = True
             if writing.over.is_set():
                 return
             if (self._shown, unread()) != before and not hurried:

@@ -645,6 +645,20 @@ def test_one_who_takes_nothing_later_holds_up_nobody_either(monkeypatch: pytest.
     assert not show._teller.is_alive()
 
 
+def test_ctrl_c_cuts_short_the_waiting_for_who_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hurried(ManualClock):
+        def wait_until(self, t_ns: int, stop: threading.Event | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    _, thrown = never_taken(monkeypatch)
+    monkeypatch.setattr("pipeline.show.untaken", lambda: [1])
+    clock, session = Hurried(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert (thrown, show.hurried, clock.now_ns()) == ([[1]], True, 0)
+
+
 def test_what_a_stopped_reader_does_not_take_is_thrown_away_and_who_waits_is_freed(tmp_path: Path) -> None:
     """In a process of its own, whose standard output is a pipe that is full."""
     ours, theirs = os.pipe()
