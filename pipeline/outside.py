@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import os
 import select
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,12 @@ def untaken() -> list[int]:
     return [number for number in (1, 2) if not _takes(number)]
 
 
+def unread() -> list[int]:
+    """How many bytes lie before whoever reads standard output and error, of each; -1 where that cannot be told. One
+    who reads a long line slowly makes it less long before the next can be written."""
+    return [_unread(number) for number in (1, 2)]
+
+
 def discard_untaken(numbers: Iterable[int], threads: Iterable[threading.Thread]) -> None:
     """Throws away all that is and will be written to these descriptors, and frees ``threads``, which wait until
     somebody takes it. For the main thread."""
@@ -199,11 +207,33 @@ def discard_untaken(numbers: Iterable[int], threads: Iterable[threading.Thread])
         signal.signal(signal.SIGURG, before)
 
 
+def started_again(numbers: Iterable[int]) -> bool:
+    """Starts those of these descriptors that are a terminal that Ctrl-S has stopped: the shell does so, too, before its
+    next prompt. Whether there may be one among them."""
+    found = False
+    for number in numbers:
+        with suppress(OSError, termios.error):
+            settings = termios.tcgetattr(number)
+            if not settings[0] & termios.IXON or os.tcgetpgrp(number) != os.getpgrp():
+                continue  # from the background it would stop this process
+            termios.tcsetattr(number, termios.TCSANOW, [settings[0] & ~termios.IXON, *settings[1:]])
+            termios.tcsetattr(number, termios.TCSANOW, settings)
+            found = True
+    return found
+
+
 def _takes(number: int) -> bool:
     try:
         return bool(select.select([], [number], [], 0)[1])
     except OSError:
         return True
+
+
+def _unread(number: int) -> int:
+    for asked in (termios.TIOCOUTQ, termios.FIONREAD):  # of a terminal or a socket; of a pipe
+        with suppress(OSError):
+            return int.from_bytes(fcntl.ioctl(number, asked, bytes(4)), sys.byteorder)
+    return -1
 
 
 def unwritable(error: OSError) -> str:

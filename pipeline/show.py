@@ -15,7 +15,7 @@ import msgspec
 
 from pipeline.align import Counters
 from pipeline.life import UNMEASURED_NS
-from pipeline.outside import discard_untaken, untaken
+from pipeline.outside import discard_untaken, started_again, unread, untaken
 from pipeline.reports import closing
 from pipeline.sheet import counted
 from pipeline.subscriber import Subscription
@@ -39,13 +39,15 @@ class Show:
     """Shows a session: its predictions and what happens to its nodes at once, everything else a few times a second.
 
     Threads of its own write all of it: a terminal that takes nothing (Ctrl-S), or a pipe that nobody reads, holds up
-    neither who looks after the nodes nor the main thread, which waits for nodes and signals. What has not been taken
-    a grace after the session's end is thrown away."""
+    neither who looks after the nodes nor the main thread, which waits for nodes and signals. A grace after the
+    session's end a stopped terminal is started again, and what else has not been taken is thrown away."""
 
     def __init__(self, session: Session, json: bool) -> None:
         self.summary = Summary(expected=session.rig.bundle is not None)
         self.left_out = 0
         """Predictions that nobody has taken, up to the end."""
+        self.hurried = False
+        """Whether Ctrl-C has cut short the waiting for who reads."""
         self._session = session
         where = (
             f"predictions at {session.predictions}" if session.rig.bundle is not None else "no model, no predictions"
@@ -123,24 +125,28 @@ class Show:
             raise writing.error
 
     def _wait_for(self, writing: _Writing) -> None:
-        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then what is not taken is
-        thrown away, so that the thread comes to its end."""
-        clock, discarded = self._session.clock, False
+        """As long as whoever reads takes anything, or the grace lasts; Ctrl-C cuts it short. Then a terminal that
+        Ctrl-S has stopped is started again, and what is not taken even so is thrown away, so that the thread comes to
+        its end."""
+        clock, idle = self._session.clock, False
         while not writing.over.is_set():
-            before, hurried = self._shown, False
+            before, hurried = (self._shown, unread()), False
             try:
                 clock.wait_until(clock.now_ns() + GRACE_NS, writing.over)
             except KeyboardInterrupt:
-                hurried = True
-            if self._shown != before and not hurried:
+                hurried = self.hurried = True
+            if writing.over.is_set():
+                return
+            if (self._shown, unread()) != before and not hurried:
+                idle = False
                 continue
-            if discarded:
-                return  # it waits for something else, and is left behind
-            if not writing.over.is_set():
-                discarded, numbers = True, untaken()
+            numbers, again = untaken(), idle
+            idle = True
+            if numbers and (again or not started_again(numbers)):
                 self._discarded |= 1 in numbers
-                if numbers:
-                    discard_untaken(numbers, (self._reader, self._teller, writing))
+                discard_untaken(numbers, (self._reader, self._teller, writing))
+            elif again:
+                return  # it waits for something else, and is left behind
 
     def _tell(self) -> None:
         """What happens and how things are, until there is nothing more to come."""

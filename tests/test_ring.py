@@ -397,6 +397,32 @@ def test_a_ring_goes_on_once_there_is_room_again_and_states_the_loss(
     assert writer.messages == 75 - counts["a"]
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_has_no_room_for_one_more_file_does_not_end_a_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """Its files are counted, or its folder cannot grow."""
+    make, refused = os.open, list[str]()
+
+    def refuse(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_CREAT:
+            refused.append(os.fspath(path))
+            raise OSError(error, os.strerror(error), path)
+        return make(path, flags, *more)
+
+    writer = ring_writer(tmp_path, 4 * MB, segment_ns=2 * NS)
+    for k in range(9):
+        with monkeypatch.context() as patch:
+            if 2 <= k < 6:
+                patch.setattr(os, "open", refuse)
+            writer.write(message(TextLayout(9), noise(9), stream="a", seq=k, t=k * NS), k * NS)
+    writer.close()
+    lost = writer.losses.messages["a"]
+    assert len(refused) == lost == 4
+    assert kept(tmp_path)["a"] == 9 - lost
+    assert said_lost(tmp_path) == Counter({("a", k): 1 for k in range(2, 6)})
+
+
 def test_what_grows_beyond_what_is_allowed_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     writer = ring_writer(tmp_path, 4 * MB)

@@ -603,6 +603,62 @@ def test_who_takes_something_is_waited_for_as_long_as_he_does(monkeypatch: pytes
     assert told == happened
 
 
+def never_taken(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, list[list[int]]]:
+    """Lets no event be shown until the event that is returned is set, which throwing away does; and what is thrown
+    away."""
+    free, thrown = threading.Event(), list[list[int]]()
+
+    def discard(numbers: list[int], threads: tuple[threading.Thread, ...]) -> None:
+        thrown.append(numbers)
+        free.set()
+        threads[1].join()
+
+    monkeypatch.setattr(Lines, "event", lambda self, event: free.wait())
+    monkeypatch.setattr("pipeline.show.discard_untaken", discard)
+    return free, thrown
+
+
+def test_who_reads_a_line_slowly_takes_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, thrown = never_taken(monkeypatch)
+    left = iter([9000, *(size for size in range(8000, 0, -1000) for _ in range(2))])
+    monkeypatch.setattr("pipeline.show.unread", lambda: [next(left, 0), 0])
+    monkeypatch.setattr("pipeline.show.untaken", lambda: [1])
+    clock, session = ManualClock(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert thrown == [[1]]
+    assert clock.now_ns() == 10 * GRACE_NS  # while it became less, and once more
+
+
+def test_one_who_takes_nothing_later_holds_up_nobody_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever took something at the moment of the look is not given up, and looked at again."""
+    _, thrown = never_taken(monkeypatch)
+    looks = iter([[], [2]])
+    monkeypatch.setattr("pipeline.show.unread", lambda: [0, 0])
+    monkeypatch.setattr("pipeline.show.untaken", lambda: next(looks))
+    clock, session = ManualClock(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert thrown == [[2]]
+    assert not show._teller.is_alive()
+
+
+def test_ctrl_c_cuts_short_the_waiting_for_who_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hurried(ManualClock):
+        def wait_until(self, t_ns: int, stop: threading.Event | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    _, thrown = never_taken(monkeypatch)
+    monkeypatch.setattr("pipeline.show.untaken", lambda: [1])
+    clock, session = Hurried(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert (thrown, show.hurried, clock.now_ns()) == ([[1]], True, 0)
+
+
 def test_what_a_stopped_reader_does_not_take_is_thrown_away_and_who_waits_is_freed(tmp_path: Path) -> None:
     """In a process of its own, whose standard output is a pipe that is full."""
     ours, theirs = os.pipe()
@@ -627,6 +683,75 @@ discard_untaken(untaken(), [writing])
 writing.join()
 print("freed", file=sys.stderr)
 """
+
+
+def test_how_much_a_reader_has_not_read_is_known_of_a_pipe_and_of_a_terminal() -> None:
+    process = subprocess.run([sys.executable, "-c", UNREAD], stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert process.stderr == b"10 6 ok -1\n"
+
+
+UNREAD = """
+import os, pty, sys
+from pipeline.outside import unread
+say, (ours, theirs) = os.fdopen(os.dup(2), "w"), os.pipe()
+os.dup2(theirs, 1)
+os.write(1, bytes(10))
+before = unread()[0]
+os.read(ours, 4)
+after = unread()[0]
+os.dup2(pty.openpty()[1], 1)
+os.close(2)
+print(before, after, "ok" if unread()[0] >= 0 else "", unread()[1], file=say)
+"""
+
+
+def test_a_terminal_that_ctrl_s_has_stopped_is_started_again_at_the_end() -> None:
+    """In a process of its own, whose terminal it is: else the summary is lost, and the cursor stays hidden."""
+    process = subprocess.run(
+        [sys.executable, "-c", STOPPED], stderr=subprocess.PIPE, cwd=ROOT, check=False, start_new_session=True
+    )
+    assert process.stderr == b"[1] True []\n[2]\n"
+
+
+STOPPED = """
+import os, pty, sys
+from pipeline.outside import started_again, untaken
+(ours, theirs), (pipe, full) = pty.openpty(), os.pipe()
+os.close(os.open(os.ttyname(theirs), os.O_RDWR))  # now it is this process's
+os.dup2(theirs, 1)
+os.write(ours, b"\\x13")
+while not untaken():
+    pass
+print(untaken(), started_again(untaken()), untaken(), file=sys.stderr, flush=True)
+say = os.dup(2)
+os.dup2(full, 2)
+os.set_blocking(2, False)
+try:
+    while os.write(2, bytes(4096)):
+        pass
+except BlockingIOError:
+    pass
+assert not started_again(untaken())
+os.write(say, f"{untaken()}\\n".encode())
+"""
+
+
+def test_a_stopped_terminal_that_is_started_again_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, thrown = never_taken(monkeypatch)
+
+    def start(numbers: list[int]) -> bool:
+        free.set()
+        show._teller.join()
+        return True
+
+    monkeypatch.setattr("pipeline.show.started_again", start)
+    monkeypatch.setattr("pipeline.show.untaken", lambda: [] if free.is_set() else [1, 2])
+    clock, session = ManualClock(), shown_session()
+    with Show(session, json=True) as show:
+        show.event(Event(t_ns=1, node="imu", kind="died", text="it died"))
+        session.clock = clock
+    assert (thrown, show.left_out, clock.now_ns()) == ([], 0, GRACE_NS)
+    assert not show._teller.is_alive()
 
 
 def test_a_terminal_that_is_gone_is_told_to_who_shows_something(monkeypatch: pytest.MonkeyPatch) -> None:

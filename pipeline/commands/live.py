@@ -102,8 +102,9 @@ def _run(
         if session.failure is None or any(stream.total for stream in status.streams.values()):
             shows[0].last(lambda: print_summary(shows[0].summary, json, status))
         if shows[0].left_out:
+            why = "was not waited for (Ctrl-C)" if shows[0].hurried else f"took none for {GRACE_NS / 1e9:.0f} s"
             left = f"{shows[0].left_out} predictions at its end are left out"
-            shows[0].last(lambda: say(f"whoever reads the predictions took none for {GRACE_NS / 1e9:.0f} s; {left}"))
+            shows[0].last(lambda: say(f"whoever reads the predictions {why}; {left}"))
 
 
 def subscribe(

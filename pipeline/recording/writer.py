@@ -50,15 +50,17 @@ Standing = dict[str, tuple[int, int] | None]
 """By stream the epoch and the number of its next message; None where nobody knows."""
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 class NoRoomError(RecordingError):
     """A disk that takes nothing more, and ``why``; ``full``: it may again once somebody has made room."""
 
-    def __init__(self, path: Path | str, size: int, why: str, full: bool) -> None:
-        super().__init__(
-            f"{path} cannot be written any further: {why}. The recording ends here; "
-            + (f"the {size} bytes until now stay readable" if size else "nothing of it is kept")
-            + ". Make room and start again"
-        )
+    def __init__(self, path: Path | str, size: int | None, why: str, full: bool) -> None:
+        """``size``: the bytes that there are; None if not even the file can be made."""
+        kept = f"the {size} bytes until now stay readable" if size else "nothing of it is kept"
+        written = f"written any further: {why}. The recording ends here; {kept}. Make room and start again"
+        super().__init__(f"{path} cannot be " + (f"created: {why}" if size is None else written))
         self.why, self.full = why, full
 
 
@@ -378,6 +380,8 @@ class _Output:
             if os.path.lexists(path):
                 raise taken(path) from None
             in_the_way = next((parent for parent in path.parents if parent.exists()), path)
+            if error.errno in _NO_ROOM:
+                raise NoRoomError(path, None, str(error.strerror), True) from None
             why = str(error.strerror) if in_the_way.is_dir() else f"{in_the_way} is no folder"
             raise RecordingError(f"{path} cannot be created: {why}") from None
         try:
@@ -410,7 +414,7 @@ class _Output:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.size)
             self.close()
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in _NO_ROOM
             raise NoRoomError(self._path, self.size, str(error.strerror), full) from None
         self.size += len(data)
         return len(data)
