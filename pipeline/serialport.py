@@ -41,7 +41,7 @@ class SerialPort:
         try:
             while part := os.read(fd, _CHUNK):
                 data += part
-                if len(part) < _HANDED:
+                if len(part) < _HANDED or len(data) >= _CHUNK:
                     break
         except BlockingIOError:
             return data
