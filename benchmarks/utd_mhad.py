@@ -1,7 +1,7 @@
 """Learned fusion against published numbers: UTD-MHAD through aligner, training and fusion as everything else goes.
 
     python benchmarks/utd_mhad.py [FOLDER] [--seeds 5] [--strategies late early hybrid] [--quick] [--json] [--loso]
-        [--split both] [--depth] [--corrupt] [--write rows.json] [--jobs 2]
+        [--split both] [--depth] [--corrupt] [--apart] [--weigh] [--write rows.json] [--jobs 2]
 
 Subjects 1, 3, 5, 7 are trained on, 2, 4, 6, 8 tested on, as in every published table; ``--split both`` adds the
 opposite split as a guard against settings that suit one half. The settings below (``STREAMS`` to ``TEACHERS``) and the
@@ -85,8 +85,6 @@ STREAMS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FUSION = {"width": 96, "queries": 1, "head": "linear"}
-LATE = {"apart": True}
-"""Of ``late``, beside those."""
 TRAIN = {
     "epochs": 120, "batch_windows": 32, "learning_rate": 0.004, "weight_decay": 0.02, "warm_up": 0.2, "ema": 0.99,
     "label_smoothing": 0.1, "class_weights": "none", "stream_loss": 4.0,
@@ -109,6 +107,8 @@ class Run(NamedTuple):
     streams: tuple[str, ...]
     train: tuple[int, ...]
     test: tuple[int, ...]
+    apart: bool = False
+    weighed: bool = False
 
     @property
     def split(self) -> str:
@@ -129,7 +129,7 @@ def configuration(run: Run, seed: int, epochs: int | None, **changes: Any) -> Co
         "window": {"hop_ms": SPAN_NS / 1e6, "steps": 1},
         "labels": list(ACTIONS),
         "strategy": run.strategy,
-        "fusion": {**FUSION, **(LATE if run.strategy == "late" else {})},
+        "fusion": {**FUSION, "apart": run.apart},
         "streams": {name: STREAMS[name] for name in run.streams},
         "split": {"by": "subject", "held_out": 0.0, "test": [str(subject) for subject in run.test]},
         "train": TRAIN,
@@ -188,8 +188,8 @@ def heard_of(clips: Clips, run: Run, epochs: int | None, device: str) -> Heard:
 
 
 def folds_of(run: Run) -> list[Run]:
-    """The models by which the streams of ``run`` are weighed; of a strategy without experts there are none."""
-    if run.strategy == "early":
+    """The models by which the streams of ``run`` are weighed, if they are."""
+    if not run.weighed:
         return []
     return [run._replace(train=tuple(s for s in run.train if s != out), test=(out,)) for out in run.train]
 
@@ -239,6 +239,8 @@ def rows_of(run: Run, outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "split": run.split,
             "strategy": run.strategy,
             "streams": "+".join(run.streams),
+            "apart": run.apart,
+            "weighed": run.weighed,
             "subset": subset,
             "accuracy": round(float(each.mean()), 2),
             "sd": round(float(each.std(ddof=1)), 2) if len(each) > 1 else None,
@@ -287,7 +289,7 @@ def plan(options: argparse.Namespace) -> list[tuple[Run, tuple[Corruption, ...]]
     if options.loso:
         return [
             (
-                Run(strategy, streams, tuple(s for s in ODD if s != out), (out,)),
+                Run(strategy, streams, tuple(s for s in ODD if s != out), (out,), options.apart and strategy == "late"),
                 _corruptions(options, strategy, streams),
             )
             for strategy in options.strategies
@@ -298,7 +300,14 @@ def plan(options: argparse.Namespace) -> list[tuple[Run, tuple[Corruption, ...]]
     runs = [Run(strategy, PAIR, ODD, EVEN) for strategy in options.strategies if options.split != "swapped"]
     runs += [Run(first, ALL, ODD, EVEN)] if options.depth and options.split != "swapped" else []
     runs += [Run(first, PAIR, EVEN, ODD)] if options.split != "published" else []
-    return [(run, _corruptions(options, run.strategy, run.streams) if run.test == EVEN else ()) for run in runs]
+    return [
+        (
+            run._replace(apart=options.apart and run.strategy == "late",
+                         weighed=options.weigh and run.strategy != "early"),
+            _corruptions(options, run.strategy, run.streams) if run.test == EVEN else (),
+        )
+        for run in runs
+    ]  # fmt: skip
 
 
 def _corruptions(options: argparse.Namespace, strategy: str, streams: tuple[str, ...]) -> tuple[Corruption, ...]:
@@ -372,7 +381,7 @@ def measure(options: argparse.Namespace, cache: Path) -> list[dict[str, Any]]:
 
     planned = plan(options)
     folds = [(run, Task(fold, (), 0, epochs, options.device))
-             for run, _ in planned if not options.loso for fold in folds_of(run)]  # fmt: skip
+             for run, _ in planned for fold in folds_of(run)]  # fmt: skip
     heard: dict[Run, dict[int, Heard]] = {}
     for i, one in done(_hear, source, [task for _, task in folds], options.jobs):
         run, task = folds[i]
@@ -425,6 +434,8 @@ def main() -> None:
     parser.add_argument("--corrupt", action="store_true", help="also with streams spoiled, rising")
     parser.add_argument("--loso", action="store_true",
                         help="leave out one of 1, 3, 5, 7 at a time; no test subject is seen")  # fmt: skip
+    parser.add_argument("--apart", action="store_true", help="streams of `late` learn apart")
+    parser.add_argument("--weigh", action="store_true", help="streams are weighed by people left out; not with --loso")
     parser.add_argument("--quick", action="store_true", help="three epochs")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--device", default="cpu")
@@ -440,6 +451,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.jobs < 1 or options.seeds < 1:
         parser.error("--jobs and --seeds are 1 or more")
+    if options.weigh and options.loso:
+        parser.error("--weigh is not for --loso: two of four people would be left to learn from")
     with tempfile.TemporaryDirectory(prefix="utd-mhad-") as scratch:
         rows = measure(options, options.cache or Path(scratch))
     print(json.dumps(rows, indent=1) if options.json else table(rows))

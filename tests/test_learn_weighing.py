@@ -30,7 +30,8 @@ from pipeline.strict import Document  # noqa: E402
 
 LABELS = 4
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = {"width": 16, "queries": 2, "layers": 1, "heads": 2}
+SMALL: dict[str, Any] = {"width": 16, "queries": 2, "layers": 1, "heads": 2}
+WEIGHED = SMALL | {"weigh": True}
 
 
 def heard(evidence: Any, truth: Any, rest: Any = None, sessions: int = 1000) -> Heard:
@@ -196,7 +197,7 @@ def training(**more: Any) -> learn.Config:
 
 def test_a_stream_that_was_learnt_by_heart_has_less_to_say(tmp_path: Any) -> None:
     made = [session(n, n % 2) for n in range(24)]
-    trained = learn.train(training(), made)
+    trained = learn.train(training(fusion=WEIGHED), made)
     fusion = trained.model.fusion
     bad, good = (float(fusion.own[i] + fusion.beside[i, 1 - i]) for i in (0, 1))
     assert bad < good - 0.5
@@ -217,7 +218,7 @@ def test_a_stream_that_was_learnt_by_heart_has_less_to_say(tmp_path: Any) -> Non
     assert f"| bad | {float(own[0].exp()):.2f} | – | {float(beside[0, 1].exp()):.2f} |" in card
 
 
-@pytest.mark.parametrize("changes", [{"strategy": "early"}, {"split": {"held_out": 0.0, "test": 0.0}}])
+@pytest.mark.parametrize("changes", [{}, {"fusion": WEIGHED, "split": {"held_out": 0.0, "test": 0.0}}])
 def test_where_nothing_can_be_weighed_every_word_counts_as_it_was_learnt(changes: dict[str, Any]) -> None:
     trained = learn.train(training(**changes, train={"epochs": 1}), [session(n, n % 2) for n in range(8)])
     fusion = trained.model.fusion
@@ -225,14 +226,14 @@ def test_where_nothing_can_be_weighed_every_word_counts_as_it_was_learnt(changes
 
 
 def test_too_few_windows_weigh_nothing() -> None:
-    trained = learn.train(training(train={"epochs": 1}), [session(n, n % 2) for n in range(5)])
+    trained = learn.train(training(fusion=WEIGHED, train={"epochs": 1}), [session(n, n % 2) for n in range(5)])
     held = sum(int((one.truth >= 0).sum()) for one in trained.split.held_out)
     assert 0 < held < LEAST
     assert not trained.model.fusion.own.any()
 
 
 def test_a_window_without_numbers_does_not_spoil_the_weights_of_all_others() -> None:
-    trained = learn.train(training(train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
+    trained = learn.train(training(fusion=WEIGHED, train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
     fusion, data = trained.model.fusion, trained.dataset(trained.split.held_out)
     before = fusion.own.clone(), fusion.beside.clone()
     data.sessions[0].held["bad"][3] = np.nan
@@ -248,7 +249,7 @@ def test_a_window_without_numbers_does_not_spoil_the_weights_of_all_others() -> 
 def test_of_many_windows_so_many_are_looked_at_as_memory_has_room_for(
     monkeypatch: pytest.MonkeyPatch, limits: dict[str, int], fewest: int, most: int
 ) -> None:
-    trained = learn.train(training(train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
+    trained = learn.train(training(fusion=WEIGHED, train={"epochs": 1}), [session(n, n % 2) for n in range(24)])
     data = trained.dataset(trained.split.held_out)
     assert sum(int((one.truth >= 0).sum()) for one in data.sessions) > 100
     for name, value in limits.items():
@@ -296,9 +297,10 @@ def test_learning_apart_the_loss_of_all_together_teaches_nothing_but_reliability
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"strategy": "hybrid"}, "it is for `late`, and `strategy` is hybrid"),
-    ({"train": {"stream_loss": 0}}, "`stream_loss` alone, which is 0"),
+    ({"fusion": {"apart": True}, "strategy": "hybrid"}, "`apart` is for `late`, and `strategy` is hybrid"),
+    ({"fusion": {"weigh": True}, "strategy": "early"}, "`weigh` is for `late`, `hybrid`, and `strategy` is early"),
+    ({"fusion": {"apart": True}, "train": {"stream_loss": 0}}, "`stream_loss` alone with `apart`, which is 0"),
 ])  # fmt: skip
-def test_streams_that_cannot_learn_apart_are_said(changes: dict[str, Any], said: str) -> None:
+def test_streams_that_cannot_learn_apart_or_be_weighed_are_said(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        training(**{"fusion": SMALL | {"apart": True}} | changes)
+        training(**changes)

@@ -89,18 +89,19 @@ def test_missing_data_says_where_to_get_it(data: Any, tmp_path: Path) -> None:
 
 
 def test_streams_are_weighed_by_people_who_are_trained_on_and_never_by_those_tested(bench: Any) -> None:
-    run = bench.Run("late", bench.PAIR, bench.ODD, bench.EVEN)
+    run = bench.Run("late", bench.PAIR, bench.ODD, bench.EVEN, weighed=True)
     folds = bench.folds_of(run)
     assert [fold.test for fold in folds] == [(subject,) for subject in bench.ODD]
     for fold in folds:
         assert {*fold.train, *fold.test} == {*bench.ODD}
         assert len(fold.train) == 3
-    assert bench.folds_of(run._replace(strategy="early")) == []
+    assert bench.folds_of(run._replace(weighed=False)) == []
 
 
 @pytest.mark.parametrize("strategy", ["late", "early", "hybrid"])
 def test_the_settings_make_a_training_file_for_every_strategy(bench: Any, strategy: str) -> None:
-    file = bench.configuration(bench.Run(strategy, bench.ALL, bench.ODD, bench.EVEN), 3, None).file
+    run = bench.Run(strategy, bench.ALL, bench.ODD, bench.EVEN, apart=strategy == "late")
+    file = bench.configuration(run, 3, None).file
     assert (file.strategy, file.seed, file.fusion.apart) == (strategy, 3, strategy == "late")
     assert file.split.test == ("2", "4", "6", "8")
 
@@ -120,7 +121,7 @@ def test_clips_of_made_up_people_go_all_the_way(
             inertial = rng.normal(0, 1, (30, 6)).cumsum(axis=0).astype(np.float32) + action
             made.append(data.Clip(action, subject, 1, {"skeleton": skeleton, "inertial": inertial}))
     clips = bench.Clips(made, tmp_path)
-    run = bench.Run("late", bench.PAIR, (1, 3), (2,))
+    run = bench.Run("late", bench.PAIR, (1, 3), (2,), apart=True, weighed=True)
     heard = [bench.heard_of(clips, fold, 1, "cpu") for fold in bench.folds_of(run)]
     outcome = bench.evaluate(clips, run, 0, 1, (), "cpu", heard)
     rows = bench.rows_of(run, [outcome])

@@ -220,10 +220,13 @@ def check_config(document: Document) -> Config:
         if entry.payload is not None:  # else the sessions tell, later
             with wrong:
                 document.decode(SETTINGS[entry.payload], ("streams", name, "encoder"), entry.encoder)
-    if file.fusion.apart and (file.strategy != "late" or not file.train.stream_loss):
-        said = f"it is for `late`, and `strategy` is {file.strategy}" if file.strategy != "late" else (
-            "each stream learns from its `stream_loss` alone, which is 0 under `train`")  # fmt: skip
-        wrong.add(document.error(("fusion", "apart"), f"`apart` cannot be: {said}; change one of the two."))
+    for key, allowed in (("apart", ("late",)), ("weigh", ("late", "hybrid"))):
+        if getattr(file.fusion, key) and file.strategy not in allowed:
+            said = f"`{key}` is for {listed(allowed)}, and `strategy` is {file.strategy}; change one of the two."
+            wrong.add(document.error(("fusion", key), said))
+    if file.fusion.apart and not file.train.stream_loss:
+        said = "each stream learns from its `stream_loss` alone with `apart`, which is 0 under `train`; change one."
+        wrong.add(document.error(("fusion", "apart"), said))
     both = sorted(set(file.labels or ()) & set(file.ignore_labels))
     if both:
         said = f"{listed(both)} cannot be learnt and ignored; remove one of the two."

@@ -18,7 +18,7 @@ weight, its *reliability*, estimated for every window from the data: from the st
 head is and whether the other heads agree, and from how far its summary is from what the others let expect. A model
 that has met broken streams in training (``robust``) gives one that is noisy, late or frozen unnoticed less to say: for
 the most part since its head has learnt to be unsure of such content, for the rest by a lower weight. What a stream is
-worth on the whole, alone and beside each of the others, is fitted after the training (``weighing``).
+worth on the whole, alone and beside each of the others, can be fitted after the training (``weighing``).
 
 **Time.** Cost must not grow with the window. The newest steps are looked at one by one, older ones as means of 2, 4, 8
 ... steps (``spans``): a window of 300 steps has 40 of them. A convolution over them sees change; attention by a few
@@ -48,7 +48,8 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     whether the differences from step to step are looked at beside the steps themselves. ``apart`` (of ``late``): each
     stream learns from its own loss (``stream_loss``) alone, and the loss of all together teaches nothing but how far
     each is to be relied on. Learnt together, a stream gets lazy where another is right already (Wang et al. 2020; Du et
-    al. 2023)."""
+    al. 2023). ``weigh`` (of ``late`` and ``hybrid``): what each stream's word counts is fitted on the sessions held out
+    (see ``weighing``, also for what it costs)."""
 
     width: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 64
     queries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
@@ -60,6 +61,7 @@ class FusionSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     impute: bool = True
     change: bool = False
     apart: bool = False
+    weigh: bool = False
 
 
 class FusionOut(NamedTuple):

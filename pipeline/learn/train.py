@@ -1,5 +1,5 @@
 """From sessions to a trained model: prepare, split, fit the normalisation, pretrain and train teachers if asked, train,
-and weigh the streams on what was held out.
+and weigh the streams on what was held out if asked.
 
 Reads like the list of its steps; what each of them is stands in its own file. ``export`` makes a bundle of the result.
 """
@@ -229,7 +229,8 @@ def train(
             checkpoints.clear()
         run.run(checkpoints, resume)
         trained = run.trained(sessions)
-        weigh(trained.model, trained.dataset(parts.held_out), torch.device("cpu"))
+        if config.file.fusion.weigh:
+            weigh(trained.model, trained.dataset(parts.held_out), torch.device("cpu"))
         return trained
 
 
