@@ -21,6 +21,7 @@ from pipeline import learn  # noqa: E402
 from pipeline.learn import weighing  # noqa: E402
 from pipeline.learn.fusion import LateFusion, build_fusion  # noqa: E402
 from pipeline.learn.graphs import check_fusion, fusion_graph  # noqa: E402
+from pipeline.learn.loop import Silent  # noqa: E402
 from pipeline.learn.model import say  # noqa: E402
 from pipeline.learn.train import scores  # noqa: E402
 from pipeline.learn.weighing import LEAST, Heard, fit_weights  # noqa: E402
@@ -225,8 +226,11 @@ def test_where_nothing_can_be_weighed_every_word_counts_as_it_was_learnt(changes
     assert not isinstance(fusion, LateFusion) or not (fusion.own.any() or fusion.beside.any())
 
 
-def test_too_few_windows_weigh_nothing() -> None:
+def test_too_few_windows_weigh_nothing_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda _, text: notes.append(text))
     trained = learn.train(training(fusion=WEIGHED, train={"epochs": 1}), [session(n, n % 2) for n in range(5)])
+    assert [note for note in notes if "the streams are not weighed: that takes two streams or more and 30" in note]
     held = sum(int((one.truth >= 0).sum()) for one in trained.split.held_out)
     assert 0 < held < LEAST
     assert not trained.model.fusion.own.any()

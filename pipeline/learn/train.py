@@ -46,7 +46,7 @@ from pipeline.learn.pretrain import Contrast
 from pipeline.learn.robust import Balance, disagreement, distilled, distort, views
 from pipeline.learn.sessions import Session
 from pipeline.learn.teaching import Teachers, blended, missed
-from pipeline.learn.weighing import weigh
+from pipeline.learn.weighing import LEAST, weigh
 from pipeline.messages import Layout
 from pipeline.modelfile import BundleStream, to_ns
 from pipeline.recording import Label
@@ -229,8 +229,12 @@ def train(
             checkpoints.clear()
         run.run(checkpoints, resume)
         trained = run.trained(sessions)
-        if config.file.fusion.weigh:
-            weigh(trained.model, trained.dataset(parts.held_out), torch.device("cpu"))
+        held_out = trained.dataset(parts.held_out)
+        if config.file.fusion.weigh and not weigh(trained.model, held_out, torch.device("cpu")):
+            watch.note(
+                f"the streams are not weighed: that takes two streams or more and {LEAST} labelled windows held out. "
+                "Hold out more sessions (`split`), or leave `weigh` out"
+            )
         return trained
 
 
